@@ -1,0 +1,100 @@
+"""Puts a name to what is wrong with a media file: from its first bytes and from the tools' own words."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from r2scp.store.errors import FailureReason, MediaError
+
+HEAD_BYTES = 4096  # enough to know a playlist
+ENDS_BYTES = 1 << 20  # of each end of a file, where an MP4 says that it is encrypted
+DETAIL_CHARS = 500  # of the tools' last words, kept with a failure or a damaged clip
+
+#: Text files that name other files or URLs for a player to open.
+PLAYLIST = re.compile(
+    rb"\A(?:\xef\xbb\xbf)?\s*(?:"
+    rb"\#EXTM3U|ffconcat\ version|\[playlist\]|\[Reference\]|\#\ VobSub\ index\ file|RTSPtext|"
+    rb"(?:file|rtsp|rtmp|https?|mmsh?|udp|ftp)://|file\s+['\"/\w]|v=0\r?\no=|"
+    rb"<(?:MPD|ASX|smil|SmoothStreamingMedia|PlayList|AssetMap|CompositionPlaylist)\b|"
+    rb"<\?(?:xml|wpl)[^>]*>.{0,1024}?<(?:\w+:)?(?:MPD|ASX|smil|SmoothStreamingMedia|playlist|rss|AssetMap|"
+    rb"CompositionPlaylist)\b)",
+    re.IGNORECASE | re.DOTALL | re.VERBOSE,
+)
+#: A scheme-type box of ISO base media, ISO/IEC 14496-12 8.12.5, naming a scheme of common encryption.
+ENCRYPTED = re.compile(rb"schm\0{4}(?:cenc|cens|cbc1|cbcs|piff|itun)")
+
+#: The tools' words, and the reason they mean when nothing of a file could be used. First match wins.
+MEANINGS = tuple(
+    (re.compile(words), reason)
+    for words, reason in (
+        (r"exceeds specified max pixel count", FailureReason.TOO_LARGE),
+        (
+            r"[Cc]annot allocate memory|bad_alloc|Resource temporarily unavailable",
+            FailureReason.OUT_OF_MEMORY,
+        ),
+        (
+            r"Skipped opening external track|Protocol '[^']*' not on whitelist|"
+            r"\[(?:hls|dash|concat|sdp|rtsp|rtp|sap|image2|imf|vobsub|webm_dash_manifest)\b[^\]]*\] (?:\[\w+\] )?"
+            r"Format not on whitelist",
+            FailureReason.FORBIDDEN_REFERENCE,
+        ),
+        (r"Format not on whitelist", FailureReason.NOT_MEDIA),
+        (r"moov atom not found|truncat|partial file|End of file", FailureReason.TRUNCATED),
+    )
+)
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of a regular file. Never waits, not even on a FIFO; raises MediaError otherwise."""
+    try:
+        _require_regular(os.stat(path))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (OSError, ValueError) as fault:  # ValueError: a zero byte in the name
+        raise MediaError(FailureReason.UNREADABLE, getattr(fault, "strerror", None) or str(fault)) from None
+    try:
+        facts = os.fstat(fd)  # again: the name may lead elsewhere by now
+        _require_regular(facts)
+        if facts.st_size == 0:
+            raise MediaError(FailureReason.EMPTY_FILE, "zero bytes")
+        if PLAYLIST.match(os.pread(fd, HEAD_BYTES, 0)):
+            raise MediaError(
+                FailureReason.FORBIDDEN_REFERENCE,
+                "a playlist, which names other files or URLs, is not opened",
+            )
+    except OSError as fault:
+        os.close(fd)
+        raise MediaError(FailureReason.UNREADABLE, fault.strerror or str(fault)) from None
+    except MediaError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _require_regular(facts: os.stat_result) -> None:
+    if not stat.S_ISREG(facts.st_mode):
+        kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+        kind = kinds.get(stat.S_IFMT(facts.st_mode), "device")
+        raise MediaError(FailureReason.UNREADABLE, f"must be a regular file; it is a {kind}")
+
+
+def is_encrypted(fd: int) -> bool:
+    """Whether either end of the file carries the mark of common encryption."""
+    size = os.fstat(fd).st_size
+    ends = os.pread(fd, ENDS_BYTES, 0) + os.pread(fd, ENDS_BYTES, max(0, size - ENDS_BYTES))
+    return bool(ENCRYPTED.search(ends))
+
+
+def meaning(words: str, default: FailureReason) -> FailureReason:
+    """The reason that the tools' words give for having got nothing at all."""
+    return next((reason for pattern, reason in MEANINGS if pattern.search(words)), default)
+
+
+def tidy(words: str) -> str:
+    """The end of the tools' words, on one line, without addresses, colours and control characters."""
+    words = re.sub(r" @ 0x[0-9a-f]+", "", words)
+    words = re.sub(r"\[(?:error|fatal|panic|warning)\] ", "", words)
+    lines = [re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", line).strip() for line in words.splitlines()]
+    unique = list(dict.fromkeys(line for line in lines if line))
+    text = "; ".join(unique)
+    return text if len(text) <= DETAIL_CHARS else "…" + text[-DETAIL_CHARS + 1 :]
