@@ -14,9 +14,9 @@ files under `--scratch`, then four contrasts are trained at the level of seconds
 * questions in MUSIC-AVQA's wording against short descriptions of what is asked, so that wordings stay
   apart.
 
-For speed, audio patches are dropped at random during the first part of the training (Li et al. 2023,
-FLIP). Worlds: seeds from `TRAIN_WORLD` on are for training; `HELD_OUT_WORLDS` are measured; corpora use
-smaller seeds.
+For speed, patches are dropped at random during the first part of the training (Li et al. 2023,
+FLIP). Worlds: seeds from `TRAIN_WORLD` on are for training; `demo_measures` names the held-out ones; corpora
+use smaller seeds.
 """
 
 import json
@@ -24,7 +24,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +33,9 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from r2scp.jobs.demo_contrasts import WEIGHTS, Contrasts, Towers
 from r2scp.jobs.demo_measures import MIDDLES_S, figures
 from r2scp.model.imagebind import PIXEL_MEAN, PIXEL_STD, ImageBind, ImageBindConfig, TowerConfig
@@ -45,25 +48,24 @@ from r2scp.pipelines.demo_captions import (
     vision_labels,
 )
 from r2scp.pipelines.demo_render import SIZE, render_frames
-from r2scp.pipelines.demo_scene import scene
+from r2scp.pipelines.demo_scene import Scene, scene
 from r2scp.pipelines.demo_sound import render_audio
-from r2scp.pipelines.demo_world import SECONDS
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from r2scp.pipelines.demo_world import ENSEMBLES, SECONDS, world
 
+_TAG = 7  # of this module's random numbers
 TRAIN_WORLD = 5000  # the first of the training worlds
-HELD_OUT_WORLDS = (4001, 4002)
-MEASURED_CLIPS = 200  # of each held-out world
-CLIPS_A_WORLD = 30
+MEASURED_CLIPS = 200  # of the held-out world
+CLIPS_A_WORLD, RENDERED_SECONDS = 20, 5  # … of each clip, at random
 CLIPS_A_BATCH, SECONDS_A_CLIP = 32, 2
 BATCH = CLIPS_A_BATCH * SECONDS_A_CLIP
 REPORT_EVERY, SAVE_EVERY = 25, 250  # steps
 PEAK_RATE, WARMUP_STEPS, WEIGHT_DECAY = 1e-3, 150, 0.02
-KEEP_PATCHES = 0.4  # of the audio, until …
-WHOLE_FROM = 0.8  # … this share of the training
+KEEP_PATCHES = (0.75, 0.4)  # of vision and audio, until …
+WHOLE_FROM = 0.85  # … this share of the training
 JITTER = 0.03  # standard deviation of the colour gain and shift
 JITTER_DB = 2.0  # of the loudness
 
+Save = Callable[[ImageBind, int], None]
 At = tuple[np.ndarray, np.ndarray]  # rows and seconds of pairs
 
 CONFIG = ImageBindConfig(
@@ -96,11 +98,11 @@ def render(folder: Path, worlds: int, workers: int) -> Pairs:
     """Render `worlds` worlds into `folder`, or map what an earlier call left there."""
     clips = worlds * CLIPS_A_WORLD
     shapes = {
-        "frames": (np.uint8, (clips, SECONDS, SIZE, SIZE, 3)),
-        "melspecs": (np.float16, (clips, SECONDS, MEL_BINS, MEL_FRAMES)),
-        "vision": (np.int16, (clips, SECONDS, len(VISION_GROUPS))),
-        "audio": (np.int16, (clips, SECONDS, len(AUDIO_GROUPS))),
-        "state": (np.int32, (clips, SECONDS)),
+        "frames": (np.uint8, (clips, RENDERED_SECONDS, SIZE, SIZE, 3)),
+        "melspecs": (np.float16, (clips, RENDERED_SECONDS, MEL_BINS, MEL_FRAMES)),
+        "vision": (np.int16, (clips, RENDERED_SECONDS, len(VISION_GROUPS))),
+        "audio": (np.int16, (clips, RENDERED_SECONDS, len(AUDIO_GROUPS))),
+        "state": (np.int32, (clips, RENDERED_SECONDS)),
         "ensemble": (np.int32, (clips,)),
     }
     done = folder / f"done-{worlds}"
@@ -117,15 +119,24 @@ def render(folder: Path, worlds: int, workers: int) -> Pairs:
 def _render_world(folder: Path, number: int) -> None:
     torch.set_num_threads(1)
     out = {path.stem: np.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
+    seed = TRAIN_WORLD + number
+    rng = np.random.default_rng([seed, _TAG])
     for index in range(CLIPS_A_WORLD):
-        row, one = number * CLIPS_A_WORLD + index, scene(TRAIN_WORLD + number, index)
-        out["frames"][row] = render_frames(one, MIDDLES_S)
-        out["melspecs"][row] = log_mel(windows(render_audio(one)))[:, 0].numpy()
-        out["vision"][row] = [vision_labels(one, second) for second in range(SECONDS)]
-        out["audio"][row] = [audio_labels(one, second) for second in range(SECONDS)]
-        states = [common_state(one, second) for second in range(SECONDS)]
+        row, one = number * CLIPS_A_WORLD + index, _unsettled(scene(seed, index), rng)
+        seconds = np.sort(rng.choice(SECONDS, RENDERED_SECONDS, replace=False))
+        out["frames"][row] = render_frames(one, MIDDLES_S[seconds])
+        out["melspecs"][row] = log_mel(windows(render_audio(one))[seconds])[:, 0].numpy()
+        out["vision"][row] = [vision_labels(one, second) for second in seconds]
+        out["audio"][row] = [audio_labels(one, second) for second in seconds]
+        states = [common_state(one, second) for second in seconds]
         out["state"][row] = [states.index(state) for state in states]
         out["ensemble"][row] = one.ensemble
+
+
+def _unsettled(one: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with backdrop, room and costumes of three other ensembles: what goes along is no use."""
+    picks = [world(one.seed).ensembles[i] for i in rng.integers(ENSEMBLES, size=3)]
+    return replace(one, backdrop=picks[0].backdrop, room=picks[1].room, costume=picks[2].costume)
 
 
 class Batches:
@@ -146,7 +157,7 @@ class Batches:
                 first,
                 self.rng.choice(alike if len(alike) and self.rng.random() < 0.6 else near[near != first]),
             ]
-        seconds = [self.rng.choice(SECONDS, SECONDS_A_CLIP, replace=False) for _ in rows]
+        seconds = [self.rng.choice(RENDERED_SECONDS, SECONDS_A_CLIP, replace=False) for _ in rows]
         return np.repeat(rows, SECONDS_A_CLIP), np.concatenate(seconds)
 
     def frames(self, at: At) -> Tensor:
@@ -189,11 +200,9 @@ def learning_rate(step: int, share: float) -> float:
     )
 
 
-def train(pairs: Pairs, minutes: float, seed: int, save: Callable[[ImageBind, int], None]) -> None:
+def train(model: ImageBind, pairs: Pairs, minutes: float, seed: int, save: Save) -> None:
     """Train for `minutes`; `save` is called with model and step now and then, and at the end."""
-    torch.manual_seed(seed)
     torch.set_num_threads(1)  # a thread for each tower; see Towers
-    model = ImageBind(CONFIG)
     towers, batches = Towers(model), Batches(pairs, seed)
     contrasts = Contrasts(model, np.random.default_rng(seed + 1))
     optimiser = optimiser_of(model, contrasts)
@@ -202,7 +211,7 @@ def train(pairs: Pairs, minutes: float, seed: int, save: Callable[[ImageBind, in
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, share)
         at = batches.draw()
-        keep = KEEP_PATCHES if share < WHOLE_FROM else 1.0
+        keep = KEEP_PATCHES if share < WHOLE_FROM else (1.0, 1.0)
         outputs = towers(partial(batches.frames, at), partial(batches.melspecs, at), keep)
         leaves = tuple(output.detach().requires_grad_() for output in outputs)
         losses = contrasts.losses(leaves, batches.alike(at), batches.labels(at))
@@ -224,10 +233,11 @@ def train(pairs: Pairs, minutes: float, seed: int, save: Callable[[ImageBind, in
 def main(
     out: Annotated[Path, typer.Option(help="the safetensors file to write")],
     minutes: Annotated[float, typer.Option(help="of training, rendering not counted")] = 45.0,
+    start: Annotated[Path | None, typer.Option(help="go on from these weights")] = None,
     seed: Annotated[int, typer.Option(help="of weights and batches")] = 1,
     worlds: Annotated[
-        int, typer.Option(help="training worlds of 30 clips each (2 MB a clip in scratch)")
-    ] = 100,
+        int, typer.Option(help="training worlds of 20 clips each (1 MB a clip in scratch)")
+    ] = 300,
     scratch: Annotated[Path, typer.Option(help="where rendered pairs are kept")] = Path(
         "demo-encoder-scratch"
     ),
@@ -235,9 +245,11 @@ def main(
 ) -> None:
     """Render, train, save, measure."""
     pairs = render(scratch, worlds, workers)
+    torch.manual_seed(seed)
+    model = ImageBind(CONFIG) if start is None else ImageBind.load(start, dtype=torch.float32).train()
     with sdpa_kernel(SDPBackend.MATH):  # five times as fast as the fused kernel on bfloat16 heads this narrow
-        train(pairs, minutes, seed, partial(_save, out, f"{worlds} worlds, seed {seed}"))
-    print(json.dumps(figures(ImageBind.load(out), HELD_OUT_WORLDS, MEASURED_CLIPS), indent=1), flush=True)
+        train(model, pairs, minutes, seed, partial(_save, out, f"{worlds} worlds, seed {seed}"))
+    print(json.dumps(figures(ImageBind.load(out), MEASURED_CLIPS), indent=1), flush=True)
 
 
 def _save(out: Path, of: str, model: ImageBind, steps: int) -> None:

@@ -94,14 +94,15 @@ class ImageBind(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Stable name of the embeddings: dimension, weights, arithmetic, revision; safe as a folder's name.
+        """Stable name of the embeddings: dimension, weights, revision; safe as a folder's name.
 
-        Examples: `imagebind-1024-d6f6c22bedcc-bf16-r1`, `imagebind-1024-random-7-fp32-r1`. Raises
+        Examples: `imagebind-1024-d6f6c22bedcc-r1`, `imagebind-1024-random-7-r1`. The arithmetic is no part
+        of it: bf16 and fp32 agree to a cosine of 0.999, so a store filled on a GPU answers a laptop. Raises
         WeightsError for a model that was made anew and not loaded.
         """
         if self._weights is None:
             raise WeightsError("a model that was never saved has no fingerprint: save it, then load it")
-        return _fingerprint(self.dim, self._weights, self.dtype)
+        return _fingerprint(self.dim, self._weights)
 
     @staticmethod
     def describe(
@@ -111,11 +112,11 @@ class ImageBind(nn.Module):
         dtype = _allowed(dtype or best_dtype(device))
         if (seed := _random_seed(source)) is not None:
             dim = ImageBindConfig.huge().dim
-            return Description(_fingerprint(dim, f"random-{seed}", dtype), dim, dtype, None)
+            return Description(_fingerprint(dim, f"random-{seed}"), dim, dtype, None)
         path = Path(source)
         dim = ImageBind._skeleton(path)[0].dim
         digest = sha256_of(path)
-        return Description(_fingerprint(dim, digest, dtype), dim, dtype, digest)
+        return Description(_fingerprint(dim, digest), dim, dtype, digest)
 
     @classmethod
     def load(
@@ -211,9 +212,9 @@ def normalise_frames(frames_NHW3: Tensor) -> Tensor:
     return (frames_NHW3 / (255.0 * std_3) - mean_3 / std_3).permute(0, 3, 1, 2)
 
 
-def _fingerprint(dim: int, weights: str, dtype: torch.dtype) -> str:
+def _fingerprint(dim: int, weights: str) -> str:
     name = weights if weights.startswith("random-") else weights[:12].lower()
-    return f"imagebind-{dim}-{name}-{DTYPE_NAMES[dtype]}-r{REVISION}"
+    return f"imagebind-{dim}-{name}-r{REVISION}"
 
 
 def _allowed(dtype: torch.dtype) -> torch.dtype:

@@ -23,10 +23,12 @@ ffmpeg's default, shared by the tools with which such encoders are trained.
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
 from r2scp.pipelines.ffmpeg_program import RATE, SIZE, SLOTS, TICK, find_program
 from r2scp.pipelines.harvest import (
     DecodeLimits,
@@ -37,7 +39,6 @@ from r2scp.pipelines.harvest import (
     gather,
     lead,
     promised_end,
-    seconds_left,
 )
 from r2scp.pipelines.media_faults import is_encrypted, meaning, open_regular, tidy
 from r2scp.pipelines.probe import SECONDS_PER_PROBE, Probed, ProbeFault, Track, probe
@@ -47,6 +48,7 @@ from r2scp.store.schema import ModalityStatus
 __all__ = ["Clip", "DecodeLimits", "StreamReport", "decode", "decode_fingerprint", "tokens"]
 
 GRID_VERSION = 1  # raise it whenever decode() returns something else for the same file and ffmpeg
+DEFAULT_LIMITS = DecodeLimits()
 SOUND_SLACK_S = 0.25  # missing sound that is no damage: codec delay, rounding in headers
 SOUND_SLACK = 0.02  # the same as a share of the recording: clocks that drift
 SOUND_SLACK_ERRORS_S = 0.1  # the same, when the decoder reported errors
@@ -76,7 +78,7 @@ class Clip:
     errors: str  # the end of ffmpeg's error messages, at most 500 characters
 
 
-def decode(path: str | Path, limits: DecodeLimits = DecodeLimits(), ffmpeg: str | None = None) -> Clip:
+def decode(path: str | Path, limits: DecodeLimits = DEFAULT_LIMITS, ffmpeg: str | None = None) -> Clip:
     """Decodes one file with the ffmpeg of imageio-ffmpeg, or with the program at `ffmpeg`.
 
     Raises `MediaError` when neither modality can be used or a limit is met, and `UsageError` when
@@ -88,7 +90,7 @@ def decode(path: str | Path, limits: DecodeLimits = DecodeLimits(), ffmpeg: str 
     try:
         job = Job(fd=fd, program=program, limits=limits, deadline=deadline)
         probed = _probe(job)
-        harvest = gather(job, _decodable(probed))
+        harvest = gather(job, probed)
         if harvest.frames is None and harvest.waveform is None:
             raise _nothing_usable(fd, probed, harvest)
     finally:
@@ -102,7 +104,7 @@ def decode(path: str | Path, limits: DecodeLimits = DecodeLimits(), ffmpeg: str 
         visual=visual,
         audio=audio,
         duration_s=promised_end(probed) or decoded_s,
-        errors=tidy(_undecodable(probed) + harvest.faults),
+        errors=tidy(harvest.faults),
     )
 
 
@@ -132,11 +134,12 @@ def _probe(job: Job) -> Probed:
             job.fd,
             longest_s=limits.max_duration_s,
             memory_bytes=limits.memory_bytes,
-            seconds=min(SECONDS_PER_PROBE, seconds_left(job)),
+            seconds=max(0.0, min(SECONDS_PER_PROBE, job.deadline - time.monotonic())),
         )
     except ProbeFault as fault:
-        words = str(fault)
-        recognised = "@ 0x" in words  # a demuxer spoke, so one took the file for its own
+        log, verdict = fault.args
+        words = log + verdict
+        recognised = bool(log)  # a demuxer spoke, so one took the file for its own
         default = FailureReason.CORRUPT if recognised else FailureReason.NOT_MEDIA
         reason = FailureReason.ENCRYPTED if recognised and is_encrypted(job.fd) else meaning(words, default)
         raise MediaError(reason, tidy(words)) from None
@@ -159,28 +162,12 @@ def _tracks(probed: Probed) -> list[Track]:
     return [track for track in (probed.video, probed.audio) if track]
 
 
-def _decodable(probed: Probed) -> Probed:
-    """Without the tracks for which there is no decoder: ffmpeg would refuse the others as well."""
-    video = probed.video if probed.video and probed.video.codec else None
-    audio = probed.audio if probed.audio and probed.audio.codec else None
-    return replace(probed, video=video, audio=audio)
-
-
-def _undecodable(probed: Probed) -> str:
-    return "".join(f"no decoder for stream {track.index}\n" for track in _tracks(probed) if not track.codec)
-
-
 def _nothing_usable(fd: int, probed: Probed, harvest: Harvest) -> MediaError:
     """The error for a file whose streams gave nothing."""
-    words = probed.log + _undecodable(probed) + harvest.faults
-    if is_encrypted(fd):
-        reason = FailureReason.ENCRYPTED
-    elif not any(track.codec for track in _tracks(probed)):
-        reason = FailureReason.UNSUPPORTED_CODEC
-    else:
-        reason = meaning(words, FailureReason.CORRUPT)
-        if reason is FailureReason.TRUNCATED:  # the header is there, so it told how to decode
-            reason = FailureReason.CORRUPT
+    words = probed.log + harvest.faults
+    reason = FailureReason.ENCRYPTED if is_encrypted(fd) else meaning(words, FailureReason.CORRUPT)
+    if reason is FailureReason.TRUNCATED:  # the header is whole, so it did tell how to decode
+        reason = FailureReason.CORRUPT
     return MediaError(reason, tidy(words) or "streams are there, and nothing could be decoded")
 
 
@@ -192,7 +179,7 @@ def _judge_visual(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, 
     tally = harvest.tallies.get(track.index, Tally())
     got = 0 if harvest.frames is None else len(harvest.frames)
     ends_at = end(probed, track)
-    if ends_at is None and probed.duration_s is not None and (tally.errors or not _is_whole(probed, harvest)):
+    if ends_at is None and (tally.errors or not _is_whole(probed, harvest)):
         ends_at = probed.duration_s
     expected = tokens(ends_at) if ends_at is not None else max(1, got)
     if harvest.frames is None:
@@ -205,7 +192,7 @@ def _judge_visual(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, 
 
 def _stale(frames: np.ndarray, harvest: Harvest) -> int:
     """How many frames only repeat the one before because damage swallowed their own."""
-    same = sum(bool(np.array_equal(a, b)) for a, b in zip(frames, frames[1:], strict=False))
+    same = sum(bool(np.array_equal(a, b)) for a, b in pairwise(frames))
     return min(same, round(harvest.repeats / SLOTS))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
+
 from r2scp.pipelines.demo_scene import Part, Scene
 from r2scp.pipelines.demo_world import INSTRUMENTS, RATES_HZ, SECONDS
 

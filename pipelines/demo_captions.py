@@ -9,6 +9,7 @@ truth.
 from collections.abc import Sequence
 
 import numpy as np
+
 from r2scp.pipelines.demo_scene import Part, Scene
 from r2scp.pipelines.demo_world import (
     AIRS_HZ,

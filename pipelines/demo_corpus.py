@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
+
 from r2scp.pipelines.demo_questions import questions
 from r2scp.pipelines.demo_render import FPS, FRAMES, SIZE, render_frames
 from r2scp.pipelines.demo_scene import Scene, scene

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
 from r2scp.pipelines import demo_answers as ask
 from r2scp.pipelines.demo_answers import Candidates, Facts
 from r2scp.pipelines.demo_scene import Scene

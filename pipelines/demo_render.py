@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
 from r2scp.pipelines.demo_scene import Part, Scene
 from r2scp.pipelines.demo_world import EMBLEMS, HUES, PLACES, SECONDS, TEXTURES, Backdrop
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from r2scp.pipelines.demo_world import (
     ENSEMBLES,
     ENTRY_GAP,

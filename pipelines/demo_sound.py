@@ -7,6 +7,7 @@ of noise of its own (`TIMBRES`). No recording is involved.
 from dataclasses import dataclass
 
 import numpy as np
+
 from r2scp.pipelines.demo_scene import Part, Scene
 from r2scp.pipelines.demo_world import AIRS_HZ, FLUTTERS_HZ, RATES_HZ, REVERBS_S, SECONDS, WHINES_HZ, Room
 

@@ -6,11 +6,11 @@ what came through the pipes and the tally that ffmpeg logs for each input stream
 
 import re
 import signal
-import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from r2scp.pipelines.ffmpeg_program import RATE, SIZE, TICK, Program, compose, sampling_shift
+
+from r2scp.pipelines.ffmpeg_program import RATE, SIZE, Order, Program, compose, sampling_shift
 from r2scp.pipelines.media_faults import meaning, tidy
 from r2scp.pipelines.probe import Probed, Track
 from r2scp.pipelines.supervise import Bounds, Finished, Stop, supervise
@@ -22,7 +22,8 @@ BEYOND_S = 1.0  # how far past the promised end of a file is looked
 
 #: One line of ffmpeg's log that reports a fault, with `-v level+...`.
 FAULT = re.compile(r"^(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] .*$", re.MULTILINE)
-#: "Input stream #0:1 (audio): 432 packets read (89016 bytes); 431 frames decoded; 0 decode errors (441000 samples); "
+#: "Input stream #0:1 (audio): 432 packets read (89016 bytes); 431 frames decoded; 0 decode errors
+#: (441000 samples); " on one line.
 TALLY = re.compile(
     r"Input stream #0:(?P<index>\d+) \(\w+\): \d+ packets read \(\d+ bytes\); (?P<frames>\d+) frames decoded"
     r"(?:; (?P<errors>\d+) decode errors)?(?: \((?P<samples>\d+) samples\))?"
@@ -63,7 +64,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Harvest:
-    """What the runs over one file brought."""
+    """What ffmpeg brought of one file."""
 
     frames: np.ndarray | None = None  # (T, 224, 224, 3) uint8; maybe a few more than promised
     waveform: np.ndarray | None = None  # (S,) float32, from the first sample of the stream
@@ -81,7 +82,7 @@ def lead(probed: Probed, track: Track) -> float:
 
 
 def end(probed: Probed, track: Track | None) -> float | None:
-    """When the track should end, in seconds; None where only the container promises something, or nothing does."""
+    """When the track should end, in seconds; None where it does not say so itself."""
     if track is None or track.duration_s is None:
         return None
     return lead(probed, track) + track.duration_s
@@ -94,40 +95,43 @@ def promised_end(probed: Probed) -> float | None:
 
 
 def gather(job: Job, probed: Probed) -> Harvest:
-    """Decodes the tracks of `probed`: in one pass, and alone what a failed pass did not bring.
+    """Decodes the tracks of `probed`: in one pass, or each alone after that pass has failed.
 
     Raises MediaError for what concerns the file as a whole: time, flood, a crash.
     """
-    harvest = Harvest()
-    if not (probed.video or probed.audio):
-        return harvest
     shift = sampling_shift(end(probed, probed.video) or probed.duration_s)
-    _run(job, probed, shift, harvest)
+    harvest = _run(job, probed, shift)
     if harvest.failed and probed.video and probed.audio:
-        if harvest.waveform is None:
-            _run(job, replace(probed, video=None), 0, harvest)
-        if harvest.frames is None:
-            _run(job, replace(probed, audio=None), shift, harvest)
+        seen = _run(job, replace(probed, audio=None), shift)
+        harvest = _merge(seen, _run(job, replace(probed, video=None), 0))
     if probed.video and harvest.frames is None and harvest.tallies.get(probed.video.index, Tally()).frames:
-        _run(job, replace(probed, audio=None), sampling_shift(0.0), harvest)  # ends before 0.5 s, unforeseen
+        # there are frames, but none was on show at 0.5 s: shorter than it promised
+        harvest = _merge(_run(job, replace(probed, audio=None), sampling_shift(0.0)), harvest)
     return harvest
 
 
-def _run(job: Job, probed: Probed, shift: int, harvest: Harvest) -> None:
-    """One pass of ffmpeg over the tracks of `probed`; adds what it gives to `harvest`."""
+def _merge(seen: Harvest, heard: Harvest) -> Harvest:
+    """The picture of one run and the sound of another."""
+    return Harvest(
+        frames=seen.frames,
+        waveform=heard.waveform,
+        tallies=heard.tallies | seen.tallies,
+        repeats=seen.repeats,
+        faults=seen.faults + heard.faults,
+        failed=seen.failed or heard.failed,
+    )
+
+
+def _run(job: Job, probed: Probed, shift: int) -> Harvest:
+    """One pass of ffmpeg over the tracks of `probed`."""
     end_s = (promised_end(probed) or job.limits.max_duration_s) + BEYOND_S
     room = {"video": int(end_s + 2) * FRAME_BYTES, "audio": int((end_s + 2) * RATE) * SAMPLE_BYTES}
     kinds = [kind for kind in room if getattr(probed, kind)]
+    if not kinds:
+        return Harvest()
+    order = Order(fd=job.fd, probed=probed, shift=shift, end_s=end_s, max_pixels=job.limits.max_pixels)
     finished = supervise(
-        lambda pipes: compose(
-            job.fd,
-            probed,
-            job.program,
-            shift=shift,
-            end_s=end_s,
-            max_pixels=job.limits.max_pixels,
-            pipes=pipes,
-        ),
+        lambda pipes: compose(order, job.program, pipes),
         Bounds(
             deadline=job.deadline,
             memory_bytes=job.limits.memory_bytes,
@@ -136,33 +140,37 @@ def _run(job: Job, probed: Probed, shift: int, harvest: Harvest) -> None:
         ),
         inherit=(job.fd,),
     )
-    faults = "\n".join(FAULT.findall(finished.stderr))
+    faults = "".join(line + "\n" for line in FAULT.findall(finished.stderr))
     _require_alive(finished, faults, job)
     brought = dict(zip(kinds, finished.pipes, strict=True))
-    harvest.faults += faults + "\n"
-    harvest.failed = finished.returncode != 0
-    if len(brought.get("video", b"")) >= FRAME_BYTES:
-        harvest.frames = _array(brought["video"], np.uint8, FRAME_BYTES).reshape(-1, SIZE, SIZE, 3)
-    if len(brought.get("audio", b"")) >= SAMPLE_BYTES:
-        harvest.waveform = _array(brought["audio"], np.float32, SAMPLE_BYTES)
-    _account(finished.stderr, probed, faults, harvest)
+    frames = _array(brought.get("video", bytearray()), np.uint8, FRAME_BYTES)
+    waveform = _array(brought.get("audio", bytearray()), np.float32, SAMPLE_BYTES)
+    repeats = REPEATS.findall(finished.stderr)
+    return Harvest(
+        frames=frames.reshape(-1, SIZE, SIZE, 3) if len(frames) else None,
+        waveform=waveform if len(waveform) else None,
+        tallies=_tallies(finished.stderr, faults),
+        repeats=int(repeats[-1]) if repeats else 0,
+        faults=faults,
+        failed=finished.returncode != 0,
+    )
 
 
-def _array(data: bytearray, dtype: type, unit: int) -> np.ndarray:
+def _array(data: bytearray, dtype: type[np.generic], unit: int) -> np.ndarray:
     """The whole units of `data`, without copying."""
     return np.frombuffer(data, dtype, count=len(data) // unit * unit // np.dtype(dtype).itemsize)
 
 
-def _account(log: str, probed: Probed, faults: str, harvest: Harvest) -> None:
-    """Reads ffmpeg's final tallies. Versions that do not count errors get the number of error lines."""
-    for found in TALLY.finditer(log):
-        index = int(found["index"])
-        if index in (track.index for track in (probed.video, probed.audio) if track):
-            errors = found["errors"] or faults.count("\n") + bool(faults)
-            harvest.tallies[index] = Tally(int(found["frames"]), int(errors), int(found["samples"] or 0))
-    repeats = REPEATS.findall(log)
-    if probed.video and repeats:
-        harvest.repeats = int(repeats[-1])
+def _tallies(log: str, faults: str) -> dict[int, Tally]:
+    """ffmpeg's final tallies. A version that does not count errors gets the number of error lines."""
+    return {
+        int(found["index"]): Tally(
+            frames=int(found["frames"]),
+            errors=int(found["errors"] or faults.count("\n")),
+            samples=int(found["samples"] or 0),
+        )
+        for found in TALLY.finditer(log)
+    }
 
 
 def _require_alive(finished: Finished, faults: str, job: Job) -> None:
@@ -172,26 +180,10 @@ def _require_alive(finished: Finished, faults: str, job: Job) -> None:
         raise MediaError(FailureReason.TIMEOUT, f"decoding took more than the {allowed:g} s allowed")
     if finished.stopped is Stop.FLOOD:
         raise MediaError(FailureReason.TOO_LARGE, "decoding brought more than the file's length allows")
+    if (
+        meaning(faults, FailureReason.CORRUPT) is FailureReason.OUT_OF_MEMORY
+    ):  # the rest would look like damage
+        raise MediaError(FailureReason.OUT_OF_MEMORY, tidy(faults))
     if finished.returncode < 0:
-        reason = meaning(faults, FailureReason.DECODER_CRASHED)
-        reason = reason if reason is FailureReason.OUT_OF_MEMORY else FailureReason.DECODER_CRASHED
-        raise MediaError(reason, f"ffmpeg ended by signal {-finished.returncode}; {tidy(faults)}")
-
-
-def seconds_left(job: Job) -> float:
-    """Wall time that the file may still take."""
-    return max(0.0, job.deadline - time.monotonic())
-
-
-__all__ = [
-    "TICK",
-    "DecodeLimits",
-    "Harvest",
-    "Job",
-    "Tally",
-    "end",
-    "gather",
-    "lead",
-    "promised_end",
-    "seconds_left",
-]
+        how = f"ffmpeg ended by signal {-finished.returncode}"
+        raise MediaError(FailureReason.DECODER_CRASHED, "; ".join(filter(None, [how, tidy(faults)])))

@@ -30,18 +30,26 @@ MEANINGS = tuple(
     for words, reason in (
         (r"exceeds specified max pixel count", FailureReason.TOO_LARGE),
         (
-            r"[Cc]annot allocate memory|bad_alloc|Resource temporarily unavailable",
+            r"[Cc]annot allocate memory|bad_alloc|Resource temporarily unavailable|thread_encoder_init failed",
             FailureReason.OUT_OF_MEMORY,
         ),
         (
             r"Skipped opening external track|Protocol '[^']*' not on whitelist|"
-            r"\[(?:hls|dash|concat|sdp|rtsp|rtp|sap|image2|imf|vobsub|webm_dash_manifest)\b[^\]]*\] (?:\[\w+\] )?"
-            r"Format not on whitelist",
+            r"\[(?:hls|dash|concat|sdp|rtsp|rtp|sap|image2|imf|vobsub|webm_dash_manifest)\b[^\]]*\]"
+            r" Format not on whitelist",
             FailureReason.FORBIDDEN_REFERENCE,
         ),
         (r"Format not on whitelist", FailureReason.NOT_MEDIA),
+        (r"no decoder found for|Decoder [^:]* not found", FailureReason.UNSUPPORTED_CODEC),
         (r"moov atom not found|truncat|partial file|End of file", FailureReason.TRUNCATED),
     )
+)
+
+#: Lines that only repeat a fault further up, or advise a person at a terminal.
+NOISE = re.compile(
+    r"Task finished with|Terminating thread|Could not open encoder before|Error sending frames|"
+    r"Conversion failed|Nothing was written|Could not find codec parameters|Consider increasing the|"
+    r"Cannot determine format of input|non monotonically increasing dts to muxer"
 )
 
 
@@ -92,9 +100,9 @@ def meaning(words: str, default: FailureReason) -> FailureReason:
 
 def tidy(words: str) -> str:
     """The end of the tools' words, on one line, without addresses, colours and control characters."""
-    words = re.sub(r" @ 0x[0-9a-f]+", "", words)
-    words = re.sub(r"\[(?:error|fatal|panic|warning)\] ", "", words)
-    lines = [re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", line).strip() for line in words.splitlines()]
+    words = re.sub(r" @ 0x[0-9a-f]+|(?<=not on whitelist) '.*'|\[(?:error|fatal|panic|warning)\] ", "", words)
+    lines = (line for line in words.splitlines() if not NOISE.search(line))
+    lines = (re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", line).strip() for line in lines)
     unique = list(dict.fromkeys(line for line in lines if line))
     text = "; ".join(unique)
     return text if len(text) <= DETAIL_CHARS else "…" + text[-DETAIL_CHARS + 1 :]

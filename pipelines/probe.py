@@ -28,6 +28,8 @@ from r2scp.store.errors import FailureReason, MediaError
 CHILD = Path(__file__).with_name("probe_child.py")
 SECONDS_PER_PROBE = 60.0  # a healthy file takes milliseconds; a six-gigabyte one to be scanned, seconds
 SECONDS_TO_START = 60.0  # for the child's first answer, on a machine that is short of everything
+#: A demuxer that was tried for want of a better one has not recognised anything.
+MISDETECTED = r"Format \w+ detected only with low score.*\n"
 LOG_BYTES = 1 << 16  # most that libav may say about one file
 
 #: The demuxers that may open a file: each reads one self-contained recording. Those that fetch
@@ -47,7 +49,6 @@ class Track:
     """What picture and sound streams have in common. Times in seconds; None: the file does not say."""
 
     index: int  # in the container, as ffmpeg counts
-    codec: str  # empty: no decoder
     start_s: float | None
     duration_s: float | None
 
@@ -79,7 +80,7 @@ class Probed:
 
 
 class ProbeFault(Exception):
-    """libav would not open the file; `args[0]` holds its words."""
+    """libav would not open the file; `args` are what it logged and its verdict."""
 
 
 class Prober:
@@ -87,7 +88,7 @@ class Prober:
 
     def __init__(self) -> None:
         self.channel, theirs = socket.socketpair()
-        self.words = tempfile.TemporaryFile(mode="a+b")
+        self.words = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115  lives as long as the child
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(CHILD), str(theirs.fileno())],
@@ -192,7 +193,7 @@ def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECO
     if "fault" in reply:
         if reply["fault"] == "MemoryError":
             raise MediaError(FailureReason.OUT_OF_MEMORY, f"reading the header: {reply['says']}")
-        raise ProbeFault(log + reply["says"])
+        raise ProbeFault(re.sub(MISDETECTED, "", log), reply["says"])
     video, audio = reply.pop("video"), reply.pop("audio")
     return Probed(
         video=VideoTrack(**video) if video else None,

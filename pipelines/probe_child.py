@@ -37,11 +37,10 @@ def seconds(ticks: int | None, unit: Any) -> float | None:
 
 
 def describe(stream: Any) -> dict[str, Any]:
-    """One stream as plain values; `codec` is empty when there is no decoder for it."""
+    """One stream as plain values. libav here may lack a decoder that ffmpeg has: then sizes stay unknown."""
     context = stream.codec_context
     facts = {
         "index": stream.index,
-        "codec": context.name if context else "",
         "start_s": seconds(stream.start_time, stream.time_base),
         "duration_s": seconds(stream.duration, stream.time_base) or None,
     }
@@ -91,10 +90,9 @@ def words() -> bytes:
 
 def probe(fd: int, request: dict[str, Any]) -> dict[str, Any]:
     """Everything `probe.Probed` wants to know about the file behind `fd`."""
-    options = {"protocol_whitelist": "file", "format_whitelist": request["formats"]}
     with av.open(
         f"file:/dev/fd/{fd}",
-        options=options,
+        options={"protocol_whitelist": "file", "format_whitelist": request["formats"]},
         metadata_errors="replace",
         timeout=request["seconds"],
     ) as container:
@@ -106,12 +104,12 @@ def probe(fd: int, request: dict[str, Any]) -> dict[str, Any]:
             "duration_s": seconds(container.duration, 1 / av.time_base) or None,
             **found,
         }
-        usable = {f["index"]: f for f in found.values() if f and f["codec"]}
+        tracks = {f["index"]: f for f in found.values() if f}
         guessed = GUESSED in words()
-        unknown = reply["duration_s"] is None and any(f["duration_s"] is None for f in usable.values())
-        longest = max([reply["duration_s"] or 0, *(f["duration_s"] or 0 for f in usable.values())])
-        if usable and (guessed or unknown or longest > request["longest_s"]):
-            scan(container, usable)
+        unknown = reply["duration_s"] is None and any(f["duration_s"] is None for f in tracks.values())
+        longest = max([reply["duration_s"] or 0, *(f["duration_s"] or 0 for f in tracks.values())])
+        if tracks and (guessed or unknown or longest > request["longest_s"]):
+            scan(container, tracks)
             reply["duration_s"] = None
         return reply
 
@@ -125,8 +123,8 @@ def answer(fd: int, request: dict[str, Any]) -> dict[str, Any]:
 
 def serve(channel: socket.socket) -> None:
     """Answers until the parent hangs up, which it also does by dying."""
-    av.logging.restore_default_callback()  # to standard error, in C: safe from any thread
     av.logging.set_level(av.logging.WARNING)
+    av.logging.restore_default_callback()  # to standard error, in C: PyAV's way can dead-lock with threads
     while True:
         line, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 1)
         if not line:

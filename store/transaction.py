@@ -50,7 +50,9 @@ class TableAddress:
         empty = self.schema.empty_table()
         options = dict(self.storage_options)
         try:
-            return lance.write_dataset(empty, self.uri, schema=self.schema, mode="create", storage_options=options)
+            return lance.write_dataset(
+                empty, self.uri, schema=self.schema, mode="create", storage_options=options
+            )
         except (OSError, ValueError):
             if self.exists():
                 return self.open()
@@ -122,7 +124,9 @@ def commit(
     transaction = lance.Transaction(
         read_version=dataset.version, operation=operation, transaction_properties=dict(properties)
     )
-    return lance.LanceDataset.commit(dataset, transaction, storage_options=dict(address.storage_options)).version
+    return lance.LanceDataset.commit(
+        dataset, transaction, storage_options=dict(address.storage_options)
+    ).version
 
 
 def _without(

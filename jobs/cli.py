@@ -1,0 +1,147 @@
+"""The command line. Each command's module is imported inside the command, so that --help is quick."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r2scp.jobs.config import (
+    DEFAULT_STORE,
+    DeviceOption,
+    EncoderName,
+    EncoderOption,
+    FingerprintOption,
+    JsonOption,
+    StorageOption,
+    StoreOption,
+    WeightsOption,
+    say,
+    speaking,
+    storage_options,
+)
+
+app = typer.Typer(
+    name="r2scp-pipe",
+    help="Features of videos into a store, and answers about recordings whose sound or picture is missing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the generated corpus and its store go.")] = Path("demo"),
+    clips: Annotated[int, typer.Option(min=1, help="How many clips of 10 s to generate.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Which corpus: the same seed, the same clips.")] = 7,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate a corpus of real mp4 files, extract it, and show what is in the store."""
+    with speaking():
+        from r2scp.jobs.demo import run_demo
+
+        say(run_demo(folder, clips, seed, num_workers), as_json)
+
+
+@app.command()
+def extract(
+    corpus: Annotated[str, typer.Option(help="vggsound, music-avqa, avqa, folder or demo.")],
+    root: Annotated[Path, typer.Option(help="The folder that holds the media, at any depth.")],
+    annotations: Annotated[
+        list[Path] | None, typer.Option(help="Annotation file, or folder of them. Repeatable.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of rows that name none.")] = "",
+    encoder: EncoderOption = EncoderName.HUGE,
+    weights: WeightsOption = None,
+    device: DeviceOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many clips.")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Try dead letters of untouched files again.")] = False,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Cores to decode on; all by default.")
+    ] = None,
+    gpus_per_actor: Annotated[float, typer.Option(min=0.01, help="GPU share of one embedding actor.")] = 1.0,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster; a local Ray by default.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="Our wheel, for clusters that lack it.")] = None,
+    ffmpeg: Annotated[str | None, typer.Option(help="Another ffmpeg than the one that comes along.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Decode a corpus's videos, embed them with ImageBind, and store what the store does not hold yet."""
+    with speaking():
+        from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device
+        from r2scp.jobs.extract_command import finish, resources, run_with_progress
+
+        source = Source(corpus, root, tuple(annotations or ()), split, limit, retry_failed)
+        spec = encoder_spec(encoder, weights, pick_device(device))
+        means = resources(num_workers, gpus_per_actor, ray_address, wheel, ffmpeg)
+        report = run_with_progress(source, Destination(store, storage_options(storage_option)), spec, means)
+        say(report.to_json(), as_json)
+        finish(report)
+
+
+@app.command()
+def status(
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in the store: clips, statuses, questions, failures, versions, tags."""
+    with speaking():
+        from r2scp.store.feature_store import FeatureStore
+
+        say(FeatureStore.open(store, fingerprint, storage_options(storage_option)).status(), as_json)
+
+
+@app.command()
+def failures(
+    reason: Annotated[str | None, typer.Option(help="Only dead letters of this reason.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many rows.")] = 100,
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what could not be stored, and why."""
+    with speaking():
+        from r2scp.jobs.failures import show_failures
+        from r2scp.store.feature_store import FeatureStore
+
+        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
+        show_failures(opened, reason, limit, as_json)
+
+
+@app.command()
+def weights(
+    encoder: Annotated[EncoderName, typer.Argument(help="Which ImageBind.")],
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="You accept CC BY-NC-SA 4.0 (not for commercial use).")
+    ] = False,
+    dest: Annotated[Path | None, typer.Option(help="Where to; $R2SCP_HOME or ~/.cache/r2scp.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch the published ImageBind checkpoint (4.8 GB), resuming and checking its hash."""
+    with speaking():
+        from r2scp.jobs.weights_command import fetch_with_progress
+
+        say(fetch_with_progress(encoder, accept_license, dest), as_json)
+
+
+@app.command()
+def doctor(
+    store: StoreOption = DEFAULT_STORE,
+    storage_option: StorageOption = None,
+    ffmpeg: Annotated[str | None, typer.Option(help="Another ffmpeg than the one that comes along.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check what is needed: packages, ffmpeg, devices, weights, the store; exit 1 where something lacks."""
+    with speaking():
+        from r2scp.jobs.doctor import examine
+
+        findings, sound = examine(store, storage_options(storage_option), ffmpeg)
+        say(findings, as_json)
+        raise typer.Exit(0 if sound else 1)

@@ -1,0 +1,126 @@
+"""Options that several commands share, and how commands speak: JSON on stdout, all else on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from r2scp.store.errors import R2SCPError, UsageError
+
+DEFAULT_STORE = "./r2scp-store"
+
+#: stderr, with nothing in outside text taken for markup
+console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+class EncoderName(StrEnum):
+    """The encoders that have a name; any other comes with --weights."""
+
+    HUGE = "imagebind-huge"
+    DEMO = "imagebind-demo"
+
+
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar="R2SCP_STORE", help="Folder or object store address of the store.")
+]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option("--storage-option", help="KEY=VALUE for an object store, as Lance names them. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
+EncoderOption = Annotated[EncoderName, typer.Option("--encoder", help="Which ImageBind.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="A .pth or .safetensors file, or random:SEED (benchmarks only)."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; the GPU where there is one by default.")
+]
+FingerprintOption = Annotated[
+    str | None, typer.Option("--fingerprint", help="Which encoder's tables, where the store holds several.")
+]
+
+
+def storage_options(pairs: list[str] | None) -> dict[str, str]:
+    """`KEY=VALUE` pairs as a dict."""
+    options = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--storage-option must be KEY=VALUE; got {pair!r}")
+        options[key] = value
+    return options
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Turn our errors into one line and exit code 1 (2 for a wrong option), Ctrl-C into 130."""
+    try:
+        yield
+    except UsageError as error:
+        console.print(f"error: {printable(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    except R2SCPError as error:
+        console.print(f"error: {printable(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        console.print("interrupted: what was committed stays; run the same command again to go on")
+        raise typer.Exit(130) from error
+
+
+def say(result: Mapping[str, object], as_json: bool) -> None:
+    """Print a result: one JSON object on stdout, or aligned lines a person reads."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, default=str) + "\n")
+        return
+    out = Console(markup=False, highlight=False, emoji=False)
+    _lines(out, result, "")
+
+
+def _lines(out: Console, result: Mapping[str, object], indent: str) -> None:
+    width = max((len(name) for name in result), default=0)
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            out.print(f"{indent}{name.replace('_', ' ')}")
+            _lines(out, value, indent + "  ")
+        elif value not in ([], ""):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            out.print(f"{indent}{name.replace('_', ' '):<{width}}  {printable(text)}", soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` with control and direction characters escaped, so that it cannot steer a terminal."""
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress]:
+    """A progress bar on stderr: on a terminal drawn, otherwise nothing (jobs print plain lines)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        yield bar
+
+
+def default_workers() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def absolute(path: Path) -> Path:
+    """As seen from anywhere: workers run in other folders."""
+    return path.expanduser().resolve()

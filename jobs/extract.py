@@ -1,0 +1,268 @@
+"""`extract`: a corpus into the store. Plan, run the flow, commit as it goes, account for every input.
+
+Nothing is decoded that the store already holds, and where nothing is to do nothing is written: no version,
+no lease, no run. A run that is killed leaves what it had committed; the next one goes on from there.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from r2scp.jobs.weights import describe_encoder, resolve_encoder
+from r2scp.model.imagebind import DTYPE_NAMES
+from r2scp.pipelines.corpora import Corpus, open_corpus
+from r2scp.pipelines.decode import decode_fingerprint
+from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.flows import Resources, extract, ray_session
+from r2scp.pipelines.plan import Plan, Scope, make_plan
+from r2scp.pipelines.questions import commit_questions
+from r2scp.pipelines.stages import Provenance
+from r2scp.store.errors import R2SCPError, UsageError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.runs import Lease, new_run_id, now
+from r2scp.store.schema import Table
+from r2scp.store.transaction import Staged
+
+COMMIT_EVERY_S = 5.0  # what a crash can cost in finished work
+COMMIT_EVERY_FRAGMENTS = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which corpus, where it is, and how much of it."""
+
+    corpus: str
+    root: Path
+    annotations: tuple[Path, ...] = ()
+    split: str = ""
+    limit: int | None = None
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Which store."""
+
+    uri: str
+    storage_options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """The account of one run; `inputs == stored + unchanged + dead`."""
+
+    corpus: str = ""
+    encoder: str = ""
+    inputs: int = 0
+    stored: int = 0
+    unchanged: int = 0
+    dead: int = 0
+    dead_before: int = 0  # of `dead`: failed in an earlier run, file untouched, not tried again
+    decoded: int = 0  # files decoded, or tried, in this run
+    missing_files: int = 0
+    partial: int = 0
+    gone: int = 0
+    gone_first: list[str] = field(default_factory=list)
+    rejects: dict[str, int] = field(default_factory=dict)
+    ignored_files: int = 0
+    questions: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    annotations: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    clips_per_second: float = 0.0
+    clips_version: int = 0
+    run_id: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+Progress = Callable[[Report, int], None]  # the account so far, how many clips there are to do
+
+
+def pick_device(wanted: str | None) -> str:
+    """`cpu` or `cuda`: as asked for, or the GPU where there is one."""
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in (None, "cpu", "cuda") or (wanted == "cuda" and available == "cpu"):
+        raise UsageError(
+            f"--device must be cpu{', or cuda' if available == 'cuda' else ' here'}; got {wanted!r}"
+        )
+    return wanted or available
+
+
+def encoder_spec(name: str, weights: str | None, device: str) -> EncoderSpec:
+    """The encoder that `--encoder NAME --weights FILE` means. Raises `EncoderError`."""
+    source = resolve_encoder(name, weights)
+    described = describe_encoder(source, device)
+    return EncoderSpec(
+        source=source,
+        fingerprint=described.fingerprint,
+        dim=described.dim,
+        dtype=DTYPE_NAMES[described.dtype],
+        device=device,
+        sha256=described.sha256,
+    )
+
+
+def run_extract(
+    source: Source, destination: Destination, encoder: EncoderSpec, resources: Resources, progress: Progress
+) -> Report:
+    """Extract one corpus. Raises `R2SCPError` with one clear line where it cannot go on."""
+    started = time.monotonic()
+    corpus = open_corpus(source.corpus, source.root, source.annotations, source.split)
+    store = FeatureStore.create(
+        destination.uri, encoder.fingerprint, encoder.dim, destination.storage_options
+    )
+    run = _Run(store=store, encoder=encoder, resources=resources, corpus=corpus)
+    plan = run.plan(source)
+    report = run.report
+    if plan.pending:
+        with run.writing(source):
+            run.clips(plan, progress)
+            report.questions = commit_questions(corpus, store, encoder, report.run_id)
+            store.compact(Table.CLIPS)
+    else:
+        report.questions = _questions_alone(run, source)
+    report.clips_version = store.dataset(Table.CLIPS).version
+    report.seconds = round(time.monotonic() - started, 3)
+    report.clips_per_second = round(report.decoded / report.seconds, 3)
+    if report.inputs != report.stored + report.unchanged + report.dead:
+        raise R2SCPError(
+            f"inputs are unaccounted for: {report.inputs} inputs, but {report.stored} stored, "
+            f"{report.unchanged} unchanged, {report.dead} dead; run the same command again and report this"
+        )
+    return report
+
+
+def _questions_alone(run: "_Run", source: Source) -> dict[str, int]:
+    """Questions, where no clip is to be done: new annotations of known videos, or nothing at all."""
+    counts = commit_questions(run.corpus, run.store, run.encoder, "", dry_run=True)
+    if not counts["stored"]:
+        return counts
+    with run.writing(source):
+        return commit_questions(run.corpus, run.store, run.encoder, run.report.run_id)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One run of extraction on one store."""
+
+    store: FeatureStore
+    encoder: EncoderSpec
+    resources: Resources
+    corpus: Corpus
+    report: Report = field(default_factory=Report)
+    _sequence: int = 0
+    _lease: Lease | None = None
+
+    def plan(self, source: Source) -> Plan:
+        scope = Scope(
+            decode_fingerprint=decode_fingerprint(self.resources.ffmpeg),
+            limit=source.limit,
+            retry_failed=source.retry_failed,
+        )
+        plan = make_plan(self.corpus, self.store.known(self.corpus.name), scope)
+        tally = self.corpus.clip_tally
+        self.report = Report(
+            corpus=self.corpus.name,
+            encoder=self.encoder.fingerprint,
+            inputs=plan.inputs,
+            unchanged=plan.unchanged,
+            dead=plan.dead_before,
+            dead_before=plan.dead_before,
+            missing_files=plan.missing_files,
+            gone=plan.gone,
+            gone_first=plan.gone_first,
+            rejects={reason.value: count for reason, count in tally.rejects.items()},
+            ignored_files=self.corpus.ignored.count,
+            annotations=[str(file.path) for file in self.corpus.files],
+        )
+        return plan
+
+    @contextmanager
+    def writing(self, source: Source) -> Iterator[None]:
+        """Hold the lease, keep a row in `runs`, and put right what a crash between two tables left."""
+        report = self.report
+        report.run_id = new_run_id("extract")
+        row: dict[str, object] = {
+            "run_id": report.run_id,
+            "kind": "extract",
+            "config": json.dumps(asdict(source) | {"encoder": self.encoder.fingerprint}, default=str),
+            "status": "running",
+            "started_at": now(),
+            "versions_before": json.dumps(self.store.versions()),
+        }
+        with self.store.lease(f"extract --corpus {report.corpus}").hold() as self._lease:
+            self.store.record_run(row)
+            status = "interrupted"
+            try:
+                self._reconcile()
+                yield
+                self._reconcile()
+                status = "done"
+            except Exception:
+                status = "failed"
+                raise
+            finally:
+                counts, versions = json.dumps(report.to_json()), json.dumps(self.store.versions())
+                ended = {"status": status, "ended_at": now(), "counts": counts, "versions_after": versions}
+                self.store.record_run(row | ended)
+
+    def clips(self, plan: Plan, progress: Progress) -> None:
+        """Run the flow over the plan's sources and commit what it stages."""
+        tables = (self.store.address(Table.CLIPS), self.store.address(Table.FAILURES))
+        provenance = Provenance.of(self.report.run_id, self.encoder, self.resources.ffmpeg)
+        total, waiting = len(plan.pending), []
+        progress(self.report, total)
+        with ray_session(self.resources):
+            due = time.monotonic() + COMMIT_EVERY_S
+            for batch in extract(plan.sources, self.encoder, tables, provenance, self.resources):
+                waiting.append(batch)
+                if len(waiting) >= COMMIT_EVERY_FRAGMENTS or time.monotonic() >= due:
+                    self._commit(waiting, plan)
+                    waiting, due = [], time.monotonic() + COMMIT_EVERY_S
+                    progress(self.report, total)
+            self._commit(waiting, plan)
+        progress(self.report, total)
+        if plan.pending:
+            first = next(iter(plan.pending))
+            raise R2SCPError(f"{len(plan.pending)} clips went into the flow and did not come out: {first}")
+
+    def _commit(self, batches: list[dict], plan: Plan) -> None:
+        """Make staged rows visible: new clips first, then dead letters and what is no longer true."""
+        if not batches:
+            return
+        assert self._lease is not None
+        self._lease.require()
+        stored = [Staged.from_json(batch["stored"]) for batch in batches]
+        dead = [Staged.from_json(batch["dead"]) for batch in batches]
+        stored_ids = [clip_id for staged in stored for clip_id in staged.ids]
+        dead_ids = [clip_id for staged in dead for clip_id in staged.ids]
+        unchanged = [clip_id for batch in batches for clip_id in batch["unchanged"]]
+        for clip_id in (*stored_ids, *dead_ids, *unchanged):
+            del plan.pending[clip_id]  # KeyError: a clip came out that did not go in, or came out twice
+        self._sequence += 1
+        properties = {"run": self.report.run_id, "sequence": str(self._sequence)}
+        self.store.commit(Table.CLIPS, stored, properties, also_delete=dead_ids)
+        self.store.commit(Table.FAILURES, dead, properties, also_delete=stored_ids)
+        report = self.report
+        report.stored += len(stored_ids)
+        report.dead += len(dead_ids)
+        report.unchanged += len(unchanged)
+        report.decoded += len(stored_ids) + len(dead_ids)
+        report.partial += sum(batch["partial"] for batch in batches)
+        for batch in batches:
+            for reason in json.loads(batch["reasons"]):
+                report.reasons[reason] = report.reasons.get(reason, 0) + 1
+
+    def _reconcile(self) -> None:
+        stale_clips, stale_failures = self.store.superseded()
+        properties = {"run": self.report.run_id, "sequence": "reconcile"}
+        self.store.commit(Table.CLIPS, [], properties, also_delete=stale_clips)
+        self.store.commit(Table.FAILURES, [], properties, also_delete=stale_failures)

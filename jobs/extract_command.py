@@ -1,0 +1,76 @@
+"""How `extract` shows itself: a bar on a terminal, plain lines elsewhere, an exit code that tells."""
+
+import time
+from pathlib import Path
+
+import typer
+from rich.progress import Progress
+
+from r2scp.jobs.config import absolute, console, default_workers, progress_bar
+from r2scp.jobs.extract import Destination, Report, Source, run_extract
+from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.flows import Resources
+
+LINE_EVERY_S = 30.0  # plain progress lines, where there is no terminal
+ALL_FAILED = 3  # exit code: finished, but every input failed
+
+
+def resources(
+    num_workers: int | None,
+    gpus_per_actor: float,
+    ray_address: str | None,
+    wheel: Path | None,
+    ffmpeg: str | None,
+) -> Resources:
+    """The command line's options as `Resources`."""
+    return Resources(
+        num_workers=num_workers or default_workers(),
+        gpus_per_actor=gpus_per_actor,
+        ray_address=ray_address,
+        wheel=str(absolute(wheel)) if wheel else None,
+        ffmpeg=ffmpeg,
+    )
+
+
+class _Teller:
+    """Progress as it comes: to the bar, and now and then as a line where there is no terminal."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("extract", total=None, note="")
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, report: Report, total: int) -> None:
+        done = report.decoded
+        present = time.monotonic()
+        rate = done / max(present - self._started, 1e-9)
+        note = f"{rate:.2f} clips/s, {report.dead - report.dead_before} failed"
+        self._bar.update(self._task, total=total, completed=done, note=note)
+        if self._bar.disable and (present - self._said > LINE_EVERY_S or done >= total):
+            left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
+            console.print(f"extract: {done}/{total} clips, {note}{left}")
+            self._said = present
+
+
+def run_with_progress(
+    source: Source, destination: Destination, encoder: EncoderSpec, means: Resources
+) -> Report:
+    """`run_extract`, seen on stderr; says what the demo encoder is not for."""
+    if encoder.dim < 1024 and source.corpus != "demo":
+        console.print(
+            "note: imagebind-demo knows generated clips only; its features of anything else mean little"
+        )
+    with progress_bar() as bar:
+        report = run_extract(source, destination, encoder, means, _Teller(bar))
+    for clip_id in report.gone_first:
+        console.print(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
+    if not report.decoded:
+        console.print("nothing to do: the store holds all of it")
+    return report
+
+
+def finish(report: Report) -> None:
+    """Exit 3 where there was something to do and all of it failed."""
+    if report.inputs and report.dead == report.inputs:
+        console.print(f"every one of {report.inputs} inputs failed; `r2scp-pipe failures` says why")
+        raise typer.Exit(ALL_FAILED)

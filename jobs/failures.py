@@ -1,0 +1,32 @@
+"""`failures`: the dead letters, for a person or for a program."""
+
+import json
+import sys
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from r2scp.jobs.config import printable
+from r2scp.store.errors import FailureReason, UsageError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.transaction import sql_literal
+
+SHOWN = ("clip_id", "reason", "detail", "attempts", "uri", "stage", "at")
+
+
+def show_failures(store: FeatureStore, reason: str | None, limit: int, as_json: bool) -> None:
+    """Print dead letters: a table, or one JSON object with `rows` and the `total` they are of."""
+    if reason is not None and reason not in set(FailureReason):
+        raise UsageError(f"--reason must be one of {', '.join(FailureReason)}; got {reason!r}")
+    found = store.failures(where=f"reason = {sql_literal(reason)}" if reason else None)
+    rows = found.select(list(SHOWN)).slice(0, limit).to_pylist()
+    if as_json:
+        sys.stdout.write(json.dumps({"total": found.num_rows, "rows": rows}, default=str) + "\n")
+        return
+    grid = Grid(title=f"{found.num_rows} dead letters, {len(rows)} shown", title_justify="left")
+    for name in SHOWN[:4]:
+        grid.add_column(name, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(printable(str(row[name]))) for name in SHOWN[:4]))
+    Console().print(grid)

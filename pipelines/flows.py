@@ -1,0 +1,129 @@
+"""The flows: lists of stages, run by Ray Data. The only file that knows `ray.data`.
+
+    sources -> decode (tasks, one core each) -> embed (actors that keep the encoder) -> stage -> driver
+
+Frames travel as uint8 through Ray's object store; when it fills up, Ray stops starting decode tasks until
+the actors have caught up, so memory is bounded whatever the corpus's size.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from r2scp.pipelines.decode import DecodeLimits
+from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.stages import DecodeClips, EmbedClips, Provenance, StageRows
+from r2scp.store.transaction import TableAddress
+
+OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
+CORES_PER_EMBED_ACTOR = 4  # on machines without a GPU; each actor holds a copy of the encoder
+CLIPS_PER_TASK = (1, 16)  # least and most that one decode task goes through
+TASKS_PER_CORE = 8  # in small runs, so that no core waits long for the last task
+FRAGMENTS_PER_RUN = 32  # small runs commit in about so many steps
+ROWS_PER_FRAGMENT = (8, 64)  # least and most: what a crash can cost in embedding work
+CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray: it must never keep decode tasks from starting
+
+
+QUIET_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning about it
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # it warns of our actors' arguments, which live as long as the flow
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a flow may use. `num_workers`: cores to decode on; None: all there are."""
+
+    num_workers: int | None = None
+    gpus_per_actor: float = 1.0  # fractions let several actors share a GPU
+    ray_address: str | None = None  # None: a local Ray that lives as long as the run
+    wheel: str | None = None  # r2scp-pipe's wheel, for clusters where it is not installed
+    clips_per_batch: int = 8  # that go through the towers together
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    ffmpeg: str | None = None
+
+
+@contextlib.contextmanager
+def ray_session(resources: Resources) -> Iterator[None]:
+    """A Ray to run flows on: a cluster where an address is given, else a local one shut down at the end.
+
+    A Ray that the caller has started is used as it is.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in QUIET_RAY.items():
+        os.environ.setdefault(name, value)
+    # Ray's own programs are started by fork and exec; nothing of Lance runs between the two.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe", category=UserWarning)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    if resources.ray_address:
+        runtime_env = {"py_modules": [resources.wheel]} if resources.wheel else None
+        ray.init(
+            resources.ray_address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env
+        )
+    else:
+        ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def extract(
+    sources: pa.Table,
+    encoder: EncoderSpec,
+    tables: tuple[TableAddress, TableAddress],
+    provenance: Provenance,
+    resources: Resources,
+) -> Iterator[dict]:
+    """Run extraction; one dict for each staged batch of rows (see `StageRows`), as they come.
+
+    `sources`: rows of `SOURCE_SCHEMA`. `tables`: `clips` and `failures`. Needs a `ray_session`.
+    """
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    gpus = ray.cluster_resources().get("GPU", 0.0) if encoder.device == "cuda" else 0.0
+    actors = max(1, int(gpus / resources.gpus_per_actor) if gpus else cores // CORES_PER_EMBED_ACTOR)
+    threads = 1 if gpus else max(1, min(cores, CORES_PER_EMBED_ACTOR))
+    decode = DecodeClips(resources.limits, resources.ffmpeg)
+    stage = StageRows(*tables, provenance)
+    rows = sources.num_rows
+    per_task = _between(CLIPS_PER_TASK, rows // (TASKS_PER_CORE * cores))
+    staged = (
+        ray.data.from_arrow([sources.slice(at, per_task) for at in range(0, rows, per_task)])
+        .map_batches(decode.__call__, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        .map_batches(
+            EmbedClips,
+            fn_constructor_args=(encoder,),
+            batch_size=resources.clips_per_batch,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=actors),
+            num_cpus=CPU_SHARE,
+            num_gpus=resources.gpus_per_actor if gpus else None,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        )
+        .map_batches(
+            stage.__call__,
+            batch_size=_between(ROWS_PER_FRAGMENT, rows // FRAGMENTS_PER_RUN),
+            batch_format="pyarrow",
+            num_cpus=CPU_SHARE,
+        )
+    )
+    yield from staged.iter_rows()
+
+
+def _between(bounds: tuple[int, int], value: int) -> int:
+    return min(max(value, bounds[0]), bounds[1])

@@ -1,0 +1,240 @@
+"""The stages of extraction, each `Arrow table -> Arrow table(s)` and unaware of what runs it.
+
+`DecodeClips` -> `EmbedClips` -> `StageRows`. A row that fails at one stage travels on as a dead letter; it
+is never dropped and never stops its neighbours.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from r2scp.pipelines.decode import Clip, DecodeLimits, decode, decode_fingerprint
+from r2scp.pipelines.embed import Encoder, EncoderSpec, key_of
+from r2scp.store.errors import FailureReason, MediaError
+from r2scp.store.runs import now
+from r2scp.store.transaction import TableAddress, stage
+
+HASH_CHUNK = 1 << 20  # bytes
+FRAME_SHAPE = (224, 224, 3)
+
+#: What the flow starts from: one row a clip whose file is on the disk.
+SOURCE_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string()),
+        pa.field("corpus", pa.string()),
+        pa.field("video_id", pa.string()),
+        pa.field("source_id", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("labels", pa.list_(pa.string())),
+        pa.field("uri", pa.string()),
+        pa.field("known_sha256", pa.string()),  # of what the store holds under this id, "" for none
+        pa.field("attempts", pa.int32()),  # failures so far
+    ]
+)
+
+#: After decoding. `outcome`: decoded | unchanged | dead.
+DECODED_SCHEMA = pa.schema(
+    [
+        *SOURCE_SCHEMA,
+        pa.field("outcome", pa.string()),
+        pa.field("stage", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("content_sha256", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("mtime_ns", pa.int64()),
+        pa.field("frames", pa.large_binary()),  # uint8 (T, 224, 224, 3)
+        pa.field("waveform", pa.large_binary()),  # float32 (S,)
+        pa.field("duration_s", pa.float64()),
+        pa.field("visual_status", pa.string()),
+        pa.field("audio_status", pa.string()),
+        pa.field("expected_frames", pa.int32()),
+        pa.field("decoded_frames", pa.int32()),
+        pa.field("expected_audio_s", pa.float64()),
+        pa.field("decoded_audio_s", pa.float64()),
+        pa.field("decode_errors", pa.string()),
+    ]
+)
+
+#: After embedding: the four embeddings in place of the frames and the waveform.
+_RAW = ("frames", "waveform")
+
+
+def embedded_schema(dim: int) -> pa.Schema:
+    """What `EmbedClips` gives, for an encoder of width `dim`."""
+    sequence, vector = pa.list_(pa.list_(pa.float16(), dim)), pa.list_(pa.float32(), dim)
+    kept = [field for field in DECODED_SCHEMA if field.name not in _RAW]
+    return pa.schema(
+        [
+            *kept,
+            pa.field("visual", sequence),
+            pa.field("audio", sequence),
+            pa.field("visual_key", vector),
+            pa.field("audio_key", vector),
+        ]
+    )
+
+
+class DecodeClips:
+    """Source rows to decoded rows, one table a clip so that few frames are in memory at once."""
+
+    def __init__(self, limits: DecodeLimits, ffmpeg: str | None) -> None:
+        self._limits = limits
+        self._ffmpeg = ffmpeg
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for row in batch.select(SOURCE_SCHEMA.names).to_pylist():
+            yield pa.Table.from_pylist([row | self._decoded(row)], schema=DECODED_SCHEMA)
+
+    def _decoded(self, row: Mapping[str, str]) -> dict[str, object]:
+        facts: dict[str, object] = {}
+        try:
+            facts = file_facts(row["uri"])
+            if facts["content_sha256"] == row["known_sha256"]:
+                return facts | {"outcome": "unchanged"}
+            return facts | {"outcome": "decoded"} | _columns(decode(row["uri"], self._limits, self._ffmpeg))
+        except MediaError as error:
+            return facts | dead("decode", error.reason, error.detail)
+
+
+def file_facts(path: str) -> dict[str, object]:
+    """Digest, size and time of change of one regular file. Raises `MediaError` where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        if not Path(path).is_file():
+            raise MediaError(FailureReason.UNREADABLE, "not a regular file, or gone since it was listed")
+        with open(path, "rb") as stream:
+            facts = os.fstat(stream.fileno())
+            while chunk := stream.read(HASH_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise MediaError(FailureReason.UNREADABLE, error.strerror or str(error)) from error
+    return {"content_sha256": digest.hexdigest(), "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+
+
+def dead(stage_name: str, reason: FailureReason, detail: str) -> dict[str, object]:
+    """The columns that make a row a dead letter."""
+    return {"outcome": "dead", "stage": stage_name, "reason": reason.value, "detail": detail}
+
+
+def _columns(clip: Clip) -> dict[str, object]:
+    return {
+        "frames": None if clip.frames is None else memoryview(np.ascontiguousarray(clip.frames)).cast("B"),
+        "waveform": None if clip.waveform is None else memoryview(clip.waveform).cast("B"),
+        "duration_s": clip.duration_s,
+        "visual_status": clip.visual.status.value,
+        "audio_status": clip.audio.status.value,
+        "expected_frames": round(clip.visual.expected),
+        "decoded_frames": round(clip.visual.decoded),
+        "expected_audio_s": clip.audio.expected,
+        "decoded_audio_s": clip.audio.decoded,
+        "decode_errors": clip.errors,
+    }
+
+
+class EmbedClips:
+    """Decoded rows to embedded rows. Loads its encoder once; lives in an actor.
+
+    All clips of a batch go through the towers together, so that a GPU sees full batches.
+    """
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._encoder: Encoder = spec.load()
+        self._schema = embedded_schema(spec.dim)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        frames = [_view(cell, np.uint8, FRAME_SHAPE) for cell in batch["frames"]]
+        waveforms = [_view(cell, np.float32, ()) for cell in batch["waveform"]]
+        visual = self._visual(frames)
+        audio = _scattered(waveforms, self._encoder.audio)
+        rows = batch.drop_columns(list(_RAW)).to_pylist()
+        for row, seen, heard in zip(rows, visual, audio, strict=True):
+            if not all(np.isfinite(sequence).all() for sequence in (seen, heard) if sequence is not None):
+                row |= dead(
+                    "embed", FailureReason.EMBED_FAILED, "the encoder gave numbers that are not finite"
+                )
+                seen = heard = None
+            row |= {
+                "visual": None if seen is None else list(seen.astype(np.float16)),
+                "audio": None if heard is None else list(heard.astype(np.float16)),
+                "visual_key": None if seen is None else key_of(seen),
+                "audio_key": None if heard is None else key_of(heard),
+            }
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _visual(self, frames: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        def together(present: Sequence[np.ndarray]) -> list[np.ndarray]:
+            ends = np.cumsum([len(clip) for clip in present])[:-1]
+            return np.split(self._encoder.visual(np.concatenate(present)), ends)
+
+        return _scattered(frames, together)
+
+
+def _view(cell: pa.LargeBinaryScalar, dtype: type, item: tuple[int, ...]) -> np.ndarray | None:
+    """The array in a binary cell, without a copy."""
+    buffer = cell.as_buffer()
+    return None if buffer is None else np.frombuffer(buffer, dtype=dtype).reshape(-1, *item)
+
+
+def _scattered(values: Sequence[np.ndarray | None], embed) -> list[np.ndarray | None]:
+    """`embed` of those values that are there, at their places."""
+    present = [value for value in values if value is not None]
+    results = iter(embed(present) if present else ())
+    return [None if value is None else next(results) for value in values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What every row of one run carries."""
+
+    run_id: str
+    decode_fingerprint: str
+    encoder_fingerprint: str
+
+    @classmethod
+    def of(cls, run_id: str, encoder: EncoderSpec, ffmpeg: str | None) -> "Provenance":
+        return cls(
+            run_id=run_id,
+            decode_fingerprint=decode_fingerprint(ffmpeg),
+            encoder_fingerprint=encoder.fingerprint,
+        )
+
+
+class StageRows:
+    """Embedded rows to data files of `clips` and `failures`; gives one row that says what was staged.
+
+    Columns: `stored`, `dead` (JSON of `Staged`), `unchanged` (ids), `partial` (a count), `reasons` (JSON).
+    """
+
+    def __init__(self, clips: TableAddress, failures: TableAddress, provenance: Provenance) -> None:
+        self._clips = clips
+        self._failures = failures
+        self._provenance = asdict(provenance)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        by_outcome: dict[str, list[dict]] = {"decoded": [], "dead": [], "unchanged": []}
+        for row in batch.to_pylist():
+            by_outcome[row["outcome"]].append(row | self._provenance)
+        failures = [row | {"attempts": (row["attempts"] or 0) + 1, "at": now()} for row in by_outcome["dead"]]
+        clips = [row | {"ingested_at": now()} for row in by_outcome["decoded"]]
+        partial = sum("partial" in (row["visual_status"], row["audio_status"]) for row in clips)
+        return pa.table(
+            {
+                "stored": [stage(self._clips, _fitted(clips, self._clips)).to_json()],
+                "dead": [stage(self._failures, _fitted(failures, self._failures)).to_json()],
+                "unchanged": [[row["clip_id"] for row in by_outcome["unchanged"]]],
+                "partial": [partial],
+                "reasons": [json.dumps([row["reason"] for row in failures])],
+            }
+        )
+
+
+def _fitted(rows: Sequence[Mapping[str, object]], address: TableAddress) -> pa.Table:
+    names = address.schema.names
+    return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], address.schema)

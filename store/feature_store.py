@@ -1,0 +1,309 @@
+"""`FeatureStore`: what a notebook, a job and a trainer see of the tables.
+
+    >>> store = FeatureStore.open("r2scp-store")
+    >>> store.status()["clips"]["rows"]
+    240
+    >>> store.clips(columns=["clip_id", "visual_key"], where="corpus = 'demo' AND split = 'train'")
+
+Layout: `encoders.lance` names the encoders, and each encoder has a folder of its own with its tables, so
+that embeddings of two encoders never meet::
+
+    store/encoders.lance
+    store/{encoder fingerprint}/clips.lance questions.lance failures.lance runs.lance leases.lance
+
+The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store.database)` opens it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import lance
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from r2scp.store import schema
+from r2scp.store.errors import FingerprintMismatch, StoreError
+from r2scp.store.runs import LEASE_SCHEMA, Lease, record_run
+from r2scp.store.schema import PRIMARY_KEY, SCHEMA_VERSION, Table
+from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage
+
+SMALL_FRAGMENT_ROWS = 1_024  # fragments below this are worth merging
+SMALL_FRAGMENTS = 32  # once there are this many of them
+TARGET_FRAGMENT_ROWS = 16_384  # about 0.7 GB of 10 s clips at D = 1024
+
+ENCODERS_SCHEMA = pa.schema(
+    [
+        pa.field("fingerprint", pa.string(), nullable=False, metadata=PRIMARY_KEY),
+        pa.field("dim", pa.int32()),
+        pa.field("schema_version", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the store remembers of one input: enough to tell whether it must be read again."""
+
+    bytes: int
+    mtime_ns: int
+    content_sha256: str
+    decode_fingerprint: str
+    failure: str = ""  # a FailureReason, "" where it was stored
+    attempts: int = 0
+
+
+class FeatureStore:
+    """The tables of one encoder in one store. Cheap to make; reads see the latest version unless pinned.
+
+    `uri` is a folder or an object store address (`s3://bucket/prefix`); `storage_options` are Lance's.
+    """
+
+    def __init__(
+        self, uri: str, fingerprint: str, dim: int, storage_options: Mapping[str, str] | None = None
+    ) -> None:
+        self.uri = uri.rstrip("/")
+        self.fingerprint = fingerprint
+        self.dim = dim
+        self.storage_options = dict(storage_options or {})
+        self._schemas = {
+            Table.CLIPS: schema.clips_schema(dim),
+            Table.QUESTIONS: schema.questions_schema(dim),
+            Table.FAILURES: schema.failures_schema(),
+            Table.RUNS: schema.runs_schema(),
+        }
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({self.uri!r}, encoder={self.fingerprint!r}, D={self.dim})"
+
+    # -- opening
+
+    @classmethod
+    def encoders(cls, uri: str, storage_options: Mapping[str, str] | None = None) -> dict[str, int]:
+        """Encoder fingerprint -> width D, of all encoders in the store; empty where there is no store."""
+        catalogue = _catalogue(uri, storage_options)
+        if not catalogue.exists():
+            return {}
+        rows = catalogue.open().to_table().to_pylist()
+        for row in rows:
+            if row["schema_version"] != SCHEMA_VERSION:
+                raise StoreError(
+                    f"the store at {uri} has layout {row['schema_version']}; this program reads layout "
+                    f"{SCHEMA_VERSION}: use the version that wrote it, or extract into another store"
+                )
+        return {row["fingerprint"]: row["dim"] for row in rows}
+
+    @classmethod
+    def open(
+        cls, uri: str, encoder: str | None = None, storage_options: Mapping[str, str] | None = None
+    ) -> "FeatureStore":
+        """Open what is there. `encoder` is a fingerprint, needed only where the store holds several.
+
+        Raises StoreError where there is no store or no such encoder in it; the message lists what there is.
+        """
+        found = cls.encoders(uri, storage_options)
+        if not found:
+            raise StoreError(f"there is no store at {uri}; make one with `r2scp-pipe extract --store {uri}`")
+        if encoder is None and len(found) > 1:
+            raise StoreError(f"the store at {uri} holds several encoders; name one of: {', '.join(found)}")
+        encoder = encoder or next(iter(found))
+        if encoder not in found:
+            raise FingerprintMismatch(f"no encoder {encoder} in {uri}; there is: {', '.join(found)}")
+        return cls(uri, encoder, found[encoder], storage_options)
+
+    @classmethod
+    def create(
+        cls, uri: str, fingerprint: str, dim: int, storage_options: Mapping[str, str] | None = None
+    ) -> "FeatureStore":
+        """Open the tables of an encoder, and make those that are not there yet."""
+        known = cls.encoders(uri, storage_options)
+        store = cls(uri, fingerprint, dim, storage_options)
+        if fingerprint in known:
+            if known[fingerprint] != dim:
+                raise FingerprintMismatch(f"{fingerprint} has width {known[fingerprint]} in {uri}; got {dim}")
+            return store
+        for table in store._schemas:
+            store.address(table).create()
+        row = {"fingerprint": fingerprint, "dim": dim, "schema_version": SCHEMA_VERSION}
+        catalogue = _catalogue(uri, storage_options)
+        upsert = catalogue.create().merge_insert("fingerprint").when_not_matched_insert_all()
+        upsert.execute(pa.Table.from_pylist([row], schema=ENCODERS_SCHEMA))
+        return store
+
+    # -- reading
+
+    @property
+    def database(self) -> str:
+        """Address of this encoder's LanceDB database."""
+        return f"{self.uri}/{self.fingerprint}"
+
+    def address(self, table: Table) -> TableAddress:
+        """Where a table rests; what a worker needs to stage rows."""
+        return TableAddress(
+            uri=f"{self.database}/{table.value}.lance",
+            schema=self._schemas[table],
+            storage_options=self.storage_options,
+        )
+
+    def dataset(self, table: Table, version: int | str | None = None) -> lance.LanceDataset:
+        """The Lance dataset behind a table, at a version or tag."""
+        return self.address(table).open(version)
+
+    def clips(
+        self, columns: Sequence[str] | None = None, where: str | None = None, version: int | str | None = None
+    ) -> pa.Table:
+        """Rows of `clips`: see `schema.clips_schema`. `where` is an SQL condition."""
+        return self._read(Table.CLIPS, columns, where, version)
+
+    def questions(
+        self, columns: Sequence[str] | None = None, where: str | None = None, version: int | str | None = None
+    ) -> pa.Table:
+        """Rows of `questions`: see `schema.questions_schema`."""
+        return self._read(Table.QUESTIONS, columns, where, version)
+
+    def failures(self, where: str | None = None) -> pa.Table:
+        """Rows of `failures`: what could not be stored, and why."""
+        return self._read(Table.FAILURES, None, where, None)
+
+    def known(self, corpus: str) -> dict[str, Known]:
+        """clip_id -> what the store remembers, of one corpus; the newer of a clip's row and its failure."""
+        columns = ["clip_id", "bytes", "mtime_ns", "content_sha256", "decode_fingerprint"]
+        where = f"corpus = {sql_literal(corpus)}"
+        known, stored_at = {}, {}
+        for row in _rows(self.dataset(Table.CLIPS), [*columns, "ingested_at"], where):
+            clip_id = row.pop("clip_id")
+            stored_at[clip_id] = row.pop("ingested_at")
+            known[clip_id] = Known(**row)
+        for row in _rows(self.dataset(Table.FAILURES), [*columns, "reason", "attempts", "at"], where):
+            clip_id, at = row.pop("clip_id"), row.pop("at")
+            if clip_id not in stored_at or at > stored_at[clip_id]:
+                known[clip_id] = Known(failure=row.pop("reason"), **row)
+        return known
+
+    def missing(self, clip_ids: Iterable[str]) -> list[str]:
+        """Those of `clip_ids` that have no row in `clips`, in their order."""
+        have = set(self.clips(columns=["clip_id"])["clip_id"].to_pylist())
+        return [clip_id for clip_id in clip_ids if clip_id not in have]
+
+    def versions(self) -> dict[str, int]:
+        """Table -> latest version."""
+        return {table.value: self.dataset(table).version for table in self._schemas}
+
+    def status(self) -> dict[str, object]:
+        """Rows, statuses, failures by reason, versions and tags: plain values, ready for JSON."""
+        clips = self.clips(columns=["corpus", "split", "visual_status", "audio_status"])
+        failures = self.dataset(Table.FAILURES).to_table(columns=["corpus", "reason"])
+        questions = self.questions(columns=["corpus", "split"])
+        return {
+            "store": self.uri,
+            "encoder": self.fingerprint,
+            "dim": self.dim,
+            "clips": {
+                "rows": clips.num_rows,
+                "by_corpus": _counts(clips["corpus"]),
+                "by_split": _counts(clips["split"]),
+                "visual": _counts(clips["visual_status"]),
+                "audio": _counts(clips["audio_status"]),
+            },
+            "questions": {"rows": questions.num_rows, "by_split": _counts(questions["split"])},
+            "failures": {"rows": failures.num_rows, "by_reason": _counts(failures["reason"])},
+            "versions": self.versions(),
+            "tags": self.tags(),
+        }
+
+    # -- writing
+
+    def stage(self, table: Table, rows: pa.Table) -> Staged:
+        """Write rows where no reader sees them yet; `commit` makes them visible."""
+        return stage(self.address(table), rows)
+
+    def commit(
+        self,
+        table: Table,
+        staged: Sequence[Staged],
+        properties: Mapping[str, str],
+        also_delete: Iterable[str] = (),
+    ) -> int:
+        """Make staged rows visible in one new version, in place of rows with the same key; its number."""
+        return commit(self.address(table), staged, properties, also_delete)
+
+    def superseded(self) -> tuple[list[str], list[str]]:
+        """(clips, failures) whose row is older than the same clip's row in the other table.
+
+        A crash between the commits of the two tables leaves such pairs; the newer row is the truth.
+        """
+        failed = {r["clip_id"]: r["at"] for r in _rows(self.dataset(Table.FAILURES), ["clip_id", "at"], None)}
+        if not failed:
+            return [], []
+        stale_clips, stale_failures = [], []
+        for row in _rows(self.dataset(Table.CLIPS), ["clip_id", "ingested_at"], None):
+            at = failed.get(row["clip_id"])
+            if at is not None:
+                (stale_failures if at <= row["ingested_at"] else stale_clips).append(row["clip_id"])
+        return stale_clips, stale_failures
+
+    def compact(self, table: Table) -> int:
+        """Merge many small fragments into few; no row changes. Returns the version the table then has."""
+        dataset = self.dataset(table)
+        small = sum(f.count_rows() < SMALL_FRAGMENT_ROWS for f in dataset.get_fragments())
+        if small >= SMALL_FRAGMENTS:
+            dataset.optimize.compact_files(target_rows_per_fragment=TARGET_FRAGMENT_ROWS)
+        return self.dataset(table).version
+
+    def clean(self, older_than: timedelta = timedelta(days=7)) -> int:
+        """Remove files that no version names and versions that no tag names; bytes won."""
+        tables = [self.dataset(table) for table in self._schemas]
+        return sum(t.cleanup_old_versions(older_than=older_than).bytes_removed for t in tables)
+
+    def tag(self, name: str, version: int | None = None) -> None:
+        """Name a version of `clips` (None: the latest); an existing tag moves."""
+        dataset = self.dataset(Table.CLIPS)
+        version = version or dataset.version
+        if name in dataset.tags.list():
+            dataset.tags.update(name, version)
+        else:
+            dataset.tags.create(name, version)
+
+    def tags(self) -> dict[str, int]:
+        """Tag -> version of `clips`."""
+        return {name: tag["version"] for name, tag in self.dataset(Table.CLIPS).tags.list().items()}
+
+    def lease(self, purpose: str) -> Lease:
+        """The right to write, not acquired yet: `with store.lease("extract").hold() as lease: ...`."""
+        address = TableAddress(
+            uri=f"{self.database}/leases.lance", schema=LEASE_SCHEMA, storage_options=self.storage_options
+        )
+        return Lease(address, purpose)
+
+    def record_run(self, row: Mapping[str, object]) -> None:
+        """Insert or update one row of `runs`."""
+        record_run(self.address(Table.RUNS), row)
+
+    def _read(
+        self, table: Table, columns: Sequence[str] | None, where: str | None, version: int | str | None
+    ) -> pa.Table:
+        try:
+            return self.dataset(table, version).to_table(
+                columns=list(columns) if columns is not None else None, filter=where
+            )
+        except ValueError as error:
+            names = ", ".join(self._schemas[table].names)
+            raise StoreError(
+                f"cannot read {table.value} of {self.uri}: {error}; its columns: {names}"
+            ) from error
+
+
+def _catalogue(uri: str, storage_options: Mapping[str, str] | None) -> TableAddress:
+    return TableAddress(
+        uri=f"{uri.rstrip('/')}/encoders.lance", schema=ENCODERS_SCHEMA, storage_options=storage_options or {}
+    )
+
+
+def _rows(dataset: lance.LanceDataset, columns: Sequence[str], where: str | None) -> Iterable[dict]:
+    for batch in dataset.to_batches(columns=list(columns), filter=where):
+        yield from batch.to_pylist()
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    pairs = pc.value_counts(column).to_pylist()
+    return {pair["values"]: pair["counts"] for pair in sorted(pairs, key=lambda p: -p["counts"])}

@@ -1,0 +1,165 @@
+"""Run history, and the lease that keeps two writers apart.
+
+A lease is one row that only its holder, or anybody once it has expired, can rewrite. The rewrite is a
+conditional upsert, so of two that try at once one wins, on a local disk and on an object store alike.
+"""
+
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+
+from r2scp.store.errors import LeaseHeld, StoreError
+from r2scp.store.schema import PRIMARY_KEY
+from r2scp.store.transaction import TableAddress, sql_literal
+
+LEASE_SECONDS = 60.0  # a holder that says nothing for this long has lost it
+HEARTBEATS_PER_LEASE = 4
+VERSIONS_KEPT = timedelta(minutes=10)  # of the lease table, which gets one with every heartbeat
+
+LEASE_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False, metadata=PRIMARY_KEY),
+        pa.field("holder", pa.string()),  # JSON: who, where, since when
+        pa.field("expires_at", pa.float64()),  # seconds since 1970, UTC
+    ]
+)
+
+
+def now() -> datetime:
+    """The present, UTC, whole microseconds: what the tables' timestamps hold."""
+    return datetime.now(UTC)
+
+
+def new_run_id(kind: str) -> str:
+    """Sortable by time, unique: `extract-20260131T120000-1a2b3c4d`."""
+    return f"{kind}-{now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+
+
+def record_run(address: TableAddress, row: Mapping[str, object]) -> None:
+    """Insert or update the row of one run."""
+    rows = pa.Table.from_pylist([dict(row)], schema=address.schema)
+    upsert = address.open().merge_insert(address.key)
+    upsert.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+
+class Lease:
+    """The right to write to one store, held with a heartbeat; use `hold`."""
+
+    def __init__(self, address: TableAddress, purpose: str, name: str = "writer") -> None:
+        self._address = address
+        self._name = name
+        self._identity = {
+            "purpose": purpose,
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "boot": _boot_id(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "since": now().isoformat(timespec="seconds"),
+        }
+        self._holder = json.dumps(self._identity, sort_keys=True)
+        self._stop = threading.Event()
+        self._lost: str | None = None
+
+    def acquire(self) -> None:
+        """Take the lease, or raise `LeaseHeld` with who has it and until when."""
+        self._address.create()
+        for _ in range(2):
+            held_by = self._try(replacing="")
+            if held_by is None:
+                return
+            if not _is_dead(held_by[0]):
+                break
+            if self._try(replacing=held_by[0]) is None:  # its process is gone: no need to wait
+                return
+        holder, expires_at = held_by
+        who = json.loads(holder)
+        left = max(0.0, expires_at - now().timestamp())
+        raise LeaseHeld(
+            f"another writer holds this store: {who['purpose']} on {who['host']}, process {who['pid']}, "
+            f"since {who['since']}; wait for it, or try again in {left:.0f} s should it have died"
+        )
+
+    def require(self) -> None:
+        """Raise `StoreError` when the lease was lost to another writer; call before each commit."""
+        if self._lost is not None:
+            raise StoreError(
+                f"the right to write to this store was lost ({self._lost}); nothing after the last commit "
+                "was written; run the same command again"
+            )
+
+    @contextmanager
+    def hold(self) -> Iterator["Lease"]:
+        """Acquire, keep alive from a thread, release at the end."""
+        self.acquire()
+        beat = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
+        beat.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            beat.join()
+            if self._lost is None:
+                self._write(expires_at=0.0, allowed=f"target.holder = {sql_literal(self._holder)}")
+
+    def _keep_alive(self) -> None:
+        last_good = now().timestamp()
+        while not self._stop.wait(LEASE_SECONDS / HEARTBEATS_PER_LEASE):
+            try:
+                held_by = self._try(replacing=self._holder)
+            except (OSError, ValueError, RuntimeError) as error:
+                if now().timestamp() - last_good < LEASE_SECONDS:
+                    continue  # a store that fails now and then; the lease has not run out yet
+                held_by = (str(error), 0.0)
+            if held_by is not None:
+                self._lost = f"now held by {held_by[0]}"
+                return
+            last_good = now().timestamp()
+
+    def _try(self, replacing: str) -> tuple[str, float] | None:
+        """Write our row over an expired one, our own, or `replacing`'s. None: it is ours now."""
+        present = now().timestamp()
+        mine = f"target.holder = {sql_literal(self._holder)}"
+        allowed = f"target.expires_at < {present!r} OR {mine} OR target.holder = {sql_literal(replacing)}"
+        self._write(expires_at=present + LEASE_SECONDS, allowed=allowed)
+        found = self._address.open().to_table(filter=f"name = {sql_literal(self._name)}").to_pylist()[0]
+        return None if found["holder"] == self._holder else (found["holder"], found["expires_at"])
+
+    def _write(self, *, expires_at: float, allowed: str) -> None:
+        row = {"name": self._name, "holder": self._holder, "expires_at": expires_at}
+        dataset = self._address.open()
+        upsert = dataset.merge_insert(self._address.key)
+        upsert.when_matched_update_all(allowed).when_not_matched_insert_all()
+        upsert.execute(pa.Table.from_pylist([row], schema=LEASE_SCHEMA))
+        dataset.cleanup_old_versions(older_than=VERSIONS_KEPT)
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether the holder was a process of this machine that is no longer there."""
+    who = json.loads(holder)
+    if who["host"] != socket.gethostname() or who["boot"] != _boot_id() or not who["boot"]:
+        return False
+    return _process_start(who["pid"]) != who["started"]
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _process_start(pid: int) -> str:
+    """When a process began, in clock ticks since boot; "" where there is none (or no /proc)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
