@@ -11,7 +11,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from r2scp.store.errors import R2SCPError, UsageError
 
@@ -19,6 +26,11 @@ DEFAULT_STORE = "./r2scp-store"
 
 #: stderr, with nothing in outside text taken for markup
 console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def tell(text: str) -> None:
+    """One line on stderr, whatever its length."""
+    console.print(text, soft_wrap=True)
 
 
 class EncoderName(StrEnum):
@@ -66,13 +78,13 @@ def speaking() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        console.print(f"error: {printable(str(error))}", soft_wrap=True)
+        tell(f"error: {printable(str(error))}")
         raise typer.Exit(2) from error
     except R2SCPError as error:
-        console.print(f"error: {printable(str(error))}", soft_wrap=True)
+        tell(f"error: {printable(str(error))}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        console.print("interrupted: what was committed stays; run the same command again to go on")
+        tell("interrupted: what was committed stays; run the same command again to go on")
         raise typer.Exit(130) from error
 
 
@@ -107,7 +119,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

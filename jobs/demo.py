@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from r2scp.jobs.config import absolute, console, default_workers
+from r2scp.jobs.config import absolute, default_workers, tell
 from r2scp.jobs.extract import Destination, Source, encoder_spec
 from r2scp.jobs.extract_command import run_with_progress
 from r2scp.pipelines.demo_corpus import generate
@@ -14,21 +14,19 @@ def run_demo(folder: Path, clips: int, seed: int, num_workers: int | None) -> di
     """Generate, extract, look: seconds of each, and what the store then holds."""
     workers = num_workers or default_workers()
     corpus, uri = absolute(folder) / f"corpus-{clips}-seed{seed}", str(absolute(folder) / "store")
-    console.print(f"1/3 generating {clips} clips with their questions in {corpus}")
+    tell(f"1/3 generating {clips} clips with their questions in {corpus}")
     generated = generate(corpus, clips=clips, seed=seed, workers=workers)
-    console.print(
-        f"    {generated.written} written, {generated.questions} questions, {generated.seconds:.1f} s"
-    )
-    console.print(f"2/3 extracting them into {uri}")
+    tell(f"    {generated.written} written, {generated.questions} questions, {generated.seconds:.1f} s")
+    tell(f"2/3 extracting them into {uri}")
     encoder = encoder_spec("imagebind-demo", None, "cpu")
     report = run_with_progress(
         Source("demo", corpus), Destination(uri), encoder, Resources(num_workers=workers)
     )
-    console.print(
+    tell(
         f"    {report.stored} stored, {report.unchanged} unchanged, {report.dead} dead,"
         f" {report.seconds:.1f} s"
     )
-    console.print("3/3 what the store holds")
+    tell("3/3 what the store holds")
     status = FeatureStore.open(uri, encoder.fingerprint).status()
     return {
         "generate_seconds": round(generated.seconds, 1),

@@ -153,14 +153,15 @@ class Towers:
     ) -> tuple[Tensor, Tensor]:
         """Embeddings of what `frames` and `melspecs` fetch, by shares `keep` of their patches: (B, D)."""
         with torch.no_grad():
-            torch._foreach_copy_([*self.audio.parameters()], [*self.model.audio.parameters()])
+            for master, half in zip(self.model.audio.parameters(), self.audio.parameters(), strict=True):
+                half.copy_(master)
         visual = self.pool.submit(lambda: look(self.model.vision, frames(), keep[0]))
         audio = self.pool.submit(lambda: listen(self.audio, melspecs().bfloat16(), keep[1]))
         return visual.result(), audio.result()
 
-    def backward(self, outputs: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]) -> None:
-        """Carry the gradients of the embeddings to the model's weights."""
+    def backward(self, outputs: tuple[Tensor, Tensor], leaves: tuple[Tensor, Tensor]) -> None:
+        """Carry the gradients that `leaves`, detached copies of `outputs`, received to the weights."""
         self.audio.zero_grad()
-        list(self.pool.map(Tensor.backward, outputs, gradients))
+        list(self.pool.map(lambda output, leaf: output.backward(leaf.grad), outputs, leaves))
         for master, half in zip(self.model.audio.parameters(), self.audio.parameters(), strict=True):
-            master.grad = half.grad.float()
+            master.grad = None if half.grad is None else half.grad.float()

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from rich.progress import Progress
 
-from r2scp.jobs.config import absolute, console, default_workers, progress_bar
+from r2scp.jobs.config import absolute, default_workers, progress_bar, tell
 from r2scp.jobs.extract import Destination, Report, Source, run_extract
 from r2scp.pipelines.embed import EncoderSpec
 from r2scp.pipelines.flows import Resources
@@ -48,7 +48,7 @@ class _Teller:
         self._bar.update(self._task, total=total, completed=done, note=note)
         if self._bar.disable and (present - self._said > LINE_EVERY_S or done >= total):
             left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            console.print(f"extract: {done}/{total} clips, {note}{left}")
+            tell(f"extract: {done}/{total} clips, {note}{left}")
             self._said = present
 
 
@@ -57,20 +57,20 @@ def run_with_progress(
 ) -> Report:
     """`run_extract`, seen on stderr; says what the demo encoder is not for."""
     if encoder.dim < 1024 and source.corpus != "demo":
-        console.print(
+        tell(
             "note: imagebind-demo knows generated clips only; its features of anything else mean little"
         )
     with progress_bar() as bar:
         report = run_extract(source, destination, encoder, means, _Teller(bar))
     for clip_id in report.gone_first:
-        console.print(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
+        tell(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
     if not report.decoded:
-        console.print("nothing to do: the store holds all of it")
+        tell("nothing to do: the store holds all of it")
     return report
 
 
 def finish(report: Report) -> None:
     """Exit 3 where there was something to do and all of it failed."""
     if report.inputs and report.dead == report.inputs:
-        console.print(f"every one of {report.inputs} inputs failed; `r2scp-pipe failures` says why")
+        tell(f"every one of {report.inputs} inputs failed; `r2scp-pipe failures` says why")
         raise typer.Exit(ALL_FAILED)

@@ -13,6 +13,7 @@ from r2scp.store.feature_store import FeatureStore
 from r2scp.store.transaction import sql_literal
 
 SHOWN = ("clip_id", "reason", "detail", "attempts", "uri", "stage", "at")
+CELL = 160  # characters of one cell; --json has all
 
 
 def show_failures(store: FeatureStore, reason: str | None, limit: int, as_json: bool) -> None:
@@ -25,8 +26,9 @@ def show_failures(store: FeatureStore, reason: str | None, limit: int, as_json: 
         sys.stdout.write(json.dumps({"total": found.num_rows, "rows": rows}, default=str) + "\n")
         return
     grid = Grid(title=f"{found.num_rows} dead letters, {len(rows)} shown", title_justify="left")
-    for name in SHOWN[:4]:
+    for name in SHOWN[:3]:
         grid.add_column(name, overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(printable(str(row[name]))) for name in SHOWN[:4]))
+        cells = (printable(str(row[name])) for name in SHOWN[:3])
+        grid.add_row(*(Text(cell if len(cell) <= CELL else f"…{cell[1 - CELL :]}") for cell in cells))
     Console().print(grid)

@@ -66,18 +66,32 @@ def ray_session(resources: Resources) -> Iterator[None]:
     # Ray's own programs are started by fork and exec; nothing of Lance runs between the two.
     warnings.filterwarnings("ignore", message="lance is not fork-safe", category=UserWarning)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-    if resources.ray_address:
-        runtime_env = {"py_modules": [resources.wheel]} if resources.wheel else None
-        ray.init(
-            resources.ray_address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env
-        )
-    else:
-        ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    with _quiet_stderr():
+        if resources.ray_address:
+            wheel = {"py_modules": [resources.wheel]} if resources.wheel else None
+            ray.init(
+                resources.ray_address, runtime_env=wheel, log_to_driver=False, logging_level=logging.ERROR
+            )
+        else:
+            ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep what Ray's C++ prints at start-up from the terminal; its errors come as exceptions."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def extract(

@@ -30,7 +30,7 @@ MEANINGS = tuple(
     for words, reason in (
         (r"exceeds specified max pixel count", FailureReason.TOO_LARGE),
         (
-            r"[Cc]annot allocate memory|bad_alloc|Resource temporarily unavailable|thread_encoder_init failed",
+            r"[Cc]annot allocate memory|bad_alloc|Resource temporarily unavailable|encoder_init failed",
             FailureReason.OUT_OF_MEMORY,
         ),
         (

@@ -21,13 +21,14 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from r2scp.pipelines.supervise import clean_environment, confine, kill_group
 from r2scp.store.errors import FailureReason, MediaError
 
 CHILD = Path(__file__).with_name("probe_child.py")
 SECONDS_PER_PROBE = 60.0  # a healthy file takes milliseconds; a six-gigabyte one to be scanned, seconds
-SECONDS_TO_START = 60.0  # for the child's first answer, on a machine that is short of everything
+SECONDS_TO_START = 120.0  # for the child, on a machine that is short of everything
 #: A demuxer that was tried for want of a better one has not recognised anything.
 MISDETECTED = r"Format \w+ detected only with low score.*\n"
 LOG_BYTES = 1 << 16  # most that libav may say about one file
@@ -83,6 +84,10 @@ class ProbeFault(Exception):
     """libav would not open the file; `args` are what it logged and its verdict."""
 
 
+class IdleDeath(Exception):
+    """A child that had answered before was found dead or died; a fresh one should be asked."""
+
+
 class Prober:
     """One child and the line to it. Used by one thread at a time."""
 
@@ -99,30 +104,43 @@ class Prober:
                 start_new_session=True,
                 env=clean_environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        self.fresh = True
+        self.used = False
+        try:
+            self._receive(SECONDS_TO_START)
+        except (TimeoutError, EOFError) as fault:
+            log = self.log()
+            self.end()
+            raise RuntimeError(f"{CHILD.name} did not start under {sys.executable}: {log}") from fault
 
-    def ask(self, fd: int, request: dict[str, object], *, memory_bytes: int) -> dict:
+    def ask(self, fd: int, request: dict[str, object], *, memory_bytes: int) -> dict[str, Any]:
         """The child's reply. Raises TimeoutError, or EOFError if the child died of the question."""
         self.words.truncate(0)
         confine(self.process.pid, memory_bytes=memory_bytes, file_bytes=LOG_BYTES)
-        patience = float(str(request["seconds"])) + (SECONDS_TO_START if self.fresh else 0.0)
-        deadline = time.monotonic() + patience
         try:
             socket.send_fds(self.channel, [json.dumps(request).encode()], [fd])
-            reply = bytearray()
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.channel, selectors.EVENT_READ)
-                while not reply.endswith(b"\n"):
-                    if not selector.select(max(0.0, deadline - time.monotonic())):
-                        raise TimeoutError(f"no answer after {patience:.0f} s")
-                    chunk = self.channel.recv(1 << 16)
-                    if not chunk:
-                        raise EOFError
-                    reply += chunk
         except ConnectionError as gone:
             raise EOFError from gone
-        self.fresh = False
+        reply = self._receive(float(str(request["seconds"])))
+        self.used = True
         return json.loads(reply)
+
+    def _receive(self, patience: float) -> bytes:
+        """The next line from the child."""
+        deadline = time.monotonic() + patience
+        line = bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.channel, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError(f"no answer after {patience:g} s")
+                try:
+                    chunk = self.channel.recv(1 << 16)
+                except ConnectionError as gone:
+                    raise EOFError from gone
+                if not chunk:
+                    raise EOFError
+                line += chunk
+        return bytes(line)
 
     def log(self) -> str:
         return os.pread(self.words.fileno(), LOG_BYTES, 0).decode("utf-8", "replace")
@@ -177,19 +195,10 @@ def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECO
     `ProbeFault` when libav refuses the file and `MediaError` when it hangs, crashes or runs out of memory.
     """
     request = {"formats": FORMATS, "seconds": seconds, "longest_s": longest_s}
-    prober = POOL.take()
     try:
-        reply = prober.ask(fd, request, memory_bytes=memory_bytes)
-        log = prober.log()
-    except (TimeoutError, EOFError) as fault:
-        log, code = prober.log(), prober.end()
-        if isinstance(fault, TimeoutError):
-            raise MediaError(FailureReason.TIMEOUT, f"reading the header: {fault}") from None
-        raise died(code, log) from None
-    except BaseException:
-        prober.end()
-        raise
-    POOL.put_back(prober)
+        reply, log = ask_once(POOL.take(), fd, request, memory_bytes)
+    except IdleDeath:  # killed while it waited, or worn out by earlier files: not this one's fault
+        reply, log = ask_once(Prober(), fd, request, memory_bytes)
     if "fault" in reply:
         if reply["fault"] == "MemoryError":
             raise MediaError(FailureReason.OUT_OF_MEMORY, f"reading the header: {reply['says']}")
@@ -203,8 +212,25 @@ def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECO
     )
 
 
-def died(code: int, log: str) -> MediaError:
-    """The error for a child that ended instead of answering."""
-    memory = re.search(r"MemoryError|[Cc]annot allocate memory", log)
-    reason = FailureReason.OUT_OF_MEMORY if memory else FailureReason.DECODER_CRASHED
-    return MediaError(reason, f"reading the header ended libav with status {code}")
+def ask_once(
+    prober: Prober, fd: int, request: dict[str, object], memory_bytes: int
+) -> tuple[dict[str, Any], str]:
+    """A child's reply and log; the child goes back to the pool. One that hangs or dies is ended."""
+    try:
+        reply = prober.ask(fd, request, memory_bytes=memory_bytes)
+        log = prober.log()
+    except TimeoutError as fault:
+        prober.end()
+        raise MediaError(FailureReason.TIMEOUT, f"reading the header: {fault}") from None
+    except EOFError:
+        log, code = prober.log(), prober.end()
+        if prober.used:
+            raise IdleDeath from None
+        memory = re.search(r"MemoryError|[Cc]annot allocate memory", log)
+        reason = FailureReason.OUT_OF_MEMORY if memory else FailureReason.DECODER_CRASHED
+        raise MediaError(reason, f"reading the header ended libav with status {code}") from None
+    except BaseException:
+        prober.end()
+        raise
+    POOL.put_back(prober)
+    return reply, log

@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import av.logging
+from av.error import FFmpegError
 from av.stream import Disposition
 
 #: What libav says on standard error when a duration is only file size divided by a bit rate.
@@ -73,7 +74,7 @@ def scan(container: Any, streams: dict[int, dict[str, Any]]) -> None:
             starts[index] = min(starts.get(index, begin), begin)
             end = begin + float((packet.duration or 0) * packet.time_base)
             ends[index] = max(ends.get(index, end), end)
-    except av.error.FFmpegError:
+    except FFmpegError:
         pass  # damaged from here on: what was seen counts
     for index, facts in streams.items():
         if index in ends:
@@ -117,14 +118,15 @@ def probe(fd: int, request: dict[str, Any]) -> dict[str, Any]:
 def answer(fd: int, request: dict[str, Any]) -> dict[str, Any]:
     try:
         return probe(fd, request)
-    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as fault:
+    except (FFmpegError, OSError, ValueError, MemoryError) as fault:
         return {"fault": type(fault).__name__, "says": getattr(fault, "strerror", None) or str(fault)}
 
 
 def serve(channel: socket.socket) -> None:
-    """Answers until the parent hangs up, which it also does by dying."""
+    """Says that it is ready, then answers until the parent hangs up, which it also does by dying."""
     av.logging.set_level(av.logging.WARNING)
     av.logging.restore_default_callback()  # to standard error, in C: PyAV's way can dead-lock with threads
+    channel.sendall(b"ready\n")
     while True:
         line, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 1)
         if not line:

@@ -15,7 +15,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -56,12 +56,17 @@ class Finished:
 
 
 class Drain:
-    """The reading end of one pipe and what came through it: all of it, or only its tail."""
+    """One pipe and what came through it: all of it, or only its tail."""
 
-    def __init__(self, fd: int, most: int, *, tail: bool) -> None:
-        self.fd, self.most, self.tail = fd, most, tail
+    def __init__(self, fd: int, write_end: int, *, most: int, tail: bool) -> None:
+        self.fd, self.write_end, self.most, self.tail = fd, write_end, most, tail
         self.data = bytearray()
         os.set_blocking(fd, False)
+
+    def close_write_end(self) -> None:
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
 
     def read(self) -> bool:
         """One read; False at the end of the pipe."""
@@ -102,8 +107,10 @@ def confine(pid: int, *, memory_bytes: int, cpu_seconds: float | None = None, fi
     if cpu_seconds is not None:
         limits[resource.RLIMIT_CPU] = max(1, math.ceil(cpu_seconds))
     for which, value in limits.items():
-        with contextlib.suppress(OSError, ValueError):  # gone already; or our own limit is lower
-            resource.prlimit(pid, which, (value, value))
+        with contextlib.suppress(OSError):  # gone already, or refused
+            _, hard = resource.prlimit(pid, which)
+            soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.prlimit(pid, which, (soft, hard))
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -123,36 +130,24 @@ def supervise(
     also after a timeout or flood; raises only OSError, if the program cannot be started.
     """
     with contextlib.ExitStack() as stack:
-        drains, inner = [], []
-        for most in bounds.pipe_bytes:
-            outer, write_end = os.pipe()
-            stack.callback(os.close, outer)
-            inner.append(write_end)
-            drains.append(Drain(outer, most, tail=False))
-            if F_SETPIPE_SZ is not None:
-                with contextlib.suppress(OSError):  # over the user's quota: the default size will do
-                    fcntl.fcntl(write_end, F_SETPIPE_SZ, PIPE_SIZE)
-        try:
-            process = subprocess.Popen(
-                compose(inner),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=(*inherit, *inner),
-                start_new_session=True,
-                env=clean_environment(),
-            )
-        finally:
-            for write_end in inner:
-                os.close(write_end)
-        stack.callback(process.stderr.close)
+        *drains, words = (
+            stack.enter_context(_pipe(most, tail=tail))
+            for most, tail in [*((most, False) for most in bounds.pipe_bytes), (bounds.stderr_bytes, True)]
+        )
+        inner = [drain.write_end for drain in drains]
+        process = subprocess.Popen(
+            compose(inner),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=words.write_end,
+            pass_fds=(*inherit, *inner),
+            start_new_session=True,
+            env=clean_environment(),
+        )
         stack.callback(kill_group, process)
         left = bounds.deadline - time.monotonic()
         confine(process.pid, memory_bytes=bounds.memory_bytes, cpu_seconds=left * CPU_PER_WALL)
-        words = Drain(process.stderr.fileno(), bounds.stderr_bytes, tail=True)
         stopped = _drain([*drains, words], process, bounds.deadline)
-        if stopped:
-            kill_group(process)
     return Finished(
         returncode=process.returncode,
         pipes=tuple(drain.data for drain in drains),
@@ -161,8 +156,24 @@ def supervise(
     )
 
 
+@contextlib.contextmanager
+def _pipe(most: int, *, tail: bool) -> Iterator[Drain]:
+    """A pipe, closed at the end; the drain's user closes `write_end` once the program holds it."""
+    drain = Drain(*os.pipe(), most=most, tail=tail)
+    try:
+        if F_SETPIPE_SZ is not None:
+            with contextlib.suppress(OSError):  # over the user's quota: the default size will do
+                fcntl.fcntl(drain.write_end, F_SETPIPE_SZ, PIPE_SIZE)
+        yield drain
+    finally:
+        os.close(drain.fd)
+        drain.close_write_end()
+
+
 def _drain(drains: list[Drain], process: subprocess.Popen, deadline: float) -> Stop | None:
     """Reads all pipes to their ends, then waits for the program to be gone."""
+    for drain in drains:
+        drain.close_write_end()  # the program has its own; ours would keep the pipe from ending
     with selectors.DefaultSelector() as selector:
         for drain in drains:
             selector.register(drain.fd, selectors.EVENT_READ, drain)

@@ -17,6 +17,7 @@ The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import lance
 import pyarrow as pa
@@ -26,7 +27,7 @@ from r2scp.store import schema
 from r2scp.store.errors import FingerprintMismatch, StoreError
 from r2scp.store.runs import LEASE_SCHEMA, Lease, record_run
 from r2scp.store.schema import PRIMARY_KEY, SCHEMA_VERSION, Table
-from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage
+from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage, told
 
 SMALL_FRAGMENT_ROWS = 1_024  # fragments below this are worth merging
 SMALL_FRAGMENTS = 32  # once there are this many of them
@@ -62,7 +63,7 @@ class FeatureStore:
     def __init__(
         self, uri: str, fingerprint: str, dim: int, storage_options: Mapping[str, str] | None = None
     ) -> None:
-        self.uri = uri.rstrip("/")
+        self.uri = _absolute(uri)
         self.fingerprint = fingerprint
         self.dim = dim
         self.storage_options = dict(storage_options or {})
@@ -127,7 +128,8 @@ class FeatureStore:
         row = {"fingerprint": fingerprint, "dim": dim, "schema_version": SCHEMA_VERSION}
         catalogue = _catalogue(uri, storage_options)
         upsert = catalogue.create().merge_insert("fingerprint").when_not_matched_insert_all()
-        upsert.execute(pa.Table.from_pylist([row], schema=ENCODERS_SCHEMA))
+        with told("write to", catalogue.uri):
+            upsert.execute(pa.Table.from_pylist([row], schema=ENCODERS_SCHEMA))
         return store
 
     # -- reading
@@ -253,7 +255,10 @@ class FeatureStore:
     def clean(self, older_than: timedelta = timedelta(days=7)) -> int:
         """Remove files that no version names and versions that no tag names; bytes won."""
         tables = [self.dataset(table) for table in self._schemas]
-        return sum(t.cleanup_old_versions(older_than=older_than).bytes_removed for t in tables)
+        return sum(
+            t.cleanup_old_versions(older_than=older_than, error_if_tagged_old_versions=False).bytes_removed
+            for t in tables
+        )
 
     def tag(self, name: str, version: int | None = None) -> None:
         """Name a version of `clips` (None: the latest); an existing tag moves."""
@@ -295,8 +300,13 @@ class FeatureStore:
 
 def _catalogue(uri: str, storage_options: Mapping[str, str] | None) -> TableAddress:
     return TableAddress(
-        uri=f"{uri.rstrip('/')}/encoders.lance", schema=ENCODERS_SCHEMA, storage_options=storage_options or {}
+        uri=f"{_absolute(uri)}/encoders.lance", schema=ENCODERS_SCHEMA, storage_options=storage_options or {}
     )
+
+
+def _absolute(uri: str) -> str:
+    """A folder as seen from anywhere, since workers run in other folders; other addresses as they are."""
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).absolute())
 
 
 def _rows(dataset: lance.LanceDataset, columns: Sequence[str], where: str | None) -> Iterable[dict]:

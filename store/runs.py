@@ -8,8 +8,9 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow as pa
 
 from r2scp.store.errors import LeaseHeld, StoreError
 from r2scp.store.schema import PRIMARY_KEY
-from r2scp.store.transaction import TableAddress, sql_literal
+from r2scp.store.transaction import TableAddress, sql_literal, told
 
 LEASE_SECONDS = 60.0  # a holder that says nothing for this long has lost it
 HEARTBEATS_PER_LEASE = 4
@@ -47,20 +48,34 @@ def record_run(address: TableAddress, row: Mapping[str, object]) -> None:
     """Insert or update the row of one run."""
     rows = pa.Table.from_pylist([dict(row)], schema=address.schema)
     upsert = address.open().merge_insert(address.key)
-    upsert.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+    with told("write to", address.uri):
+        upsert.when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
 
 class Lease:
-    """The right to write to one store, held with a heartbeat; use `hold`."""
+    """The right to write to one store, held with a heartbeat; use `hold`, once.
 
-    def __init__(self, address: TableAddress, purpose: str, name: str = "writer") -> None:
+    `clock` gives seconds since 1970, UTC. Those who share a store must agree on the time to within a few
+    seconds; that is far less than a lease lasts.
+    """
+
+    def __init__(
+        self,
+        address: TableAddress,
+        purpose: str,
+        name: str = "writer",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._address = address
         self._name = name
+        self._clock = clock
+        self._good_until = 0.0  # by our own last good heartbeat
         self._identity = {
             "purpose": purpose,
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "boot": _boot_id(),
+            "pids": _pid_namespace(),
             "pid": os.getpid(),
             "started": _process_start(os.getpid()),
             "since": now().isoformat(timespec="seconds"),
@@ -82,14 +97,19 @@ class Lease:
                 return
         holder, expires_at = held_by
         who = json.loads(holder)
-        left = max(0.0, expires_at - now().timestamp())
+        left = max(0.0, expires_at - self._clock())
         raise LeaseHeld(
             f"another writer holds this store: {who['purpose']} on {who['host']}, process {who['pid']}, "
             f"since {who['since']}; wait for it, or try again in {left:.0f} s should it have died"
         )
 
     def require(self) -> None:
-        """Raise `StoreError` when the lease was lost to another writer; call before each commit."""
+        """Raise `StoreError` when the lease was lost to another writer; call before each commit.
+
+        A process that was stopped for long asks the store itself, before it has missed its own loss.
+        """
+        if self._lost is None and self._clock() >= self._good_until:
+            self._beat()
         if self._lost is not None:
             raise StoreError(
                 f"the right to write to this store was lost ({self._lost}); nothing after the last commit "
@@ -111,41 +131,47 @@ class Lease:
                 self._write(expires_at=0.0, allowed=f"target.holder = {sql_literal(self._holder)}")
 
     def _keep_alive(self) -> None:
-        last_good = now().timestamp()
-        while not self._stop.wait(LEASE_SECONDS / HEARTBEATS_PER_LEASE):
-            try:
-                held_by = self._try(replacing=self._holder)
-            except (OSError, ValueError, RuntimeError) as error:
-                if now().timestamp() - last_good < LEASE_SECONDS:
-                    continue  # a store that fails now and then; the lease has not run out yet
-                held_by = (str(error), 0.0)
-            if held_by is not None:
-                self._lost = f"now held by {held_by[0]}"
-                return
-            last_good = now().timestamp()
+        while self._lost is None and not self._stop.wait(LEASE_SECONDS / HEARTBEATS_PER_LEASE):
+            self._beat()
+
+    def _beat(self) -> None:
+        """Say that we are still here; note where that came too late."""
+        try:
+            held_by = self._try(replacing=self._holder)
+        except StoreError as error:
+            if self._clock() >= self._good_until:  # else: a store that fails now and then
+                self._lost = str(error)
+            return
+        if held_by is not None:
+            self._lost = f"now held by {held_by[0]}"
 
     def _try(self, replacing: str) -> tuple[str, float] | None:
         """Write our row over an expired one, our own, or `replacing`'s. None: it is ours now."""
-        present = now().timestamp()
+        present = self._clock()
         mine = f"target.holder = {sql_literal(self._holder)}"
         allowed = f"target.expires_at < {present!r} OR {mine} OR target.holder = {sql_literal(replacing)}"
         self._write(expires_at=present + LEASE_SECONDS, allowed=allowed)
         found = self._address.open().to_table(filter=f"name = {sql_literal(self._name)}").to_pylist()[0]
-        return None if found["holder"] == self._holder else (found["holder"], found["expires_at"])
+        if found["holder"] != self._holder:
+            return found["holder"], found["expires_at"]
+        self._good_until = found["expires_at"]
+        return None
 
     def _write(self, *, expires_at: float, allowed: str) -> None:
         row = {"name": self._name, "holder": self._holder, "expires_at": expires_at}
         dataset = self._address.open()
         upsert = dataset.merge_insert(self._address.key)
         upsert.when_matched_update_all(allowed).when_not_matched_insert_all()
-        upsert.execute(pa.Table.from_pylist([row], schema=LEASE_SCHEMA))
-        dataset.cleanup_old_versions(older_than=VERSIONS_KEPT)
+        with told("write to", self._address.uri):
+            upsert.execute(pa.Table.from_pylist([row], schema=LEASE_SCHEMA))
+            dataset.cleanup_old_versions(older_than=VERSIONS_KEPT)
 
 
 def _is_dead(holder: str) -> bool:
     """Whether the holder was a process of this machine that is no longer there."""
     who = json.loads(holder)
-    if who["host"] != socket.gethostname() or who["boot"] != _boot_id() or not who["boot"]:
+    here = {"host": socket.gethostname(), "boot": _boot_id(), "pids": _pid_namespace()}
+    if not here["boot"] or any(who.get(name) != value for name, value in here.items()):
         return False
     return _process_start(who["pid"]) != who["started"]
 
@@ -153,6 +179,14 @@ def _is_dead(holder: str) -> bool:
 def _boot_id() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
+
+
+def _pid_namespace() -> str:
+    """Which numbering of processes this one is in: containers of one machine may share all else."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _process_start(pid: int) -> str:

@@ -8,7 +8,9 @@ a row is never there twice.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -16,7 +18,20 @@ import lance
 import pyarrow as pa
 from lance.fragment import FragmentMetadata, write_fragments
 
+from r2scp.store.errors import StoreError
+
 IDS_PER_PREDICATE = 2_000  # keeps one SQL predicate far below the parser's limits
+_LANCE_SOURCE = re.compile(r",? ?/\S+\.rs:\d+:\d+")  # where in Lance's own source; nobody's concern here
+
+
+@contextmanager
+def told(doing: str, uri: str) -> Iterator[None]:
+    """Lance's errors (OSError, ValueError, RuntimeError) as `StoreError`: one line that says what failed."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        words = " ".join(_LANCE_SOURCE.sub("", str(error)).split())
+        raise StoreError(f"cannot {doing} {uri}: {words}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +40,7 @@ class TableAddress:
 
     uri: str
     schema: pa.Schema
-    storage_options: Mapping[str, str] = field(default_factory=dict)
+    storage_options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
 
     @property
     def key(self) -> str:
@@ -33,30 +48,37 @@ class TableAddress:
         return self.schema.names[0]
 
     def open(self, version: int | str | None = None) -> lance.LanceDataset:
-        """The dataset at a version number or tag, the latest where none is given."""
+        """The dataset at a version number or tag, the latest where none is given. Raises `StoreError`."""
+        with told("open", self.uri):
+            return self._opened(version)
+
+    def _opened(self, version: int | str | None = None) -> lance.LanceDataset:
         return lance.dataset(self.uri, version=version, storage_options=dict(self.storage_options))
 
     def exists(self) -> bool:
-        try:
-            self.open()
-        except ValueError as error:  # what Lance raises where there is no dataset
-            if "not found" in str(error).lower():
-                return False
-            raise
+        """Whether there is such a dataset. Raises `StoreError` where that cannot be told."""
+        with told("open", self.uri):
+            try:
+                self._opened()
+            except ValueError as error:  # what Lance raises where there is no dataset
+                if "was not found" in str(error):
+                    return False
+                raise
         return True
 
     def create(self) -> lance.LanceDataset:
-        """An empty dataset at version 1; opens it where another process was first."""
+        """An empty dataset at version 1; opens it where another process was first. Raises `StoreError`."""
         empty = self.schema.empty_table()
         options = dict(self.storage_options)
-        try:
-            return lance.write_dataset(
-                empty, self.uri, schema=self.schema, mode="create", storage_options=options
-            )
-        except (OSError, ValueError):
-            if self.exists():
-                return self.open()
-            raise
+        with told("create", self.uri):
+            try:
+                return lance.write_dataset(
+                    empty, self.uri, schema=self.schema, mode="create", storage_options=options
+                )
+            except (OSError, ValueError):
+                if self.exists():
+                    return self._opened()
+                raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +126,24 @@ def commit(
     `also_delete` names further keys whose rows go in the same version. Where there is nothing to add
     and nothing to delete, no version is written. Returns the version the table then has.
 
-    Raises ValueError when one key is staged twice: the caller lost track of what is in flight.
+    Raises ValueError when one key is staged twice: the caller lost track of what is in flight; `StoreError`
+    where the store does not take the commit.
     """
     ids = [key for batch in staged for key in batch.ids]
     if len(set(ids)) != len(ids):
         twice = sorted({key for key in ids if ids.count(key) > 1})
         raise ValueError(f"rows staged twice in one commit: {twice[:3]}")
-    dataset = address.open()
-    removed, updated = _without(dataset, address.key, [*ids, *also_delete])
     added = [FragmentMetadata.from_json(text) for batch in staged for text in batch.fragments]
+    gone = list(dict.fromkeys([*ids, *also_delete]))
+    with told("write to", address.uri):
+        return _commit(address, added, gone, dict(properties))
+
+
+def _commit(
+    address: TableAddress, added: list[FragmentMetadata], gone: Sequence[str], properties: dict[str, str]
+) -> int:
+    dataset = address.open()
+    removed, updated = _without(dataset, address.key, gone)
     if not (added or removed or updated):
         return dataset.version
     if removed or updated:
@@ -122,7 +153,7 @@ def commit(
     else:
         operation = lance.LanceOperation.Append(added)
     transaction = lance.Transaction(
-        read_version=dataset.version, operation=operation, transaction_properties=dict(properties)
+        read_version=dataset.version, operation=operation, transaction_properties=properties
     )
     return lance.LanceDataset.commit(
         dataset, transaction, storage_options=dict(address.storage_options)
@@ -132,7 +163,7 @@ def commit(
 def _without(
     dataset: lance.LanceDataset, key: str, ids: Sequence[str]
 ) -> tuple[list[int], list[FragmentMetadata]]:
-    """Fragments that vanish and fragments with new deletion files once `ids` are gone."""
+    """Fragments that vanish and fragments with new deletion files once `ids`, each named once, are gone."""
     hit: dict[int, list[str]] = {}
     if dataset.count_rows() == 0:
         return [], []

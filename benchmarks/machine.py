@@ -1,0 +1,47 @@
+"""Which machine and which versions a figure was measured on."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+from r2scp.pipelines.ffmpeg_program import find_program
+
+PACKAGES = ("torch", "ray", "pyarrow", "pylance", "lancedb", "av")
+GIB = 1 << 30  # bytes
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores, memory in GiB, GPUs and the load when asked (runnable processes, last minute)."""
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "load_before": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of ffmpeg and of the packages whose speed counts."""
+    found = {"python": platform.python_version(), "ffmpeg": find_program(None).version}
+    return found | {name: metadata.version(name) for name in PACKAGES}
+
+
+def _processor() -> str:
+    """The model's name as Linux reports it, elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
