@@ -3,8 +3,9 @@
 Four contenders do the same clips, in turn, round after round, so that noise hits all alike:
 
 - *decode alone*: every clip through `decode`, on a pool of as many threads as there are cores.
-- *embed alone*: the decoded clips through the encoder, in batches, on all cores.
-- *plain loop*: decode one, embed one, in one process with PyTorch's default threads; nothing is stored.
+- *embed alone*: the decoded clips through the encoder, in batches, on all cores, with threads that do not
+  spin while they wait (on a busy machine spinning can cost more than the arithmetic).
+- *plain loop*: decode one, embed one, in one process with PyTorch's defaults; nothing is stored.
 - *flow*: the whole of `run_extract` into a fresh store: plan, hash, decode, embed, stage, commit. Ray is
   started before and timed apart. What a flow costs before its first clip and after its last (worker
   processes, loading the encoder, creating the tables) is timed too, as a flow of a single clip; *flow,
@@ -17,18 +18,19 @@ sum of its two times (*shared cores*); where a GPU embeds, only the slower count
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import cores, machine, versions
-from r2scp.jobs.extract import Destination, Report, Source, encoder_spec, pick_device, run_extract
+from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device, run_extract
 from r2scp.pipelines.corpora import open_corpus
 from r2scp.pipelines.decode import Clip, decode
 from r2scp.pipelines.demo_corpus import generate
@@ -45,11 +47,10 @@ from r2scp.pipelines.flows import Resources, ray_session
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 
 SEED = 20  # of the generated clips
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait leave the core to others
 DECODE, EMBED, LOOP, FLOW, STARTED = "decode alone", "embed alone", "plain loop", "flow", "flow, started"
 SHARED, GPU = "ceiling, shared cores", "ceiling, GPU"
 CONTENDERS = (DECODE, EMBED, LOOP, FLOW, STARTED)
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,17 @@ class Work:
     source: Source
     files: tuple[Path, ...]
     spec: EncoderSpec
-    encoder: Encoder
     resources: Resources
     cores: int
-    default_threads: int  # PyTorch's own choice
     scratch: Path  # for stores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Where the contenders beside the flow run: each process keeps its encoder from round to round."""
+
+    usual: ProcessPoolExecutor  # with the environment as it is
+    patient: ProcessPoolExecutor  # with `PATIENT`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +99,31 @@ class Round:
         }
 
 
-def decoded(work: Work) -> list[Clip]:
-    """Every file that can be decoded, one a core at a time."""
+def decode_alone(work: Work) -> tuple[float, int]:
+    """Seconds for all files, one a core at a time; how many could be decoded."""
+    started = time.perf_counter()
     with ThreadPoolExecutor(work.cores) as pool:
-        return [clip for clip in pool.map(_decoded, work.files) if clip]
+        count = sum(clip is not None for clip in pool.map(_decoded, work.files))
+    return time.perf_counter() - started, count
+
+
+def embed_alone(work: Work) -> float:
+    """Seconds for all clips, decoded before, in the flow's batches and on all cores."""
+    torch.set_num_threads(work.cores)
+    encoder, clips, step = _encoder(work.spec), _clips(work.files), work.resources.clips_per_batch
+    started = time.perf_counter()
+    for at in range(0, len(clips), step):
+        _embed(encoder, clips[at : at + step])
+    return time.perf_counter() - started
+
+
+def plain_loop(work: Work) -> float:
+    """Seconds for what one would write first."""
+    encoder = _encoder(work.spec)
+    started = time.perf_counter()
+    for clip in filter(None, map(_decoded, work.files)):
+        _embed(encoder, [clip])
+    return time.perf_counter() - started
 
 
 def _decoded(file: Path) -> Clip | None:
@@ -105,63 +133,65 @@ def _decoded(file: Path) -> Clip | None:
         return None
 
 
-def embedded(work: Work, clips: list[Clip], per_batch: int) -> None:
-    """All clips through both towers, `per_batch` at a time, as the flow does it."""
-    for start in range(0, len(clips), per_batch):
-        batch = clips[start : start + per_batch]
-        frames = [clip.frames for clip in batch if clip.frames is not None]
-        waveforms = [clip.waveform for clip in batch if clip.waveform is not None]
-        if frames:
-            work.encoder.visual(np.concatenate(frames))
-        if waveforms:
-            work.encoder.audio(waveforms)
+@lru_cache(maxsize=1)
+def _clips(files: tuple[Path, ...]) -> tuple[Clip, ...]:
+    return tuple(filter(None, map(_decoded, files)))
 
 
-def looped(work: Work) -> None:
-    """What one would write first."""
-    for clip in filter(None, map(_decoded, work.files)):
-        embedded(work, [clip], 1)
+@lru_cache(maxsize=1)
+def _encoder(spec: EncoderSpec) -> Encoder:
+    return spec.load()
 
 
-def flowed(work: Work, limit: int) -> Report:
-    """The flow on the first `limit` clips, into a store of its own."""
+def _embed(encoder: Encoder, clips: Sequence[Clip]) -> None:
+    frames = [clip.frames for clip in clips if clip.frames is not None]
+    waveforms = [clip.waveform for clip in clips if clip.waveform is not None]
+    if frames:
+        encoder.visual(np.concatenate(frames))
+    if waveforms:
+        encoder.audio(waveforms)
+
+
+def flow(work: Work, limit: int) -> tuple[float, int]:
+    """Seconds for the flow on the first `limit` clips, into a store of its own; how many it stored."""
     source = Source(work.source.corpus, work.source.root, limit=limit)
     with tempfile.TemporaryDirectory(dir=work.scratch) as store:
-        return run_extract(source, Destination(store), work.spec, work.resources, lambda report, total: None)
+        destination = Destination(store)
+        started = time.perf_counter()
+        report = run_extract(source, destination, work.spec, work.resources, lambda report, total: None)
+        return time.perf_counter() - started, report.stored
 
 
-def one_round(work: Work) -> Round:
+def one_round(work: Work, at: Processes) -> Round:
     """All contenders, one after another."""
-    with _threads(work.cores):
-        decode_s, clips = _timed(lambda: decoded(work))
-        embed_s, _ = _timed(lambda: embedded(work, clips, work.resources.clips_per_batch))
-    with _threads(work.default_threads):
-        loop_s, _ = _timed(lambda: looped(work))
-    with ExitStack() as stack:
-        ray_s, _ = _timed(lambda: stack.enter_context(ray_session(work.resources)))
-        one_s, _ = _timed(lambda: flowed(work, 1))
-        flow_s, report = _timed(lambda: flowed(work, len(work.files)))
-    if report.stored != len(clips):
-        raise R2SCPError(f"the flow must store the {len(clips)} clips that decode; stored {report.stored}")
+    decode_s, clips = at.usual.submit(decode_alone, work).result()
+    embed_s = at.patient.submit(embed_alone, work).result()
+    loop_s = at.usual.submit(plain_loop, work).result()
+    started = time.perf_counter()
+    with ray_session(work.resources):
+        ray_s = time.perf_counter() - started
+        one_s, _ = flow(work, 1)
+        flow_s, stored = flow(work, len(work.files))
+    if stored != clips:
+        raise R2SCPError(f"the flow must store the {clips} clips that decode; it stored {stored}")
     return Round(
-        clips=len(clips), decode=decode_s, embed=embed_s, loop=loop_s, flow=flow_s, flow_one=one_s, ray=ray_s
+        clips=clips, decode=decode_s, embed=embed_s, loop=loop_s, flow=flow_s, flow_one=one_s, ray=ray_s
     )
 
 
-def _timed(action: Callable[[], Result]) -> tuple[float, Result]:
-    started = time.perf_counter()
-    result = action()
-    return time.perf_counter() - started, result
-
-
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _process(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
+    """A process that starts with `environment` beside ours, and ends with the block."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()  # by then it has started
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        yield pool
 
 
 def summary(rounds: list[Round], gpu: bool) -> dict[str, object]:
@@ -218,23 +248,28 @@ def benchmark(options: argparse.Namespace, scratch: Path, out: Console) -> dict[
     """Everything: make or find the clips, warm up, run the rounds."""
     about = {"machine": machine(), "versions": versions()}
     work = _work(options, scratch)
-    for warm in (decoded, looped):  # programs and pages into memory, kernels chosen
-        warm(_first(work))
-    rounds = []
-    for number in range(1, options.rounds + 1):
-        out.print(f"round {number} of {options.rounds}")
-        rounds.append(one_round(work))
+    with _process({}) as usual, _process(PATIENT) as patient:
+        at = Processes(usual=usual, patient=patient)
+        warm = replace(work, files=work.files[:1])  # programs and weights into memory
+        usual.submit(decode_alone, warm).result()
+        for pool, contender in ((usual, plain_loop), (patient, embed_alone)):
+            pool.submit(contender, warm).result()
+        threads = usual.submit(torch.get_num_threads).result()
+        rounds = []
+        for number in range(1, options.rounds + 1):
+            out.print(f"round {number} of {options.rounds}")
+            rounds.append(one_round(work, at))
     settings = {
         "encoder": work.spec.fingerprint,
         "dtype": work.spec.dtype,
         "device": work.spec.device,
         "cores used": work.cores,
-        "threads of the plain loop": work.default_threads,
+        "threads of the plain loop": threads,
         "clips a batch": work.resources.clips_per_batch,
         "root": str(options.root or f"generated, seed {SEED}"),
     }
     found = summary(rounds, work.spec.device == "cuda")
-    return about | {"settings": settings, "summary": found, "round_seconds": [vars(one) for one in rounds]}
+    return about | {"settings": settings, "summary": found, "round_seconds": [asdict(one) for one in rounds]}
 
 
 def _work(options: argparse.Namespace, scratch: Path) -> Work:
@@ -255,16 +290,10 @@ def _work(options: argparse.Namespace, scratch: Path) -> Work:
         source=Source("folder", root),
         files=files,
         spec=spec,
-        encoder=spec.load(),
         resources=Resources(num_workers=workers),
         cores=workers,
-        default_threads=torch.get_num_threads(),
         scratch=scratch,
     )
-
-
-def _first(work: Work) -> Work:
-    return Work(**(vars(work) | {"files": work.files[:1]}))
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

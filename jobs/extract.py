@@ -69,7 +69,11 @@ class Report:
     gone: int = 0
     gone_first: list[str] = field(default_factory=list)
     rejects: dict[str, int] = field(default_factory=dict)
-    ignored_files: int = 0
+    duplicates: int = 0  # annotation rows that say again what was said
+    ambiguous_files: int = 0  # clips for which several files stand
+    ignored_files: int = 0  # below the root, and no media
+    unusable_names: int = 0  # media whose names hold control characters or are not UTF-8
+    unreadable_folders: int = 0
     questions: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     annotations: list[str] = field(default_factory=list)
@@ -116,6 +120,7 @@ def run_extract(
     """Extract one corpus. Raises `R2SCPError` with one clear line where it cannot go on."""
     started = time.monotonic()
     corpus = open_corpus(source.corpus, source.root, source.annotations, source.split)
+    decode_fingerprint(resources.ffmpeg)  # an ffmpeg that cannot serve is told before anything is written
     store = FeatureStore.create(
         destination.uri, encoder.fingerprint, encoder.dim, destination.storage_options
     )
@@ -180,7 +185,11 @@ class _Run:
             gone=plan.gone,
             gone_first=plan.gone_first,
             rejects={reason.value: count for reason, count in tally.rejects.items()},
+            duplicates=tally.duplicates,
+            ambiguous_files=tally.ambiguous_files,
             ignored_files=self.corpus.ignored.count,
+            unusable_names=self.corpus.tree.unusable.count,
+            unreadable_folders=self.corpus.tree.unreadable.count,
             annotations=[str(file.path) for file in self.corpus.files],
         )
         return plan

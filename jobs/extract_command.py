@@ -1,6 +1,7 @@
 """How `extract` shows itself: a bar on a terminal, plain lines elsewhere, an exit code that tells."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -8,6 +9,7 @@ from rich.progress import Progress
 
 from r2scp.jobs.config import absolute, default_workers, progress_bar, tell
 from r2scp.jobs.extract import Destination, Report, Source, run_extract
+from r2scp.jobs.weights import DEMO_WEIGHTS
 from r2scp.pipelines.embed import EncoderSpec
 from r2scp.pipelines.flows import Resources
 
@@ -56,10 +58,8 @@ def run_with_progress(
     source: Source, destination: Destination, encoder: EncoderSpec, means: Resources
 ) -> Report:
     """`run_extract`, seen on stderr; says what the demo encoder is not for."""
-    if encoder.dim < 1024 and source.corpus != "demo":
-        tell(
-            "note: imagebind-demo knows generated clips only; its features of anything else mean little"
-        )
+    for caution in _cautions(source, encoder):
+        tell(f"note: {caution}")
     with progress_bar() as bar:
         report = run_extract(source, destination, encoder, means, _Teller(bar))
     for clip_id in report.gone_first:
@@ -67,6 +67,13 @@ def run_with_progress(
     if not report.decoded:
         tell("nothing to do: the store holds all of it")
     return report
+
+
+def _cautions(source: Source, encoder: EncoderSpec) -> Iterator[str]:
+    if Path(encoder.source).name == DEMO_WEIGHTS and source.corpus != "demo":
+        yield "imagebind-demo knows generated clips only; its features of anything else mean little"
+    if encoder.source.startswith("random:"):
+        yield "random weights are for benchmarks; these features mean nothing"
 
 
 def finish(report: Report) -> None:

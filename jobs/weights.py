@@ -21,6 +21,7 @@ PUBLISHED = RemoteFile(
     size=4_803_584_173,
     sha256="d6f6c22bedcc90708448d5d2fbb7b2db9c73f505dc89bd0b2e09b23af1b62157",
 )
+DEMO_WEIGHTS = "imagebind-demo.safetensors"  # in the package's data folder
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
 COMMAND = "r2scp-pipe weights imagebind-huge --accept-license"
 TERMS = f"the weights of imagebind-huge are under {LICENCE} and take {PUBLISHED.size / 1e9:.1f} GB"
@@ -67,7 +68,7 @@ def resolve_encoder(name: str, weights: str | None = None) -> str:
             raise EncoderError(f"--weights must name a .pth or .safetensors file; {weights} is not there")
         return weights
     if name == "imagebind-demo":
-        packaged = Path(str(resources.files("r2scp.model") / "data" / "imagebind-demo.safetensors"))
+        packaged = Path(str(resources.files("r2scp.model") / "data" / DEMO_WEIGHTS))
         if not packaged.is_file():
             raise EncoderError(f"{packaged} is missing from this installation: install r2scp-pipe again")
         return str(packaged)

@@ -24,7 +24,6 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ from r2scp.pipelines.harvest import (
     promised_end,
 )
 from r2scp.pipelines.media_faults import is_encrypted, meaning, open_regular, tidy
-from r2scp.pipelines.probe import SECONDS_PER_PROBE, Probed, ProbeFault, Track, probe
+from r2scp.pipelines.probe import SECONDS_PER_PROBE, Probed, ProbeFault, probe
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.schema import ModalityStatus
 
@@ -66,7 +65,7 @@ class StreamReport:
 ABSENT = StreamReport(ModalityStatus.ABSENT, 0.0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Clip:
     """One decoded file. At least one of `frames` and `waveform` is there."""
 
@@ -92,7 +91,7 @@ def decode(path: str | Path, limits: DecodeLimits = DEFAULT_LIMITS, ffmpeg: str 
         probed = _probe(job)
         harvest = gather(job, probed)
         if harvest.frames is None and harvest.waveform is None:
-            raise _nothing_usable(fd, probed, harvest)
+            raise _nothing_usable(probed, harvest)
     finally:
         os.close(fd)
     frames, visual = _judge_visual(probed, harvest)
@@ -104,7 +103,7 @@ def decode(path: str | Path, limits: DecodeLimits = DEFAULT_LIMITS, ffmpeg: str 
         visual=visual,
         audio=audio,
         duration_s=promised_end(probed) or decoded_s,
-        errors=tidy(harvest.faults),
+        errors=tidy(harvest.faults + _undecoded(harvest)),
     )
 
 
@@ -143,7 +142,9 @@ def _probe(job: Job) -> Probed:
         default = FailureReason.CORRUPT if recognised else FailureReason.NOT_MEDIA
         reason = FailureReason.ENCRYPTED if recognised and is_encrypted(job.fd) else meaning(words, default)
         raise MediaError(reason, tidy(words)) from None
-    if not _tracks(probed):
+    if is_encrypted(job.fd):  # some decoders take scrambled packets for noise and do not complain
+        raise MediaError(FailureReason.ENCRYPTED, "protected by common encryption")
+    if not (probed.video or probed.audio):
         reason = meaning(probed.log, FailureReason.NO_STREAMS)
         raise MediaError(reason, tidy(probed.log) or f"a {probed.format} file without picture and sound")
     if probed.video and probed.video.width * probed.video.height > limits.max_pixels:
@@ -158,17 +159,22 @@ def _probe(job: Job) -> Probed:
     return probed
 
 
-def _tracks(probed: Probed) -> list[Track]:
-    return [track for track in (probed.video, probed.audio) if track]
-
-
-def _nothing_usable(fd: int, probed: Probed, harvest: Harvest) -> MediaError:
+def _nothing_usable(probed: Probed, harvest: Harvest) -> MediaError:
     """The error for a file whose streams gave nothing."""
     words = probed.log + harvest.faults
-    reason = FailureReason.ENCRYPTED if is_encrypted(fd) else meaning(words, FailureReason.CORRUPT)
+    reason = meaning(words, FailureReason.CORRUPT)
     if reason is FailureReason.TRUNCATED:  # the header is whole, so it did tell how to decode
         reason = FailureReason.CORRUPT
     return MediaError(reason, tidy(words) or "streams are there, and nothing could be decoded")
+
+
+def _undecoded(harvest: Harvest) -> str:
+    """ffmpeg's count of what it could not decode, some of which it passes over in silence."""
+    return "".join(
+        f"stream {index}: {tally.errors} errors in {tally.errors + tally.frames} packets\n"
+        for index, tally in harvest.tallies.items()
+        if tally.errors
+    )
 
 
 def _judge_visual(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, StreamReport]:
@@ -185,15 +191,18 @@ def _judge_visual(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, 
     if harvest.frames is None:
         return None, StreamReport(ModalityStatus.CORRUPT, expected, 0)
     frames = harvest.frames[:expected]
-    decoded = len(frames) - (_stale(frames, harvest) if tally.errors else 0)
+    decoded = len(frames) - (_lost(tally, harvest.repeats, len(frames)) if tally.errors else 0)
     status = ModalityStatus.PARTIAL if decoded < expected else ModalityStatus.PRESENT
     return frames, StreamReport(status, expected, decoded)
 
 
-def _stale(frames: np.ndarray, harvest: Harvest) -> int:
-    """How many frames only repeat the one before because damage swallowed their own."""
-    same = sum(bool(np.array_equal(a, b)) for a, b in pairwise(frames))
-    return min(same, round(harvest.repeats / SLOTS))
+def _lost(tally: Tally, repeats: int, got: int) -> int:
+    """How many frames only repeat the one before because damage swallowed their own.
+
+    Of the slots without a new frame, those do not count that so slow a picture leaves empty anyway.
+    """
+    idle = max(0, got * SLOTS - tally.frames - tally.errors)
+    return min(got - 1, max(0, round((repeats - idle) / SLOTS)))
 
 
 def _judge_audio(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, StreamReport]:
@@ -205,13 +214,9 @@ def _judge_audio(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, S
     got = 0.0 if harvest.waveform is None else len(harvest.waveform) / RATE
     decoded = min(got, tally.samples / track.rate) if tally.samples and track.rate else got
     expected = track.duration_s
-    if (
-        expected is None
-        and probed.duration_s is not None
-        and (tally.errors or not _is_whole(probed, harvest))
-    ):
+    if expected is None and probed.duration_s and (tally.errors or not _is_whole(probed, harvest)):
         expected = probed.duration_s - lead(probed, track)
-    expected = expected or decoded
+    expected = expected or got  # gaps filled with silence count as promised
     if harvest.waveform is None:
         return None, StreamReport(ModalityStatus.CORRUPT, expected, 0.0)
     slack = SOUND_SLACK_ERRORS_S if tally.errors else max(SOUND_SLACK_S, SOUND_SLACK * expected)

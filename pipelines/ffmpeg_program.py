@@ -117,7 +117,7 @@ def picture(track: VideoTrack, order: Order, program: Program) -> str:
         ("zscale", {"t": "linear", "npl": HDR_WHITE}),
         ("format", "gbrpf32le"),
         ("zscale", {"p": "bt709"}),
-        ("tonemap", {"tonemap": "hable", "desat": 0}),
+        ("tonemap", {"tonemap": "mobius", "desat": 0}),
         ("zscale", {"t": "bt709"}),
     ]
     return chain(

@@ -4,6 +4,7 @@ ffmpeg's exit status says little (bit rot ends with 0, a missing stream with 234
 what came through the pipes and the tally that ffmpeg logs for each input stream at the end.
 """
 
+import os
 import re
 import signal
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,7 @@ def _run(job: Job, probed: Probed, shift: int) -> Harvest:
     if not kinds:
         return Harvest()
     order = Order(fd=job.fd, probed=probed, shift=shift, end_s=end_s, max_pixels=job.limits.max_pixels)
+    os.lseek(job.fd, 0, os.SEEK_SET)  # where /dev/fd duplicates, as on macOS, the position is shared
     finished = supervise(
         lambda pipes: compose(order, job.program, pipes),
         Bounds(

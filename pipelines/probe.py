@@ -27,7 +27,7 @@ from r2scp.pipelines.supervise import clean_environment, confine, kill_group
 from r2scp.store.errors import FailureReason, MediaError
 
 CHILD = Path(__file__).with_name("probe_child.py")
-SECONDS_PER_PROBE = 60.0  # a healthy file takes milliseconds; a six-gigabyte one to be scanned, seconds
+SECONDS_PER_PROBE = 120.0  # a healthy file takes milliseconds; one of gigabytes to be scanned, seconds
 SECONDS_TO_START = 120.0  # for the child, on a machine that is short of everything
 #: A demuxer that was tried for want of a better one has not recognised anything.
 MISDETECTED = r"Format \w+ detected only with low score.*\n"

@@ -23,6 +23,7 @@ GUESSED = b"Estimating duration from bitrate"
 #: Streams that are pictures about the recording and not of it.
 NOT_A_RECORDING = Disposition.attached_pic | Disposition.timed_thumbnails
 HDR_TRANSFERS = (16, 18)  # SMPTE ST 2084 (PQ) and ARIB STD-B67 (HLG), ITU-T H.273 table 3
+CUT_S = 0.5  # an AVI that lacks more than this of what its header promises has been cut short
 WORDS_BYTES = 1 << 16  # how much of libav's own words is looked at
 
 
@@ -60,6 +61,15 @@ def describe(stream: Any) -> dict[str, Any]:
     }
 
 
+def keep_promise(stream: Any, reply: dict[str, Any]) -> None:
+    """Goes by the frame count in an AVI header: without its index, libav only sees what is left."""
+    promised = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+    if promised > (reply["duration_s"] or 0.0) + CUT_S:
+        reply["duration_s"] = reply["video"]["duration_s"] = promised
+        if reply["audio"]:
+            reply["audio"]["duration_s"] = None
+
+
 def scan(container: Any, streams: dict[int, dict[str, Any]]) -> None:
     """Reads every packet, decodes none, and writes down where the streams really begin and end."""
     ends: dict[int, float] = {}
@@ -91,6 +101,7 @@ def words() -> bytes:
 
 def probe(fd: int, request: dict[str, Any]) -> dict[str, Any]:
     """Everything `probe.Probed` wants to know about the file behind `fd`."""
+    os.lseek(fd, 0, os.SEEK_SET)  # where /dev/fd duplicates, as on macOS, the position is shared
     with av.open(
         f"file:/dev/fd/{fd}",
         options={"protocol_whitelist": "file", "format_whitelist": request["formats"]},
@@ -105,6 +116,8 @@ def probe(fd: int, request: dict[str, Any]) -> dict[str, Any]:
             "duration_s": seconds(container.duration, 1 / av.time_base) or None,
             **found,
         }
+        if reply["format"] == "avi" and found["video"]:
+            keep_promise(picked["video"], reply)
         tracks = {f["index"]: f for f in found.values() if f}
         guessed = GUESSED in words()
         unknown = reply["duration_s"] is None and any(f["duration_s"] is None for f in tracks.values())

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from r2scp.pipelines.decode import Clip, DecodeLimits, decode, decode_fingerprint
 from r2scp.pipelines.embed import Encoder, EncoderSpec, key_of
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.runs import now
+from r2scp.store.schema import ModalityStatus
 from r2scp.store.transaction import TableAddress, stage
 
 HASH_CHUNK = 1 << 20  # bytes
@@ -218,23 +220,31 @@ class StageRows:
         self._provenance = asdict(provenance)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        by_outcome: dict[str, list[dict]] = {"decoded": [], "dead": [], "unchanged": []}
-        for row in batch.to_pylist():
-            by_outcome[row["outcome"]].append(row | self._provenance)
-        failures = [row | {"attempts": (row["attempts"] or 0) + 1, "at": now()} for row in by_outcome["dead"]]
-        clips = [row | {"ingested_at": now()} for row in by_outcome["decoded"]]
-        partial = sum("partial" in (row["visual_status"], row["audio_status"]) for row in clips)
+        decoded, failed, unchanged = (
+            batch.filter(pc.field("outcome") == outcome) for outcome in ("decoded", "dead", "unchanged")
+        )
+        attempts = pc.add(pc.fill_null(failed["attempts"], 0), 1)
+        failed = failed.set_column(failed.schema.get_field_index("attempts"), "attempts", attempts)
+        clips = _fitted(decoded, self._clips.schema, self._provenance | {"ingested_at": now()})
+        failures = _fitted(failed, self._failures.schema, self._provenance | {"at": now()})
+        statuses = zip(*(clips[name].to_pylist() for name in ("visual_status", "audio_status")), strict=True)
         return pa.table(
             {
-                "stored": [stage(self._clips, _fitted(clips, self._clips)).to_json()],
-                "dead": [stage(self._failures, _fitted(failures, self._failures)).to_json()],
-                "unchanged": [[row["clip_id"] for row in by_outcome["unchanged"]]],
-                "partial": [partial],
-                "reasons": [json.dumps([row["reason"] for row in failures])],
+                "stored": [stage(self._clips, clips).to_json()],
+                "dead": [stage(self._failures, failures).to_json()],
+                "unchanged": [unchanged["clip_id"].to_pylist()],
+                "partial": [sum(ModalityStatus.PARTIAL in pair for pair in statuses)],
+                "reasons": [json.dumps(failures["reason"].to_pylist())],
             }
         )
 
 
-def _fitted(rows: Sequence[Mapping[str, object]], address: TableAddress) -> pa.Table:
-    names = address.schema.names
-    return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], address.schema)
+def _fitted(rows: pa.Table, schema: pa.Schema, same: Mapping[str, object]) -> pa.Table:
+    """`rows` in the columns of `schema`, with the values of `same` in every row; embeddings stay in Arrow."""
+
+    def column(field: pa.Field) -> pa.Array | pa.ChunkedArray:
+        if field.name in same:
+            return pa.array([same[field.name]] * len(rows), type=field.type)
+        return rows[field.name]
+
+    return pa.table([column(field) for field in schema], schema=schema)

@@ -14,6 +14,7 @@ that embeddings of two encoders never meet::
 The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store.database)` opens it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import lance
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from r2scp.store import schema
 from r2scp.store.errors import FingerprintMismatch, StoreError
@@ -70,6 +70,7 @@ class FeatureStore:
         self._schemas = {
             Table.CLIPS: schema.clips_schema(dim),
             Table.QUESTIONS: schema.questions_schema(dim),
+            Table.NEIGHBOURS: schema.neighbours_schema(),
             Table.FAILURES: schema.failures_schema(),
             Table.RUNS: schema.runs_schema(),
         }
@@ -122,9 +123,9 @@ class FeatureStore:
         if fingerprint in known:
             if known[fingerprint] != dim:
                 raise FingerprintMismatch(f"{fingerprint} has width {known[fingerprint]} in {uri}; got {dim}")
+            store.make_tables()
             return store
-        for table in store._schemas:
-            store.address(table).create()
+        store.make_tables()
         row = {"fingerprint": fingerprint, "dim": dim, "schema_version": SCHEMA_VERSION}
         catalogue = _catalogue(uri, storage_options)
         upsert = catalogue.create().merge_insert("fingerprint").when_not_matched_insert_all()
@@ -163,6 +164,12 @@ class FeatureStore:
         """Rows of `questions`: see `schema.questions_schema`."""
         return self._read(Table.QUESTIONS, columns, where, version)
 
+    def neighbours(
+        self, columns: Sequence[str] | None = None, where: str | None = None, version: int | str | None = None
+    ) -> pa.Table:
+        """Rows of `neighbours`: see `schema.neighbours_schema`."""
+        return self._read(Table.NEIGHBOURS, columns, where, version)
+
     def failures(self, where: str | None = None) -> pa.Table:
         """Rows of `failures`: what could not be stored, and why."""
         return self._read(Table.FAILURES, None, where, None)
@@ -189,7 +196,7 @@ class FeatureStore:
 
     def versions(self) -> dict[str, int]:
         """Table -> latest version."""
-        return {table.value: self.dataset(table).version for table in self._schemas}
+        return {table.value: self.dataset(table).version for table in self._tables()}
 
     def status(self) -> dict[str, object]:
         """Rows, statuses, failures by reason, versions and tags: plain values, ready for JSON."""
@@ -214,6 +221,12 @@ class FeatureStore:
         }
 
     # -- writing
+
+    def make_tables(self) -> None:
+        """Make the tables that are not there: all of a new store, the newer ones of an old store."""
+        for table in self._schemas:
+            if not self.address(table).exists():
+                self.address(table).create()
 
     def stage(self, table: Table, rows: pa.Table) -> Staged:
         """Write rows where no reader sees them yet; `commit` makes them visible."""
@@ -254,7 +267,7 @@ class FeatureStore:
 
     def clean(self, older_than: timedelta = timedelta(days=7)) -> int:
         """Remove files that no version names and versions that no tag names; bytes won."""
-        tables = [self.dataset(table) for table in self._schemas]
+        tables = [self.dataset(table) for table in self._tables()]
         return sum(
             t.cleanup_old_versions(older_than=older_than, error_if_tagged_old_versions=False).bytes_removed
             for t in tables
@@ -264,10 +277,11 @@ class FeatureStore:
         """Name a version of `clips` (None: the latest); an existing tag moves."""
         dataset = self.dataset(Table.CLIPS)
         version = version or dataset.version
-        if name in dataset.tags.list():
-            dataset.tags.update(name, version)
-        else:
-            dataset.tags.create(name, version)
+        with told(f"set tag {name!r} on", self.uri):
+            if name in dataset.tags.list():
+                dataset.tags.update(name, version)
+            else:
+                dataset.tags.create(name, version)
 
     def tags(self) -> dict[str, int]:
         """Tag -> version of `clips`."""
@@ -283,6 +297,11 @@ class FeatureStore:
     def record_run(self, row: Mapping[str, object]) -> None:
         """Insert or update one row of `runs`."""
         record_run(self.address(Table.RUNS), row)
+
+    def _tables(self) -> list[Table]:
+        """The tables that are there: a store of an earlier version has no `neighbours` until written to."""
+        optional = {Table.NEIGHBOURS}
+        return [t for t in self._schemas if t not in optional or self.address(t).exists()]
 
     def _read(
         self, table: Table, columns: Sequence[str] | None, where: str | None, version: int | str | None
@@ -315,5 +334,4 @@ def _rows(dataset: lance.LanceDataset, columns: Sequence[str], where: str | None
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    pairs = pc.value_counts(column).to_pylist()
-    return {pair["values"]: pair["counts"] for pair in sorted(pairs, key=lambda p: -p["counts"])}
+    return dict(Counter(column.to_pylist()).most_common())

@@ -32,6 +32,14 @@ class ModalityStatus(StrEnum):
     CORRUPT = "corrupt"  # the stream is there and gave nothing
 
 
+class Retrieval(StrEnum):
+    """Whose key a query, the key of the modality that is there, is compared with."""
+
+    CROSS = "cross"  # the key of the missing modality
+    PAIRED = "paired"  # the key of the query's own modality, of clips that have both
+    HYBRID = "hybrid"  # weighted mean of the two scores
+
+
 class Table(StrEnum):
     """The tables of a store; each is one Lance dataset per encoder fingerprint."""
 
@@ -108,6 +116,38 @@ def questions_schema(dim: int) -> pa.Schema:
             pa.field("encoder_fingerprint", pa.string()),
             pa.field("run_id", pa.string()),
             pa.field("ingested_at", pa.timestamp("us", tz="UTC")),
+        ]
+    )
+
+
+def neighbours_schema() -> pa.Schema:
+    """One row a clip, a missing modality and a way to search one bank: where to look for what is missing.
+
+    Ids are sorted best first and are fewer than `n` where the bank holds fewer. Scores are cosines.
+    """
+    ids, scores = pa.list_(pa.string()), pa.list_(pa.float32())
+    return pa.schema(
+        [
+            _key("neighbour_id"),  # {clip_id}|{missing}|{retrieval}|{index}
+            pa.field("clip_id", pa.string()),
+            pa.field("missing", pa.string()),  # a Modality: what is looked for; the other is the query
+            pa.field("retrieval", pa.string()),  # a Retrieval
+            pa.field("leak_guard", pa.bool_()),  # false: hits may be of the clip's own source
+            pa.field("nearest_ids", ids),
+            pa.field("nearest_scores", scores),
+            pa.field("farthest_ids", ids),
+            pa.field("farthest_scores", scores),
+            # Of the clip's own source among the n best were none left out: hits that the guard kept away,
+            # or, without it, that are in the list.
+            pa.field("nearest_own_source", pa.int32()),
+            pa.field("farthest_own_source", pa.int32()),
+            pa.field("settings", pa.string()),  # JSON: bank corpora and splits, n, weight, guard
+            pa.field("index", pa.string()),  # of settings and bank; equal: the same search
+            pa.field("bank_fingerprint", pa.string()),  # of ids, sources and keys
+            pa.field("bank_version", pa.int64()),  # of `clips`
+            pa.field("query_fingerprint", pa.string()),  # of source and key
+            pa.field("run_id", pa.string()),
+            pa.field("at", pa.timestamp("us", tz="UTC")),
         ]
     )
 

@@ -67,13 +67,21 @@ class TableAddress:
         return True
 
     def create(self) -> lance.LanceDataset:
-        """An empty dataset at version 1; opens it where another process was first. Raises `StoreError`."""
-        empty = self.schema.empty_table()
-        options = dict(self.storage_options)
+        """An empty dataset at version 1; opens it where another process was first. Raises `StoreError`.
+
+        A strict commit (`max_retries=0`): `lance.write_dataset(mode="create")` may write a second, empty
+        version over what a faster process has created and begun to fill.
+        """
+        empty = lance.LanceOperation.Overwrite(self.schema, [])
         with told("create", self.uri):
             try:
-                return lance.write_dataset(
-                    empty, self.uri, schema=self.schema, mode="create", storage_options=options
+                return lance.LanceDataset.commit(
+                    self.uri,
+                    empty,
+                    read_version=0,
+                    max_retries=0,
+                    enable_v2_manifest_paths=True,
+                    storage_options=dict(self.storage_options),
                 )
             except (OSError, ValueError):
                 if self.exists():
@@ -175,6 +183,7 @@ def _without(
     removed, updated = [], []
     for fragment_id, values in sorted(hit.items()):
         fragment = dataset.get_fragment(fragment_id)
+        assert fragment is not None  # the scan of this very version named it
         if fragment.count_rows() == len(values):
             removed.append(fragment_id)
         else:

@@ -1,0 +1,301 @@
+"""`FeatureStore`: opening says clearly what is wrong, reads and writes agree, maintenance loses no row.
+
+The same journey runs on a folder and, through a server on loopback, on an object store.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import boto3
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+from moto.server import ThreadedMotoServer
+
+from r2scp.store import feature_store
+from r2scp.store.errors import FailureReason, FingerprintMismatch, LeaseHeld, StoreError
+from r2scp.store.feature_store import FeatureStore, Known
+from r2scp.store.schema import SCHEMA_VERSION, Table
+
+DIM = 4
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a store may rest."""
+
+    uri: str
+    options: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[Callable[[str], Place]]:
+    """An S3 of our own on loopback; makes a bucket and gives its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+    )
+    options = {
+        "aws_endpoint": endpoint,
+        "allow_http": "true",
+        "aws_region": "us-east-1",
+        "aws_access_key_id": "testing",
+        "aws_secret_access_key": "testing",
+    }
+
+    def make(bucket: str) -> Place:
+        client.create_bucket(Bucket=bucket)
+        return Place(f"s3://{bucket}/deep/store", options)
+
+    yield make
+    client.close()
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "folder":
+        return Place(str(tmp_path / "store"), {})
+    return request.getfixturevalue("object_store")("features")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore.create(str(tmp_path / "store"), "encoder-a", DIM)
+
+
+def clip(clip_id: str, **changes: object) -> dict[str, object]:
+    sequence = np.eye(DIM, dtype=np.float16)[:2]
+    key = sequence.astype(np.float32).mean(0)
+    return {
+        "clip_id": clip_id,
+        "corpus": clip_id.split("/")[0],
+        "video_id": clip_id.split("/")[-1],
+        "split": "train",
+        "labels": ["a", "b"],
+        "bytes": 10,
+        "mtime_ns": 1_800_000_000_123_456_789,
+        "content_sha256": "ab" * 32,
+        "visual": list(sequence),
+        "visual_key": key / np.linalg.norm(key),
+        "visual_status": "present",
+        "audio_status": "absent",
+        "decode_fingerprint": "grid1",
+        "ingested_at": NOON,
+    } | changes
+
+
+def failure(clip_id: str, **changes: object) -> dict[str, object]:
+    return {
+        "clip_id": clip_id,
+        "corpus": clip_id.split("/")[0],
+        "reason": FailureReason.CORRUPT.value,
+        "attempts": 1,
+        "bytes": 20,
+        "mtime_ns": 5,
+        "content_sha256": "cd" * 32,
+        "decode_fingerprint": "grid1",
+        "at": NOON,
+    } | changes
+
+
+def put(store: FeatureStore, table: Table, *rows: dict[str, object]) -> int:
+    given = pa.Table.from_pylist(list(rows), schema=store.address(table).schema)
+    return store.commit(table, [store.stage(table, given)], {"run": "test"})
+
+
+def test_the_whole_journey(place: Place) -> None:
+    """Create, lease, stage, commit, replace, tag, compact, clean, on any kind of store."""
+    store = FeatureStore.create(place.uri, "encoder-a", DIM, place.options)
+    with store.lease("test").hold() as lease:
+        lease.require()
+        with pytest.raises(LeaseHeld):
+            store.lease("another").acquire()
+        put(store, Table.CLIPS, *(clip(f"c/{i}") for i in range(5)))
+        store.tag("serving")
+        put(store, Table.CLIPS, clip("c/3", split="test"))
+        store.record_run({"run_id": "r", "status": "done"})
+    with store.lease("next").hold():
+        pass
+    opened = FeatureStore.open(place.uri, storage_options=place.options)
+    assert (opened.fingerprint, opened.dim) == ("encoder-a", DIM)
+    assert opened.clips(columns=["clip_id"]).num_rows == 5
+    assert opened.clips(where="split = 'test'")["clip_id"].to_pylist() == ["c/3"]
+    assert opened.clips(where="split = 'test'", version="serving").num_rows == 0
+    opened.clean(older_than=timedelta(0))
+    assert opened.clips(version="serving").num_rows == 5
+    assert opened.dataset(Table.RUNS).count_rows() == 1
+
+
+def test_no_store_says_how_to_make_one(tmp_path: Path) -> None:
+    assert FeatureStore.encoders(str(tmp_path)) == {}
+    with pytest.raises(StoreError, match=r"no store at .*nowhere.*r2scp-pipe extract --store"):
+        FeatureStore.open(str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_several_encoders_must_be_told_apart(tmp_path: Path) -> None:
+    uri = str(tmp_path / "store")
+    FeatureStore.create(uri, "encoder-a", DIM)
+    FeatureStore.create(uri, "encoder-b", 2 * DIM)
+    FeatureStore.create(uri, "encoder-a", DIM)  # again: nothing happens
+    assert FeatureStore.encoders(uri) == {"encoder-a": DIM, "encoder-b": 2 * DIM}
+    with pytest.raises(StoreError, match=r"several encoders.*encoder-a, encoder-b"):
+        FeatureStore.open(uri)
+    assert FeatureStore.open(uri, "encoder-b").dim == 2 * DIM
+    with pytest.raises(FingerprintMismatch, match=r"no encoder encoder-c.*there is: encoder-a, encoder-b"):
+        FeatureStore.open(uri, "encoder-c")
+    with pytest.raises(FingerprintMismatch, match=r"encoder-a has width 4.*got 5"):
+        FeatureStore.create(uri, "encoder-a", 5)
+
+
+def test_another_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_store, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+        FeatureStore.create(str(tmp_path), "encoder-a", DIM)
+    with pytest.raises(StoreError, match=rf"layout {SCHEMA_VERSION + 1}.*reads layout {SCHEMA_VERSION}"):
+        FeatureStore.open(str(tmp_path))
+
+
+def test_a_creation_cut_short_is_completed(tmp_path: Path) -> None:
+    """The catalogue comes last: what a crash left before it is no store yet, and creating again heals it."""
+    half = FeatureStore(str(tmp_path), "encoder-a", DIM)
+    half.address(Table.CLIPS).create()
+    with pytest.raises(StoreError, match="no store"):
+        FeatureStore.open(str(tmp_path))
+    store = FeatureStore.create(str(tmp_path), "encoder-a", DIM)
+    assert set(store.versions()) == {"clips", "questions", "failures", "runs"}
+
+
+def test_a_relative_address_means_the_same_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers run in other folders and must stage rows where the driver commits them."""
+    monkeypatch.chdir(tmp_path)
+    store = FeatureStore.create("./mine/", "encoder-a", DIM)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    put(store, Table.CLIPS, clip("c/1"))
+    assert store.uri == str(tmp_path / "mine")
+    assert FeatureStore.open(str(tmp_path / "mine")).clips().num_rows == 1
+
+
+def test_known_takes_the_newer_of_row_and_failure(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/fine"), clip("c/broke"), clip("c/mended"), clip("other/1"))
+    later, sooner = NOON + timedelta(seconds=1), NOON - timedelta(seconds=1)
+    put(
+        store,
+        Table.FAILURES,
+        failure("c/broke", at=later, attempts=3),
+        failure("c/mended", at=sooner),
+        failure("c/never", bytes=None, mtime_ns=None, content_sha256=None),
+        failure("other/2"),
+    )
+    known = store.known("c")
+    stored = Known(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1")
+    assert known == {
+        "c/fine": stored,
+        "c/mended": stored,
+        "c/broke": Known(20, 5, "cd" * 32, "grid1", "corrupt", 3),
+        "c/never": Known(None, None, None, "grid1", "corrupt", 1),
+    }
+    assert store.known("o'ther") == {}
+    assert store.superseded() == (["c/broke"], ["c/mended"])
+
+
+def test_missing_keeps_the_order_of_the_question(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/2"), clip("c/4"))
+    assert store.missing(f"c/{i}" for i in (5, 4, 3, 2, 1)) == ["c/5", "c/3", "c/1"]
+
+
+def test_status_counts_what_is_there(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/1"), clip("c/2", split="test", visual_status="partial"), clip("d/1"))
+    put(store, Table.FAILURES, failure("c/9"))
+    put(store, Table.QUESTIONS, {"question_id": "c/q", "corpus": "c", "split": "val"})
+    store.tag("serving")
+    status = store.status()
+    assert status["clips"] == {
+        "rows": 3,
+        "by_corpus": {"c": 2, "d": 1},
+        "by_split": {"train": 2, "test": 1},
+        "visual": {"present": 2, "partial": 1},
+        "audio": {"absent": 3},
+    }
+    assert status["questions"] == {"rows": 1, "by_split": {"val": 1}}
+    assert status["failures"] == {"rows": 1, "by_reason": {"corrupt": 1}}
+    assert status["versions"] == {"clips": 2, "questions": 2, "failures": 2, "runs": 1}
+    assert status["tags"] == {"serving": 2}
+    assert (status["encoder"], status["dim"]) == ("encoder-a", DIM)
+
+
+def test_what_goes_in_comes_out(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/1"))
+    [row] = store.clips().to_pylist()
+    assert row["mtime_ns"] == 1_800_000_000_123_456_789
+    assert row["ingested_at"] == NOON
+    assert row["labels"] == ["a", "b"]
+    assert np.array_equal(np.array(row["visual"]), np.eye(DIM)[:2])
+    assert row["audio"] is None
+    assert np.linalg.norm(row["visual_key"]) == pytest.approx(1, abs=1e-6)
+
+
+def test_tags_name_versions_and_move(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/1"))
+    store.tag("serving")
+    put(store, Table.CLIPS, clip("c/2"))
+    assert store.clips(version="serving").num_rows == 1
+    store.tag("serving")
+    store.tag("first", 2)
+    assert store.tags() == {"serving": 3, "first": 2}
+    for name, version in (("no such", None), ("late", 99)):
+        with pytest.raises(StoreError, match=f"cannot set tag '{name}'"):
+            store.tag(name, version)
+
+
+def test_errors_of_reading_are_clear(store: FeatureStore) -> None:
+    with pytest.raises(StoreError, match=r"colour.*its columns: clip_id, corpus"):
+        store.clips(columns=["colour"])
+    with pytest.raises(StoreError, match="cannot read clips"):
+        store.clips(where="split = = 'x'")
+    with pytest.raises(StoreError, match="no-such-tag"):
+        store.clips(version="no-such-tag")
+
+
+def test_compaction_keeps_every_row(store: FeatureStore) -> None:
+    for number in range(40):
+        put(store, Table.CLIPS, clip(f"c/{number}"), clip(f"d/{number}"))
+    store.tag("before")
+    store.commit(Table.CLIPS, [], {}, also_delete=[f"c/{i}" for i in range(0, 40, 3)])
+    rows = sorted(store.clips(columns=["clip_id", "visual"]).to_pylist(), key=lambda row: row["clip_id"])
+    many = len(store.dataset(Table.CLIPS).get_fragments())
+    version = store.compact(Table.CLIPS)
+    assert len(store.dataset(Table.CLIPS).get_fragments()) < many
+    after = sorted(store.clips(columns=["clip_id", "visual"]).to_pylist(), key=lambda row: row["clip_id"])
+    assert after == rows
+    assert store.compact(Table.CLIPS) == version, "compacting what is compact writes nothing"
+    put(store, Table.CLIPS, clip("c/1", split="test"), clip("c/new"))
+    assert store.clips(where="clip_id = 'c/1'")["split"].to_pylist() == ["test"]
+    assert store.clips().num_rows == len(rows) + 1
+    assert store.clean(older_than=timedelta(0)) > 0
+    assert store.clips(version="before").num_rows == 80, "a tagged version outlives the cleaning"
+    assert store.clips().num_rows == len(rows) + 1
+
+
+def test_a_notebook_opens_the_database_with_lancedb(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/1"), clip("c/2", visual_key=[0, 0, 0, 1]))
+    database = lancedb.connect(store.database)
+    table = database.open_table("clips")
+    assert table.count_rows() == 2
+    nearest = table.search([0.0, 0.0, 0.0, 0.9], vector_column_name="visual_key").limit(1).to_list()
+    assert nearest[0]["clip_id"] == "c/2"

@@ -1,0 +1,138 @@
+"""What a run has to do, told from files and memory alone: nothing is planned twice, nothing is forgotten."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from r2scp.pipelines.corpora import Corpus, open_corpus
+from r2scp.pipelines.plan import GONE_NAMED, Scope, make_plan
+from r2scp.store.feature_store import Known
+
+FINGERPRINT = "grid1"
+SCOPE = Scope(decode_fingerprint=FINGERPRINT)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """Four files that no one will decode."""
+    for number in range(4):
+        (tmp_path / f"{number}.mp4").write_bytes(b"x" * (number + 1))
+    return open_corpus("folder", tmp_path)
+
+
+def remembered(corpus: Corpus, **changes: object) -> dict[str, Known]:
+    """What a store knows after it has taken in all of `corpus`, with some facts changed."""
+    known = {}
+    for clip in corpus.clips():
+        facts = os.stat(clip.uri)
+        told = {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns, "content_sha256": "ab"}
+        known[clip.clip_id] = Known(**told | {"decode_fingerprint": FINGERPRINT} | changes)
+    return known
+
+
+def test_an_empty_store_needs_all(corpus: Corpus) -> None:
+    plan = make_plan(corpus, {}, SCOPE)
+    assert (plan.inputs, plan.unchanged, plan.gone, plan.missing_files) == (4, 0, 0, 0)
+    assert list(plan.pending) == [f"folder/{n}.mp4" for n in range(4)]
+    assert plan.sources["clip_id"].to_pylist() == list(plan.pending)
+    assert plan.sources["known_sha256"].to_pylist() == [""] * 4
+    assert all(Path(uri).is_absolute() for uri in plan.sources["uri"].to_pylist())
+
+
+def test_a_full_store_needs_nothing(corpus: Corpus) -> None:
+    plan = make_plan(corpus, remembered(corpus), SCOPE)
+    assert (plan.inputs, plan.unchanged) == (4, 4)
+    assert not plan.pending
+    assert plan.sources.num_rows == 0
+
+
+@pytest.mark.parametrize("change", [{"bytes": 99}, {"mtime_ns": 1}])
+def test_a_file_that_looks_changed_is_compared_by_content(corpus: Corpus, change: dict) -> None:
+    plan = make_plan(corpus, remembered(corpus, **change), SCOPE)
+    assert len(plan.pending) == 4
+    assert plan.sources["known_sha256"].to_pylist() == ["ab"] * 4
+
+
+def test_another_decoder_needs_all_again(corpus: Corpus) -> None:
+    """Even where the content is the same: its digest must not make the file count as unchanged."""
+    plan = make_plan(corpus, remembered(corpus, decode_fingerprint="older"), SCOPE)
+    assert len(plan.pending) == 4
+    assert plan.sources["known_sha256"].to_pylist() == [""] * 4
+
+
+def test_dead_letters_wait_for_a_change_or_to_be_asked(corpus: Corpus) -> None:
+    known = remembered(corpus, failure="corrupt", attempts=2)
+    plan = make_plan(corpus, known, SCOPE)
+    assert (plan.dead_before, plan.inputs) == (4, 4)
+    assert not plan.pending
+    again = make_plan(corpus, known, Scope(decode_fingerprint=FINGERPRINT, retry_failed=True))
+    assert again.dead_before == 0
+    assert again.sources["attempts"].to_pylist() == [2] * 4
+    assert again.sources["known_sha256"].to_pylist() == [""] * 4, "a dead letter's content is not stored"
+    Path(corpus.tree.uri("2.mp4")).write_bytes(b"mended")
+    assert list(make_plan(corpus, known, SCOPE).pending) == ["folder/2.mp4"]
+
+
+def test_a_dead_letter_of_another_decoder_is_tried_again(corpus: Corpus) -> None:
+    known = remembered(corpus, failure="corrupt", decode_fingerprint="older")
+    assert len(make_plan(corpus, known, SCOPE).pending) == 4
+
+
+def test_a_limit_counts_clips_on_the_disk(corpus: Corpus) -> None:
+    plan = make_plan(corpus, {}, Scope(decode_fingerprint=FINGERPRINT, limit=3))
+    assert plan.inputs == len(plan.pending) == 3
+    known = remembered(corpus) | {"folder/old.mp4": Known(1, 1, "", FINGERPRINT)}
+    limited = make_plan(corpus, known, Scope(decode_fingerprint=FINGERPRINT, limit=2))
+    assert (limited.unchanged, limited.gone) == (2, 0), "beyond the limit nobody looked"
+
+
+def test_what_is_gone_is_counted_and_named(corpus: Corpus) -> None:
+    lost = {f"folder/old{n:02}.mp4": Known(1, 1, "", FINGERPRINT) for n in range(GONE_NAMED + 5)}
+    plan = make_plan(corpus, remembered(corpus) | lost, SCOPE)
+    assert plan.gone == GONE_NAMED + 5
+    assert plan.gone_first == list(lost)[:GONE_NAMED]
+
+
+def test_annotated_files_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "here.mp4").write_bytes(b"x")
+    questions = tmp_path / "mine.csv"
+    questions.write_text("video,question,answer\nhere,What ?,this\nnowhere,What ?,that\n")
+    corpus = open_corpus("folder", tmp_path, [questions])
+    known = {"folder/nowhere": Known(1, 1, "ab", FINGERPRINT)}
+    plan = make_plan(corpus, known, SCOPE)
+    assert (plan.inputs, plan.missing_files) == (1, 1)
+    assert plan.gone_first == ["folder/nowhere"]
+
+
+def test_a_file_that_vanishes_after_it_was_listed_goes_into_the_flow(corpus: Corpus) -> None:
+    """Its failure is the decode stage's to tell, and is not told again while it stays away."""
+    known = remembered(corpus)
+    Path(corpus.tree.uri("1.mp4")).unlink()
+    assert list(make_plan(corpus, known, SCOPE).pending) == ["folder/1.mp4"]
+    known["folder/1.mp4"] = Known(None, None, None, FINGERPRINT, "unreadable", 1)
+    assert make_plan(corpus, known, SCOPE).dead_before == 1
+
+
+def test_a_large_corpus_is_planned_in_one_pass(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(corpus.clips())
+    passes = []
+
+    def many() -> Iterator:
+        passes.append(1)
+        for number in range(3_000):
+            yield type(first)(
+                clip_id=f"folder/{number}",
+                corpus="folder",
+                video_id=str(number),
+                source_id=str(number),
+                split="train",
+                labels=("a",),
+                uri=first.uri,
+            )
+
+    monkeypatch.setattr(corpus, "clips", many)
+    plan = make_plan(corpus, {}, SCOPE)
+    assert plan.sources.num_rows == len(plan.pending) == plan.inputs == 3_000
+    assert len(passes) == 1

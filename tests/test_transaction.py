@@ -1,0 +1,232 @@
+"""The commit protocol: staged rows are invisible, a commit is whole or not at all, no key is there twice.
+
+The oracle of the random sequence is a plain dict.
+"""
+
+import random
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from r2scp.store import transaction
+from r2scp.store.errors import StoreError
+from r2scp.store.schema import PRIMARY_KEY
+from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage
+
+SCHEMA = pa.schema(
+    [pa.field("key", pa.string(), nullable=False, metadata=PRIMARY_KEY), pa.field("value", pa.int64())]
+)
+ODD = [
+    "plain",
+    "it's",
+    "''",
+    "'; DROP TABLE clips; --",
+    "' OR '1' = '1",
+    "back\\slash\\",
+    "\\'",
+    "line\nbreak\r\n\ttab",
+    '"double" `tick`',
+    "100%_like",
+    "naïve 日本語 🎻",
+    "e\u0301",  # not the same key as its composed form
+    "é",
+    "",
+    "a" * 5_000,
+]
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> TableAddress:
+    table = TableAddress(uri=str(tmp_path / "t.lance"), schema=SCHEMA)
+    table.create()
+    return table
+
+
+def rows(values: dict[str, int]) -> pa.Table:
+    return pa.table({"key": list(values), "value": list(values.values())}, schema=SCHEMA)
+
+
+def content(address: TableAddress) -> dict[str, int]:
+    """What a reader sees; fails where a key is there twice."""
+    table = address.open().to_table()
+    found = dict(zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True))
+    assert len(found) == table.num_rows, "a key is there twice"
+    assert address.open().count_rows() == table.num_rows
+    return found
+
+
+def put(address: TableAddress, values: dict[str, int], also_delete: tuple[str, ...] = ()) -> int:
+    return commit(address, [stage(address, rows(values))], {"run": "r"}, also_delete)
+
+
+def test_staged_rows_are_invisible_until_they_are_committed(address: TableAddress) -> None:
+    staged = stage(address, rows({"a": 1, "b": 2}))
+    assert content(address) == {}
+    assert address.open().version == 1
+    assert commit(address, [Staged.from_json(staged.to_json())], {"run": "r", "sequence": "1"}) == 2
+    assert content(address) == {"a": 1, "b": 2}
+
+
+def test_the_version_tells_which_run_made_it(address: TableAddress) -> None:
+    put(address, {"a": 1})
+    transactions = address.open().get_transactions(1)
+    assert transactions[0].transaction_properties["run"] == "r"
+
+
+def test_rows_are_replaced_in_one_version(address: TableAddress) -> None:
+    put(address, {"a": 1, "b": 2, "c": 3})
+    assert put(address, {"b": 20, "d": 4}, also_delete=("c", "never seen")) == 3
+    assert content(address) == {"a": 1, "b": 20, "d": 4}
+    assert address.open(2).count_rows() == 3, "the version before is as it was"
+
+
+def test_many_batches_make_one_version(address: TableAddress) -> None:
+    batches = [stage(address, rows({f"k{i}": i})) for i in range(7)]
+    assert commit(address, batches, {}) == 2
+    assert content(address) == {f"k{i}": i for i in range(7)}
+
+
+def test_nothing_to_do_writes_no_version(address: TableAddress) -> None:
+    put(address, {"a": 1})
+    assert commit(address, [], {}) == 2
+    assert commit(address, [stage(address, rows({}))], {}, also_delete=["not there"]) == 2
+    assert address.open().version == 2
+
+
+def test_deleting_all_leaves_an_empty_table_that_can_be_filled_again(address: TableAddress) -> None:
+    put(address, {"a": 1, "b": 2})
+    commit(address, [], {}, also_delete=["a", "b"])
+    assert content(address) == {}
+    put(address, {"b": 3})
+    assert content(address) == {"b": 3}
+
+
+def test_a_key_staged_twice_is_refused_and_nothing_changes(address: TableAddress) -> None:
+    put(address, {"a": 1})
+    twice = [stage(address, rows({"b": 1})), stage(address, rows({"a": 2, "b": 2}))]
+    with pytest.raises(ValueError, match=r"staged twice.*'b'"):
+        commit(address, twice, {})
+    assert content(address) == {"a": 1}
+
+
+def test_a_key_named_twice_for_deletion_takes_nothing_else_with_it(
+    address: TableAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even when the two stand in different predicates and count as many as the fragment has rows."""
+    monkeypatch.setattr(transaction, "IDS_PER_PREDICATE", 1)
+    put(address, {"a": 1, "b": 2})
+    commit(address, [], {}, also_delete=["a", "a"])
+    assert content(address) == {"b": 2}
+
+
+def test_more_keys_than_one_predicate_holds(address: TableAddress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transaction, "IDS_PER_PREDICATE", 7)
+    put(address, {f"k{i}": i for i in range(40)})
+    put(address, {f"k{i}": -i for i in range(0, 40, 2)}, also_delete=("k1", "k39"))
+    expected = {f"k{i}": -i if i % 2 == 0 else i for i in range(40) if i not in (1, 39)}
+    assert content(address) == expected
+
+
+@pytest.mark.parametrize("key", ODD, ids=range(len(ODD)))
+def test_any_text_is_a_key(address: TableAddress, key: str) -> None:
+    put(address, {"bystander": 0, "x": 0})
+    put(address, {key: 1})
+    put(address, {key: 2, "y": 0})
+    assert content(address) == {"bystander": 0, "x": 0, "y": 0, key: 2}
+    commit(address, [], {}, also_delete=[key])
+    assert content(address) == {"bystander": 0, "x": 0, "y": 0}
+
+
+def test_a_literal_stays_a_string() -> None:
+    assert sql_literal("it's") == "'it''s'"
+
+
+def test_rows_that_do_not_fit_the_schema_are_refused(address: TableAddress) -> None:
+    with pytest.raises((pa.ArrowInvalid, ValueError)):
+        stage(address, pa.table({"key": ["a"], "value": ["no number"]}))
+    assert content(address) == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_commits_match_a_dict(address: TableAddress, seed: int) -> None:
+    draw = random.Random(seed)
+    keys = ODD + [f"k{i}" for i in range(20)]
+    oracle: dict[str, int] = {}
+    for step in range(25):
+        draw.shuffle(keys)
+        fresh = {key: draw.randrange(1000) for key in keys[: draw.randrange(0, 9)]}
+        parts = [dict(list(fresh.items())[at::2]) for at in (0, 1)]
+        deleted = draw.sample(keys, draw.randrange(0, 5))
+        before = address.open().version
+        version = commit(address, [stage(address, rows(part)) for part in parts], {}, also_delete=deleted)
+        changes = bool(fresh) or any(key in oracle for key in deleted)
+        assert version == before + changes, f"step {step}"
+        oracle = {key: value for key, value in oracle.items() if key not in deleted} | fresh
+        assert content(address) == oracle, f"step {step}"
+        if draw.random() < 0.15:
+            address.open().optimize.compact_files()
+            assert content(address) == oracle, f"compaction after step {step}"
+
+
+def test_readers_see_whole_batches_only(address: TableAddress) -> None:
+    """Every batch rewrites the same ten keys with one value: a mixture would be a torn read."""
+    put(address, {f"k{i}": 0 for i in range(10)})
+    stop, torn = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            seen = content(address)
+            if len(seen) != 10 or len(set(seen.values())) != 1:
+                torn.append(seen)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        for value in range(1, 25):
+            put(address, {f"k{i}": value for i in range(10)})
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert not torn
+    assert set(content(address).values()) == {24}
+
+
+def test_of_many_that_create_one_does_and_none_overwrites(tmp_path: Path) -> None:
+    for attempt in range(8):
+        address = TableAddress(uri=str(tmp_path / f"{attempt}.lance"), schema=SCHEMA)
+        gate = threading.Barrier(6)
+
+        def create(address: TableAddress = address, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            address.create()
+
+        creators = [threading.Thread(target=create) for _ in range(6)]
+        for creator in creators:
+            creator.start()
+        for creator in creators:
+            creator.join()
+        assert address.open().version == 1
+        assert address.open().schema.equals(SCHEMA, check_metadata=True)
+
+
+def test_creating_again_keeps_what_is_there(address: TableAddress) -> None:
+    put(address, {"a": 1})
+    assert address.create().version == 2
+    assert content(address) == {"a": 1}
+
+
+def test_a_place_that_cannot_be_is_one_clear_error() -> None:
+    address = TableAddress(uri="nosuch://place/t.lance", schema=SCHEMA)
+    for attempt in (address.exists, address.open, address.create):
+        with pytest.raises(StoreError, match=r"cannot \w+ nosuch://place/t\.lance") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+def test_secrets_are_not_shown() -> None:
+    address = TableAddress(uri="s3://b/t", schema=SCHEMA, storage_options={"aws_secret_access_key": "hush"})
+    assert "hush" not in repr(address)
