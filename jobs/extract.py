@@ -226,7 +226,7 @@ class _Run:
     def clips(self, plan: Plan, progress: Progress) -> None:
         """Run the flow over the plan's sources and commit what it stages."""
         tables = (self.store.address(Table.CLIPS), self.store.address(Table.FAILURES))
-        provenance = Provenance.of(self.report.run_id, self.encoder, self.resources.ffmpeg)
+        provenance = Provenance.of(self.report.run_id, self.encoder.fingerprint, self.resources.ffmpeg)
         total, waiting = len(plan.pending), []
         progress(self.report, total)
         with ray_session(self.resources):

@@ -1,18 +1,21 @@
-"""Frames, sound and questions to embeddings.
+"""Frames, sound and questions to embeddings: the encoder, and the stage that runs it.
 
 Legend: T one-second tokens of one stream, D the encoder's width, W real tokens of a question.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from r2scp.model.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.melspec import log_mel, windows
 from r2scp.model.tokenizer import Tokenizer
+from r2scp.pipelines.stages import DECODED_SCHEMA, FRAME_SHAPE, dead
+from r2scp.store.errors import FailureReason
 
 TOKENS_PER_FORWARD = {"cpu": 16, "cuda": 128}  # frames or windows that go through a tower together
 QUESTIONS_PER_FORWARD = 64
@@ -99,3 +102,76 @@ def key_of(sequence_TD: np.ndarray) -> np.ndarray:
     """Retrieval key of one clip: the unit-norm mean of its unit-norm tokens (paper, eq. 1), float32 (D,)."""
     mean_D = sequence_TD.astype(np.float32).mean(axis=0)
     return mean_D / max(float(np.linalg.norm(mean_D)), 1e-12)
+
+
+#: After embedding: the four embeddings in place of the frames and the waveform.
+_RAW = ("frames", "waveform")
+
+
+def embedded_schema(dim: int) -> pa.Schema:
+    """What `EmbedClips` gives, for an encoder of width `dim`."""
+    sequence, vector = pa.list_(pa.list_(pa.float16(), dim)), pa.list_(pa.float32(), dim)
+    kept = [field for field in DECODED_SCHEMA if field.name not in _RAW]
+    return pa.schema(
+        [
+            *kept,
+            pa.field("visual", sequence),
+            pa.field("audio", sequence),
+            pa.field("visual_key", vector),
+            pa.field("audio_key", vector),
+        ]
+    )
+
+
+class EmbedClips:
+    """Decoded rows to embedded rows. Loads its encoder once; lives in an actor.
+
+    All clips of a batch go through the towers together, so that a GPU sees full batches.
+    """
+
+    def __init__(self, spec: EncoderSpec, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._encoder: Encoder = spec.load()
+        self._schema = embedded_schema(spec.dim)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        frames = [_view(cell, np.uint8, FRAME_SHAPE) for cell in batch["frames"]]
+        waveforms = [_view(cell, np.float32, ()) for cell in batch["waveform"]]
+        visual = self._visual(frames)
+        audio = _scattered(waveforms, self._encoder.audio)
+        rows = batch.drop_columns(list(_RAW)).to_pylist()
+        for row, seen, heard in zip(rows, visual, audio, strict=True):
+            if not all(np.isfinite(sequence).all() for sequence in (seen, heard) if sequence is not None):
+                row |= dead(
+                    "embed", FailureReason.EMBED_FAILED, "the encoder gave numbers that are not finite"
+                )
+                seen = heard = None
+            row |= {
+                "visual": None if seen is None else list(seen.astype(np.float16)),
+                "audio": None if heard is None else list(heard.astype(np.float16)),
+                "visual_key": None if seen is None else key_of(seen),
+                "audio_key": None if heard is None else key_of(heard),
+            }
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _visual(self, frames: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        def together(present: Sequence[np.ndarray]) -> list[np.ndarray]:
+            ends = np.cumsum([len(clip) for clip in present])[:-1]
+            return np.split(self._encoder.visual(np.concatenate(present)), ends)
+
+        return _scattered(frames, together)
+
+
+def _view(cell: pa.LargeBinaryScalar, dtype: type, item: tuple[int, ...]) -> np.ndarray | None:
+    """The array in a binary cell, without a copy."""
+    buffer = cell.as_buffer()
+    return None if buffer is None else np.frombuffer(buffer, dtype=dtype).reshape(-1, *item)
+
+
+def _scattered(
+    values: Sequence[np.ndarray | None], embed: Callable[[list[np.ndarray]], Sequence[np.ndarray]]
+) -> list[np.ndarray | None]:
+    """`embed` of those values that are there, at their places."""
+    present = [value for value in values if value is not None]
+    results = iter(embed(present) if present else ())
+    return [None if value is None else next(results) for value in values]

@@ -19,8 +19,8 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from r2scp.pipelines.decode import DecodeLimits
-from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.stages import DecodeClips, EmbedClips, Provenance, StageRows
+from r2scp.pipelines.embed import EmbedClips, EncoderSpec
+from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
 from r2scp.store.transaction import TableAddress
 
 OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
@@ -32,9 +32,10 @@ ROWS_PER_FRAGMENT = (8, 64)  # least and most: what a crash can cost in embeddin
 CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray: it must never keep decode tasks from starting
 
 
-QUIET_RAY = {
+RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning about it
+    "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads, while they wait, leave the core to decoding
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # it warns of our actors' arguments, which live as long as the flow
 }
 
@@ -61,7 +62,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in QUIET_RAY.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Ray's own programs are started by fork and exec; nothing of Lance runs between the two.
     warnings.filterwarnings("ignore", message="lance is not fork-safe", category=UserWarning)
@@ -121,13 +122,12 @@ def extract(
         .map_batches(decode.__call__, batch_size=None, batch_format="pyarrow", num_cpus=1)
         .map_batches(
             EmbedClips,
-            fn_constructor_args=(encoder,),
+            fn_constructor_args=(encoder, threads),
             batch_size=resources.clips_per_batch,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),
             num_cpus=CPU_SHARE,
             num_gpus=resources.gpus_per_actor if gpus else None,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )
         .map_batches(
             stage.__call__,

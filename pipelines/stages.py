@@ -1,22 +1,21 @@
 """The stages of extraction, each `Arrow table -> Arrow table(s)` and unaware of what runs it.
 
-`DecodeClips` -> `EmbedClips` -> `StageRows`. A row that fails at one stage travels on as a dead letter; it
-is never dropped and never stops its neighbours.
+`DecodeClips` -> `embed.EmbedClips` -> `StageRows`. A row that fails at one stage travels on as a dead letter;
+it is never dropped and never stops its neighbours. No torch here: workers that only decode or write do not
+need it.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.pipelines.decode import Clip, DecodeLimits, decode, decode_fingerprint
-from r2scp.pipelines.embed import Encoder, EncoderSpec, key_of
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.runs import now
 from r2scp.store.schema import ModalityStatus
@@ -64,24 +63,6 @@ DECODED_SCHEMA = pa.schema(
     ]
 )
 
-#: After embedding: the four embeddings in place of the frames and the waveform.
-_RAW = ("frames", "waveform")
-
-
-def embedded_schema(dim: int) -> pa.Schema:
-    """What `EmbedClips` gives, for an encoder of width `dim`."""
-    sequence, vector = pa.list_(pa.list_(pa.float16(), dim)), pa.list_(pa.float32(), dim)
-    kept = [field for field in DECODED_SCHEMA if field.name not in _RAW]
-    return pa.schema(
-        [
-            *kept,
-            pa.field("visual", sequence),
-            pa.field("audio", sequence),
-            pa.field("visual_key", vector),
-            pa.field("audio_key", vector),
-        ]
-    )
-
 
 class DecodeClips:
     """Source rows to decoded rows, one table a clip so that few frames are in memory at once."""
@@ -127,8 +108,8 @@ def dead(stage_name: str, reason: FailureReason, detail: str) -> dict[str, objec
 
 def _columns(clip: Clip) -> dict[str, object]:
     return {
-        "frames": None if clip.frames is None else memoryview(np.ascontiguousarray(clip.frames)).cast("B"),
-        "waveform": None if clip.waveform is None else memoryview(clip.waveform).cast("B"),
+        "frames": None if clip.frames is None else clip.frames.tobytes(),
+        "waveform": None if clip.waveform is None else clip.waveform.tobytes(),
         "duration_s": clip.duration_s,
         "visual_status": clip.visual.status.value,
         "audio_status": clip.audio.status.value,
@@ -140,57 +121,6 @@ def _columns(clip: Clip) -> dict[str, object]:
     }
 
 
-class EmbedClips:
-    """Decoded rows to embedded rows. Loads its encoder once; lives in an actor.
-
-    All clips of a batch go through the towers together, so that a GPU sees full batches.
-    """
-
-    def __init__(self, spec: EncoderSpec) -> None:
-        self._encoder: Encoder = spec.load()
-        self._schema = embedded_schema(spec.dim)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        frames = [_view(cell, np.uint8, FRAME_SHAPE) for cell in batch["frames"]]
-        waveforms = [_view(cell, np.float32, ()) for cell in batch["waveform"]]
-        visual = self._visual(frames)
-        audio = _scattered(waveforms, self._encoder.audio)
-        rows = batch.drop_columns(list(_RAW)).to_pylist()
-        for row, seen, heard in zip(rows, visual, audio, strict=True):
-            if not all(np.isfinite(sequence).all() for sequence in (seen, heard) if sequence is not None):
-                row |= dead(
-                    "embed", FailureReason.EMBED_FAILED, "the encoder gave numbers that are not finite"
-                )
-                seen = heard = None
-            row |= {
-                "visual": None if seen is None else list(seen.astype(np.float16)),
-                "audio": None if heard is None else list(heard.astype(np.float16)),
-                "visual_key": None if seen is None else key_of(seen),
-                "audio_key": None if heard is None else key_of(heard),
-            }
-        return pa.Table.from_pylist(rows, schema=self._schema)
-
-    def _visual(self, frames: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-        def together(present: Sequence[np.ndarray]) -> list[np.ndarray]:
-            ends = np.cumsum([len(clip) for clip in present])[:-1]
-            return np.split(self._encoder.visual(np.concatenate(present)), ends)
-
-        return _scattered(frames, together)
-
-
-def _view(cell: pa.LargeBinaryScalar, dtype: type, item: tuple[int, ...]) -> np.ndarray | None:
-    """The array in a binary cell, without a copy."""
-    buffer = cell.as_buffer()
-    return None if buffer is None else np.frombuffer(buffer, dtype=dtype).reshape(-1, *item)
-
-
-def _scattered(values: Sequence[np.ndarray | None], embed) -> list[np.ndarray | None]:
-    """`embed` of those values that are there, at their places."""
-    present = [value for value in values if value is not None]
-    results = iter(embed(present) if present else ())
-    return [None if value is None else next(results) for value in values]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """What every row of one run carries."""
@@ -200,11 +130,11 @@ class Provenance:
     encoder_fingerprint: str
 
     @classmethod
-    def of(cls, run_id: str, encoder: EncoderSpec, ffmpeg: str | None) -> "Provenance":
+    def of(cls, run_id: str, encoder_fingerprint: str, ffmpeg: str | None) -> "Provenance":
         return cls(
             run_id=run_id,
             decode_fingerprint=decode_fingerprint(ffmpeg),
-            encoder_fingerprint=encoder.fingerprint,
+            encoder_fingerprint=encoder_fingerprint,
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from r2scp.jobs.extract import encoder_spec
 from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.flows import QUIET_RAY
+from r2scp.pipelines.flows import RAY_ENVIRONMENT
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 OBJECT_STORE_BYTES = 256 << 20  # of the Ray that the flow tests share
@@ -109,7 +109,7 @@ def media_folder(tmp_path: Path, rendered_media: Mapping[str, bytes]) -> Path:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray of two cores for all flow tests of this process."""
-    os.environ.update(QUIET_RAY)
+    os.environ.update(RAY_ENVIRONMENT)
     ray.init(
         num_cpus=2,
         object_store_memory=OBJECT_STORE_BYTES,

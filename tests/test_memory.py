@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.flows import QUIET_RAY
+from r2scp.pipelines.flows import RAY_ENVIRONMENT
 
 MOST_GROWTH = 200 << 20  # bytes
 LINKS_PER_FOLDER = 1_000
@@ -84,7 +84,7 @@ def peak_of(tmp_path: Path, recording: Path, clips: int, patience_s: int) -> int
     """Peak resident bytes of a driver that extracts `clips` clips."""
     root = corpus_of(tmp_path / f"media{clips}", recording, clips)
     words = [sys.executable, "-c", DRIVER, str(root), str(tmp_path / f"store{clips}")]
-    environment = os.environ | QUIET_RAY | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=patience_s, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

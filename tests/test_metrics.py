@@ -1,0 +1,66 @@
+"""Accuracy by type and group, against counting by hand and against the definition of Wilson's interval."""
+
+import math
+
+import pytest
+
+from r2scp.model.metrics import CONFIDENCE_Z, Tally, score, wilson
+
+
+@pytest.mark.parametrize(("right", "asked"), [(0, 1), (1, 1), (3, 10), (50, 100), (999, 1000), (0, 40)])
+def test_wilson_bounds_solve_the_score_equation(right: int, asked: int) -> None:
+    """Both bounds p satisfy |p̂ - p| = z·sqrt(p(1-p)/n), which defines the interval."""
+    share = right / asked
+    low, high = wilson(right, asked)
+    assert 0 <= low <= share <= high <= 1
+    for bound in (low, high):
+        spread = CONFIDENCE_Z * math.sqrt(bound * (1 - bound) / asked)
+        assert abs(abs(share - bound) - spread) < 1e-9
+
+
+def test_wilson_at_published_values() -> None:
+    # 81 of 263 and 0 of 20, in Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+    assert [round(bound, 4) for bound in wilson(81, 263)] == [0.2553, 0.3662]
+    assert [round(bound, 4) for bound in wilson(0, 20)] == [0.0, 0.1611]
+
+
+def test_nothing_asked_says_nothing() -> None:
+    empty = score(0, 0)
+    assert math.isnan(empty.accuracy)
+    assert empty.interval == (0.0, 1.0)
+    with pytest.raises(ValueError, match="5 of 4"):
+        wilson(5, 4)
+
+
+def test_types_groups_and_micro_average() -> None:
+    tally = Tally()
+    tally.add(["Audio/Counting"] * 3 + ["Audio/Comparative"], [True, True, False, False])
+    tally.add(["Visual/Counting", "Happening"], [True, False])
+    assert {kind: (part.accuracy, part.n) for kind, part in tally.types().items()} == {
+        "Audio/Comparative": (0.0, 1),
+        "Audio/Counting": (2 / 3, 3),
+        "Happening": (0.0, 1),
+        "Visual/Counting": (1.0, 1),
+    }
+    # micro: 2 of 4, not the mean of 2/3 and 0
+    assert {group: part.accuracy for group, part in tally.groups().items()} == {
+        "Audio": 0.5,
+        "Happening": 0.0,
+        "Visual": 1.0,
+    }
+    assert (tally.overall().accuracy, tally.overall().n) == (0.5, 6)
+
+
+def test_tallies_of_two_workers_add_up() -> None:
+    whole, left, right = Tally(), Tally(), Tally()
+    kinds, hits = ["a", "b", "a", "c"], [True, False, True, True]
+    whole.add(kinds, hits)
+    left.add(kinds[:2], hits[:2])
+    right.add(kinds[2:], hits[2:])
+    left.merge(right)
+    assert left.types() == whole.types()
+
+
+def test_every_answer_needs_its_type() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        Tally().add(["a", "b"], [True])

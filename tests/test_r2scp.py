@@ -1,0 +1,388 @@
+"""The whole model: what enters, what trains, what a missing modality leaves behind, and that it learns."""
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2scp.model.batch import AUDIO, TEXT, VISUAL, Batch, Neighbours
+from r2scp.model.losses import LossConfig, StageOne, StageTwo
+from r2scp.model.r2scp import R2SCP, ModelConfig, Stage
+
+C = 12
+CONFIG = ModelConfig(encoder_dim=C, classes=5, dim=16, heads=2, dropout=0.0, k=2)
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def first(real: Tensor, length: int) -> Tensor:
+    """Mask with the first `real` places True."""
+    return torch.arange(length) < real[..., None]
+
+
+def neighbours(rows: int, found: Tensor | None = None) -> Neighbours:
+    """Four neighbours a row, of up to 7 s."""
+    mask_BNL = first(torch.randint(3, 8, (rows, 4)), 7)
+    if found is not None:
+        mask_BNL = mask_BNL & found[:, None, None]
+    return Neighbours(unit(rows, 4, 7, C), mask_BNL, torch.arange(rows * 4).view(rows, 4))
+
+
+def make(rows: int = 6, seed: int = 0, *, choices: bool = False) -> Batch:
+    """Random complete rows of unlike lengths."""
+    torch.manual_seed(seed)
+    choices_mask_BK = torch.ones(rows, 4, dtype=torch.bool)
+    choices_mask_BK[0, 3] = False
+    return Batch(
+        audio_BLC=unit(rows, 6, C),
+        audio_mask_BL=first(torch.randint(3, 7, (rows,)), 6),
+        visual_BLC=unit(rows, 5, C),
+        visual_mask_BL=first(torch.randint(3, 6, (rows,)), 5),
+        words_BWC=unit(rows, 4, C),
+        words_mask_BW=first(torch.randint(2, 5, (rows,)), 4),
+        sentence_BC=unit(rows, C),
+        present_BM=torch.ones(rows, 2, dtype=torch.bool),
+        retrieved=neighbours(rows),
+        farthest=neighbours(rows),
+        choices_BKC=unit(rows, 4, C) if choices else None,
+        choices_mask_BK=choices_mask_BK if choices else None,
+        target_B=torch.randint(0, 3, (rows,)),
+    )
+
+
+def model(stage: Stage = Stage.MIXING, **changes: object) -> R2SCP:
+    torch.manual_seed(1)
+    return R2SCP(replace(CONFIG, **changes)).enter(stage).eval()  # pyright: ignore[reportArgumentType]
+
+
+SWITCHES = list(product([True, False], [True, False]))  # CMR, CAP
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum_pooled"])
+@pytest.mark.parametrize("missing", [AUDIO, VISUAL])
+@pytest.mark.parametrize(("cmr", "cap"), SWITCHES)
+@torch.no_grad()
+def test_an_absent_modality_never_enters(cmr: bool, cap: bool, missing: int, fusion: str) -> None:
+    net = model(cmr=cmr, cap=cap, fusion=fusion)
+    batch = make().lacking(missing)
+    clean = net(batch)
+    name = ("audio_BLC", "visual_BLC")[missing]
+    poisoned = net(replace(batch, **{name: torch.full_like(getattr(batch, name), math.nan)}))
+    assert torch.equal(clean.logits_BK, poisoned.logits_BK)
+    assert torch.isfinite(clean.logits_BK).all()
+    recovers = cmr or cap
+    assert clean.evidence.there_BM[:, missing].tolist() == [recovers] * 6
+    if not recovers:
+        assert (clean.evidence.router_BS[:, missing] == 0).all()
+        torch.testing.assert_close(clean.evidence.router_BS.sum(dim=1), torch.ones(6))
+
+
+def test_an_absent_modality_leaves_no_trace_in_the_gradients() -> None:
+    net, batch = StageOne(model(Stage.EXPERTS)), make().lacking(VISUAL, torch.arange(6) < 3)
+    batch.visual_BLC[:3] = math.nan
+    net(batch).loss.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_a_question_alone_is_answered_by_text() -> None:
+    answer = model()(make().lacking(AUDIO).lacking(VISUAL))
+    assert answer.evidence.router_BS[:, TEXT].tolist() == [1.0] * 6
+    assert torch.equal(answer.logits_BK, answer.joint_BK)
+
+
+@pytest.mark.parametrize("missing", [None, AUDIO, VISUAL])
+@torch.no_grad()
+def test_padding_changes_nothing(missing: int | None) -> None:
+    def longer(x: Tensor, by: int) -> Tensor:
+        return F.pad(x, (0, 0, 0, by), value=math.nan)
+
+    def more(part: Neighbours | None) -> Neighbours:
+        assert part is not None
+        return Neighbours(longer(part.tokens_BNLC, 3), F.pad(part.mask_BNL, (0, 3)), part.ids_BN)
+
+    batch = make()
+    padded = replace(
+        batch,
+        audio_BLC=longer(batch.audio_BLC, 5),
+        audio_mask_BL=F.pad(batch.audio_mask_BL, (0, 5)),
+        visual_BLC=longer(batch.visual_BLC, 1),
+        visual_mask_BL=F.pad(batch.visual_mask_BL, (0, 1)),
+        words_BWC=longer(batch.words_BWC, 2),
+        words_mask_BW=F.pad(batch.words_mask_BW, (0, 2)),
+        retrieved=more(batch.retrieved),
+        farthest=more(batch.farthest),
+    )
+    if missing is not None:
+        batch, padded = batch.lacking(missing), padded.lacking(missing)
+    net = model(purify_full=True)
+    torch.testing.assert_close(net(padded).logits_BK, net(batch).logits_BK, rtol=0, atol=1e-6)
+
+
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    def cut(value: object) -> object:
+        if isinstance(value, Neighbours):
+            return Neighbours(*(part[rows] for part in value))
+        return value[rows] if isinstance(value, Tensor) else value
+
+    names = batch.__slots__
+    return Batch(**{name: cut(getattr(batch, name)) for name in names})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("purify_full", [False, True])
+@pytest.mark.parametrize(("cmr", "cap"), SWITCHES)
+@torch.no_grad()
+def test_rows_that_miss_different_things_share_a_batch(cmr: bool, cap: bool, purify_full: bool) -> None:
+    """Each row answers as it does alone; rows: complete, no audio, no visual, neither, no bank hit twice."""
+    batch = make()
+    found_B = torch.tensor([True, True, True, True, False, False])
+    batch = replace(batch, retrieved=neighbours(6, found_B))
+    batch = batch.lacking(AUDIO, torch.tensor([False, True, False, True, True, False]))
+    batch = batch.lacking(VISUAL, torch.tensor([False, False, True, True, False, True]))
+    net = model(cmr=cmr, cap=cap, purify_full=purify_full)
+    together = net(batch)
+    for row in range(6):
+        alone = net(rows_of(batch, [row]))
+        torch.testing.assert_close(together.logits_BK[row], alone.logits_BK[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.evidence.router_BS[row], alone.evidence.router_BS[0])
+    recovers = cmr or cap
+    assert together.evidence.recovered_BM.tolist() == [
+        [False, False],
+        [recovers, False],
+        [False, recovers],
+        [False, False],
+        [recovers, False],
+        [False, recovers],
+    ]
+    assert together.evidence.fallback_BM.any(dim=1).tolist() == [False] * 4 + [cmr] * 2
+    assert (together.evidence.purified[AUDIO] is not None) is cap
+
+
+@torch.no_grad()
+def test_cap_without_cmr_is_cmr_whose_bank_is_empty() -> None:
+    batch = replace(make(), retrieved=neighbours(6, torch.zeros(6, dtype=torch.bool))).lacking(AUDIO)
+    torch.testing.assert_close(model(cmr=False)(batch).logits_BK, model()(batch).logits_BK)
+
+
+@torch.no_grad()
+def test_only_the_n_nearest_are_used() -> None:
+    batch = make().lacking(AUDIO)
+    near = batch.retrieved
+    assert near is not None
+    poisoned_BNLC = near.tokens_BNLC.clone()
+    poisoned_BNLC[:, 3] = math.nan
+    other = replace(batch, retrieved=near._replace(tokens_BNLC=poisoned_BNLC))
+    answer = model()(batch)
+    assert torch.equal(answer.logits_BK, model()(other).logits_BK)
+    assert not torch.equal(answer.logits_BK, model(neighbours=2)(batch).logits_BK)
+    assert answer.evidence.neighbours_BN is not None
+    assert torch.equal(answer.evidence.neighbours_BN, near.ids_BN[:, :3])
+
+
+@torch.no_grad()
+def test_evidence_names_what_was_purged_and_injected() -> None:
+    answer = model()(make().lacking(AUDIO))
+    purified = answer.evidence.purified[AUDIO]
+    assert purified is not None
+    assert answer.evidence.purified[VISUAL] is None
+    assert purified.noise_BL.sum(dim=1).tolist() == [CONFIG.k] * 6
+    assert torch.equal(purified.noise_BL, purified.source_BL >= 0)
+    for row in range(6):
+        kept_L = ~purified.noise_BL[row] & ~purified.dissonance_BL[row].isnan()
+        assert (
+            purified.dissonance_BL[row][purified.noise_BL[row]].min()
+            >= purified.dissonance_BL[row][kept_L].max()
+        )
+        chosen = purified.saliency_BU[row].nan_to_num(-1).topk(CONFIG.k).indices
+        assert set(purified.source_BL[row][purified.noise_BL[row]].tolist()) == set(chosen.tolist())
+
+
+@torch.no_grad()
+def test_nothing_is_retrieved_or_purified_when_both_are_present() -> None:
+    batch = make()
+    without = replace(batch, retrieved=None, farthest=None)
+    answer = model()(batch)
+    assert torch.equal(answer.logits_BK, model()(without).logits_BK)
+    assert answer.evidence.purified == (None, None)
+    assert answer.evidence.neighbours_BN is not None
+    assert (answer.evidence.neighbours_BN == -1).all()
+    full = model(purify_full=True)(batch)
+    assert all(part is not None and part.noise_BL.sum() == 12 for part in full.evidence.purified)
+    assert not torch.allclose(full.logits_BK, answer.logits_BK)
+
+
+TRAINED = {
+    Stage.EXPERTS: {"experts", "decoders"},
+    Stage.MIXING: {"purifier", "router", "decoders"},
+}
+
+
+@pytest.mark.parametrize("choices", [False, True])
+@pytest.mark.parametrize("missing", [AUDIO, VISUAL])
+@pytest.mark.parametrize("stage", list(Stage))
+def test_gradients_reach_every_trainable_parameter_and_no_other(
+    stage: Stage, missing: int, choices: bool
+) -> None:
+    net, batch = model(classes=None if choices else 5), make(choices=choices)
+    step = StageOne(net)(batch) if stage is Stage.EXPERTS else StageTwo(net)(batch, missing)
+    step.loss.total.backward()
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    reached = {name for name, p in net.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert trained == reached
+    assert {name.split(".")[0] for name in trained} == TRAINED[stage]
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("cap_gradient", ["straight_through", "none"])
+@pytest.mark.parametrize(("cmr", "cap"), SWITCHES)
+def test_what_trains_is_what_is_used(cmr: bool, cap: bool, cap_gradient: str, freeze: bool) -> None:
+    """No trainable parameter stays without gradient, whatever is switched off: else DDP would stop."""
+    net = model(cmr=cmr, cap=cap, cap_gradient=cap_gradient, freeze_experts=freeze)
+    StageTwo(net)(make(), VISUAL).loss.total.backward()
+    idle = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle
+    assert any(name.startswith("purifier") for name, p in net.named_parameters() if p.requires_grad) is cap
+    assert net.purifier.projection_DD.requires_grad is (cap and cap_gradient == "straight_through")
+    assert any(p.requires_grad for p in net.experts.parameters()) is not freeze
+
+
+def test_frozen_experts_do_not_move_and_do_not_drop_out() -> None:
+    net = model(dropout=0.5).train()
+    assert not net.experts.training
+    assert net.decoders.training
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    objective = StageTwo(net)
+    # also under an optimiser that was given everything and decays weights
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    for missing in (AUDIO, VISUAL):
+        optimiser.zero_grad()
+        objective(make(), missing).loss.total.backward()
+        optimiser.step()
+    moved = {name.split(".")[0] for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"purifier", "router", "decoders"}
+    batch = make()
+    assert torch.equal(net.encode(batch).audio.states_BLD, net.encode(batch).audio.states_BLD)
+
+
+def test_stage_one_weighs_evenly_and_does_not_purify() -> None:
+    answer = model(Stage.EXPERTS)(make().lacking(AUDIO))
+    assert (answer.evidence.router_BS == 1 / 3).all()
+    assert answer.evidence.recovered_BM[:, AUDIO].all()
+    assert answer.evidence.purified == (None, None)
+
+
+@pytest.mark.parametrize("missing", [AUDIO, VISUAL])
+@torch.no_grad()
+def test_stage_two_compares_the_three_passes(missing: int) -> None:
+    """One encoding answered three times is the model called three times."""
+    net, batch = model(), make()
+    step = StageTwo(net)(batch, missing)
+    real = net(batch).logits_BK
+    near = net(batch.lacking(missing)).logits_BK
+    far = net(replace(batch, retrieved=batch.farthest).lacking(missing)).logits_BK
+    assert step.lacking is not None
+    torch.testing.assert_close(step.full.logits_BK, real)
+    torch.testing.assert_close(step.lacking.logits_BK, near)
+    assert batch.target_B is not None
+    losses = [F.cross_entropy(part, batch.target_B, reduction="none") for part in (real, near, far)]
+    rank = (losses[0] - losses[1]).relu().mean() + (losses[1] - losses[2]).relu().mean()
+    torch.testing.assert_close(step.loss.total, losses[0].mean() + losses[1].mean() + rank)
+
+
+@torch.no_grad()
+def test_the_baseline_without_recovery_comes_in_two_forms() -> None:
+    net, batch = model(cmr=False, cap=False), make()
+    plain = StageTwo(net, LossConfig(modality_dropout=False))(batch, AUDIO)
+    dropped = StageTwo(net, LossConfig(modality_dropout=True))(batch, AUDIO)
+    assert set(plain.loss.parts) == {"real"}
+    assert plain.lacking is None
+    assert set(dropped.loss.parts) == {"real", "lacking"}
+    assert dropped.lacking is not None
+    assert (dropped.lacking.evidence.router_BS[:, AUDIO] == 0).all()
+
+
+@torch.no_grad()
+def test_cap_alone_has_no_negatives_and_cmr_without_a_bank_says_so() -> None:
+    step = StageTwo(model(cmr=False))(make(), AUDIO)
+    assert set(step.loss.parts) == {"real", "lacking", "rank_positive"}
+    with pytest.raises(ValueError, match="must hold neighbours"):
+        model()(replace(make(), retrieved=None).lacking(AUDIO))
+    with pytest.raises(ValueError, match="every row must have audio and visual"):
+        StageTwo(model())(make().lacking(AUDIO, torch.arange(6) < 1), VISUAL)
+
+
+def test_a_model_is_the_same_after_a_round_trip() -> None:
+    net, other = model(), R2SCP(CONFIG).enter(Stage.MIXING).eval()
+    other.load_state_dict(net.state_dict(), strict=True)
+    batch = make().lacking(VISUAL)
+    assert torch.equal(net(batch).logits_BK, other(batch).logits_BK)
+
+
+def test_half_precision_features_are_welcome() -> None:
+    batch = make().lacking(AUDIO)
+    halved = replace(batch, visual_BLC=batch.visual_BLC.half(), words_BWC=batch.words_BWC.half())
+    torch.testing.assert_close(model()(halved).logits_BK, model()(batch).logits_BK, rtol=0, atol=5e-3)
+
+
+def test_a_batch_refuses_what_cannot_be_answered() -> None:
+    batch = make(choices=True)
+    silent_BW = batch.words_mask_BW.clone()
+    silent_BW[2] = False
+    with pytest.raises(ValueError, match=r"at least one word.*rows \[2\]"):
+        replace(batch, words_mask_BW=silent_BW)
+    with pytest.raises(ValueError, match="say absent"):
+        replace(batch, audio_mask_BL=torch.zeros_like(batch.audio_mask_BL))
+    with pytest.raises(ValueError, match="one of the choices that are there"):
+        replace(batch, target_B=torch.full((6,), 3))
+    with pytest.raises(ValueError, match="visual features must be"):
+        replace(batch, visual_BLC=batch.visual_BLC[..., :-1])
+    with pytest.raises(ValueError, match="only audio"):
+        batch.lacking(TEXT)
+
+
+def test_settings_that_cannot_be() -> None:
+    for wrong in (
+        {"dim": 15},
+        {"heads": 5},
+        {"saliency": "loud"},
+        {"k": -1},
+        {"dropout": 1.0},
+        {"classes": 1},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            replace(CONFIG, **wrong)
+    paper = ModelConfig()
+    assert (paper.neighbours, paper.k, paper.dim, paper.layers, paper.heads, paper.classes) == (
+        3,
+        5,
+        768,
+        1,
+        8,
+        42,
+    )
+    assert paper.sizes.ffn == 768
+
+
+@pytest.mark.parametrize("choices", [False, True])
+def test_the_model_learns_32_random_questions_by_heart(choices: bool) -> None:
+    torch.manual_seed(0)
+    net = R2SCP(replace(CONFIG, dim=32, classes=None if choices else 5))
+    batch = make(32, choices=choices)
+    assert batch.target_B is not None
+    for objective, steps in ((StageOne(net), 15), (StageTwo(net), 30)):
+        net.train()
+        optimiser = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(steps):
+            optimiser.zero_grad()
+            taken = objective(batch) if isinstance(objective, StageOne) else objective(batch, step % 2)
+            taken.loss.total.backward()
+            optimiser.step()
+    net.eval()
+    for condition in (batch, batch.lacking(AUDIO), batch.lacking(VISUAL)):
+        assert torch.equal(net(condition).logits_BK.argmax(dim=1), batch.target_B)
