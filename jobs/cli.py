@@ -84,6 +84,38 @@ def extract(
 
 
 @app.command()
+def index(
+    retrieval: Annotated[
+        list[str] | None, typer.Option(help="cross, paired or hybrid; all by default. Repeatable.")
+    ] = None,
+    bank_corpus: Annotated[
+        list[str] | None, typer.Option(help="Only clips of this corpus may serve. Repeatable.")
+    ] = None,
+    bank_split: Annotated[
+        list[str] | None, typer.Option(help="Clips of this split may serve; train by default. Repeatable.")
+    ] = None,
+    query_corpus: Annotated[
+        list[str] | None, typer.Option(help="Only clips of this corpus get neighbours. Repeatable.")
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=1, help="How many nearest, and how many farthest.")] = 15,
+    cross_weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of cross in hybrid.")] = 0.5,
+    leak_guard: Annotated[bool, typer.Option(help="Never a hit of the clip's own source.")] = True,
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find each clip's neighbours in the memory bank, for each modality that may be missing."""
+    with speaking():
+        from r2scp.jobs.index_command import Scope, index_with_progress
+        from r2scp.store.feature_store import FeatureStore
+
+        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
+        scope = Scope(bank_corpus or [], bank_split or ["train"], query_corpus or [])
+        say(index_with_progress(opened, retrieval, scope, neighbours, cross_weight, leak_guard), as_json)
+
+
+@app.command()
 def status(
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,

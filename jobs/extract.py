@@ -22,7 +22,7 @@ from r2scp.pipelines.flows import Resources, extract, ray_session
 from r2scp.pipelines.plan import Plan, Scope, make_plan
 from r2scp.pipelines.questions import commit_questions
 from r2scp.pipelines.stages import Provenance
-from r2scp.store.errors import R2SCPError, UsageError
+from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.runs import Lease, new_run_id, now
 from r2scp.store.schema import Table
@@ -65,6 +65,7 @@ class Report:
     dead_before: int = 0  # of `dead`: failed in an earlier run, file untouched, not tried again
     decoded: int = 0  # files decoded, or tried, in this run
     missing_files: int = 0
+    redescribed: int = 0  # of `unchanged`: same file, other split, labels or place; no feature was computed
     partial: int = 0
     gone: int = 0
     gone_first: list[str] = field(default_factory=list)
@@ -103,6 +104,8 @@ def pick_device(wanted: str | None) -> str:
 def encoder_spec(name: str, weights: str | None, device: str) -> EncoderSpec:
     """The encoder that `--encoder NAME --weights FILE` means. Raises `EncoderError`."""
     source = resolve_encoder(name, weights)
+    if not source.startswith("random:"):
+        source = str(Path(source).resolve())  # actors work in other folders
     described = describe_encoder(source, device)
     return EncoderSpec(
         source=source,
@@ -127,9 +130,11 @@ def run_extract(
     run = _Run(store=store, encoder=encoder, resources=resources, corpus=corpus)
     plan = run.plan(source)
     report = run.report
-    if plan.pending:
+    if plan.pending or plan.redescribed:
         with run.writing(source):
-            run.clips(plan, progress)
+            store.redescribe(plan.redescribed, {"run": report.run_id, "sequence": "redescribe"})
+            if plan.pending:
+                run.clips(plan, progress)
             report.questions = commit_questions(corpus, store, encoder, report.run_id)
             store.compact(Table.CLIPS)
     else:
@@ -181,6 +186,7 @@ class _Run:
             unchanged=plan.unchanged,
             dead=plan.dead_before,
             dead_before=plan.dead_before,
+            redescribed=len(plan.redescribed),
             missing_files=plan.missing_files,
             gone=plan.gone,
             gone_first=plan.gone_first,
@@ -208,6 +214,7 @@ class _Run:
             "versions_before": json.dumps(self.store.versions()),
         }
         with self.store.lease(f"extract --corpus {report.corpus}").hold() as self._lease:
+            self.store.interrupt_runs()
             self.store.record_run(row)
             status = "interrupted"
             try:
@@ -253,12 +260,14 @@ class _Run:
         dead = [Staged.from_json(batch["dead"]) for batch in batches]
         stored_ids = [clip_id for staged in stored for clip_id in staged.ids]
         dead_ids = [clip_id for staged in dead for clip_id in staged.ids]
+        reasons = [reason for batch in batches for reason in json.loads(batch["reasons"])]
         unchanged = [clip_id for batch in batches for clip_id in batch["unchanged"]]
         for clip_id in (*stored_ids, *dead_ids, *unchanged):
             del plan.pending[clip_id]  # KeyError: a clip came out that did not go in, or came out twice
         self._sequence += 1
         properties = {"run": self.report.run_id, "sequence": str(self._sequence)}
-        self.store.commit(Table.CLIPS, stored, properties, also_delete=dead_ids)
+        lasting = [i for i, why in zip(dead_ids, reasons, strict=True) if why not in TRANSIENT_REASONS]
+        self.store.commit(Table.CLIPS, stored, properties, also_delete=lasting)
         self.store.commit(Table.FAILURES, dead, properties, also_delete=stored_ids)
         report = self.report
         report.stored += len(stored_ids)
@@ -266,9 +275,8 @@ class _Run:
         report.unchanged += len(unchanged)
         report.decoded += len(stored_ids) + len(dead_ids)
         report.partial += sum(batch["partial"] for batch in batches)
-        for batch in batches:
-            for reason in json.loads(batch["reasons"]):
-                report.reasons[reason] = report.reasons.get(reason, 0) + 1
+        for reason in reasons:
+            report.reasons[reason] = report.reasons.get(reason, 0) + 1
 
     def _reconcile(self) -> None:
         stale_clips, stale_failures = self.store.superseded()

@@ -65,7 +65,8 @@ def run_with_progress(
     for clip_id in report.gone_first:
         tell(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
     if not report.decoded:
-        tell("nothing to do: the store holds all of it")
+        known = f", or knows why not ({report.dead_before} dead letters)" if report.dead_before else ""
+        tell(f"nothing to decode: the store holds all of it{known}")
     return report
 
 

@@ -77,7 +77,7 @@ class Decoder(nn.Module):
 
 
 class Heads(nn.Module):
-    """The three heads: joint, audio, visual. The prediction is the sum of those that have something to read."""
+    """The heads joint, audio and visual. The prediction is the sum of those that have something to read."""
 
     def __init__(self, sizes: Sizes, classes: int | None) -> None:
         super().__init__()

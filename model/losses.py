@@ -117,7 +117,7 @@ def task_loss(logits_BK: Tensor, target_B: Tensor) -> Tensor:
 
 
 def expert_loss(answer: Answer, target_B: Tensor, present_BM: Tensor) -> Loss:
-    """Eq. 10: CE_joint + CE_audio + CE_visual; the last two are means over the rows that have the modality."""
+    """Eq. 10: CE_joint + CE_audio + CE_visual; the last two are means over the rows that have it."""
     parts = {"joint": task_loss(answer.joint_BK, target_B).mean()}
     for name, logits_BK, column in (("audio", answer.audio_BK, AUDIO), ("visual", answer.visual_BK, VISUAL)):
         there_B = present_BM[:, column]

@@ -181,7 +181,7 @@ def literal(self_weights_BHUU: Tensor, cross_weights_BHUW: Tensor) -> Tensor:
 
 
 def arbitrary(mask_BU: Tensor, *, fresh: bool) -> Tensor:
-    """Saliency by lot, (B, U) in [0, 1): drawn anew if `fresh`, else one fixed draw for each place in time."""
+    """Saliency by lot, (B, U) in [0, 1): drawn anew if `fresh`, else fixed for each place in time."""
     rows, length = mask_BU.shape
     if fresh:
         return torch.rand(rows, length, device=mask_BU.device)

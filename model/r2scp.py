@@ -6,9 +6,7 @@ of frozen experts may come from a cache.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from enum import StrEnum
-from typing import get_args
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,74 +23,16 @@ from r2scp.model.batch import (
     Purification,
     Question,
     Tokens,
+    either,
     without,
 )
 from r2scp.model.decoder import Heads
-from r2scp.model.experts import Experts, Positions, Sizes
-from r2scp.model.mix import Fusion, Router, even, fuse
-from r2scp.model.purify import CapGradient, Pairing, Purifier, PurifyConfig, Saliency
+from r2scp.model.experts import Experts
+from r2scp.model.mix import Router, even, fuse
+from r2scp.model.purify import Purifier
+from r2scp.model.settings import ModelConfig, Stage
 
 MODALITIES = (AUDIO, VISUAL)
-
-
-class Stage(StrEnum):
-    """What a model trains, and what it may use: stage I has neither router nor purification yet."""
-
-    EXPERTS = "experts"  # I: Φ, experts, heads
-    MIXING = "mixing"  # II: CAP, router, heads; experts too if they are not frozen
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Every setting of the model. Raises ValueError for one that cannot be."""
-
-    encoder_dim: int = 1024  # C, of imagebind-huge
-    classes: int | None = 42  # answers of MUSIC-AVQA's train split; None: score the choices of the question
-    dim: int = 768  # D
-    layers: int = 1  # of each expert
-    heads: int = 8
-    ffn: int | None = None  # inner width of feed-forward blocks; None: dim
-    dropout: float = 0.1
-    positions: Positions = "sinusoidal"
-    cmr: bool = True  # cross-modal retrieval
-    cap: bool = True  # purification
-    neighbours: int = 3  # n, of those that the batch holds
-    k: int = 5  # tokens purged at most
-    cap_gradient: CapGradient = "straight_through"
-    saliency: Saliency = "received"
-    pairing: Pairing = "rank"
-    purify_full: bool = False  # purify even when both modalities are present
-    fusion: Fusion = "concat"
-    freeze_experts: bool = True  # in stage II
-
-    def __post_init__(self) -> None:
-        sizes = (self.encoder_dim, self.dim, self.layers, self.heads, self.neighbours, self.sizes.ffn)
-        if min(sizes) < 1 or self.k < 0 or (self.classes is not None and self.classes < 2):
-            raise ValueError(f"sizes must be positive, k at least 0 and classes at least 2; got {self}")
-        if self.dim % self.heads or self.dim % 2:
-            raise ValueError(f"dim must be even and a multiple of heads; got {self.dim} and {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
-        for field in fields(self):
-            allowed, value = get_args(field.type), getattr(self, field.name)
-            if allowed and all(isinstance(option, str) for option in allowed) and value not in allowed:
-                raise ValueError(f"{field.name} must be one of {', '.join(allowed)}; got {value!r}")
-
-    @property
-    def sizes(self) -> Sizes:
-        """The part that every module needs."""
-        return Sizes(
-            encoder_dim=self.encoder_dim,
-            dim=self.dim,
-            heads=self.heads,
-            ffn=self.dim if self.ffn is None else self.ffn,
-            dropout=self.dropout,
-        )
-
-    @property
-    def recovers(self) -> bool:
-        """Whether a missing modality is recovered at all; if not, it is dropped."""
-        return self.cmr or self.cap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,15 +72,7 @@ class R2SCP(nn.Module):
         super().__init__()
         self.config = config
         self.experts = Experts(config.sizes, config.layers, config.positions)
-        self.purifier = Purifier(
-            config.sizes,
-            PurifyConfig(
-                k=config.k,
-                cap_gradient=config.cap_gradient,
-                saliency=config.saliency,
-                pairing=config.pairing,
-            ),
-        )
+        self.purifier = Purifier(config.sizes, config.purify)
         self.router = Router(config.sizes)
         self.decoders = Heads(config.sizes, config.classes)
         self.stage = Stage.EXPERTS
@@ -188,11 +120,9 @@ class R2SCP(nn.Module):
         with torch.no_grad() if self.experts_frozen else nullcontext():
             audio, visual = (self._present(batch, column, column) for column in MODALITIES)
             words = self.experts(batch.words_BWC, batch.words_mask_BW, TEXT, TEXT)
-            common = tuple(
-                self._present(batch, 1 - column, column)
-                if self._needs_common(batch, column, missing)
-                else None
-                for column in MODALITIES
+            common_audio, common_visual = (
+                self._present(batch, 1 - column, column) if needed else None
+                for column, needed in enumerate(self._common_needed(batch, missing))
             )
             retrieved = self._neighbours(batch, batch.retrieved, missing)
             farthest = self._neighbours(batch, batch.farthest, missing)
@@ -206,7 +136,7 @@ class R2SCP(nn.Module):
             words=words,
             question=batch.question,
             present_BM=batch.present_BM,
-            common=(common[AUDIO], common[VISUAL]),
+            common=(common_audio, common_visual),
             retrieved=retrieved,
             retrieved_ids_BN=ids,
             farthest=farthest,
@@ -221,10 +151,7 @@ class R2SCP(nn.Module):
         fallback_BM = torch.stack([part.fallback_B for part in found], dim=1)
         there_BM = encoded.present_BM | recovered_BM
         if self.config.purify_full and self.purifies:
-            found = [
-                self._purify_present(encoded, column, part, own)
-                for column, part in zip(MODALITIES, found, strict=True)
-            ]
+            found = [self._purify_present(encoded, column, found[column], own) for column in MODALITIES]
         sources = (found[AUDIO].tokens, found[VISUAL].tokens, encoded.words)
         there_BS = F.pad(there_BM, (0, 1), value=True)
         router_BS = self.router(sources, there_BS) if self.stage is Stage.MIXING else even(there_BS)
@@ -238,7 +165,7 @@ class R2SCP(nn.Module):
             neighbours_BN=self._used(encoded, (recovered_BM & ~fallback_BM).any(dim=1)),
             purified=(found[AUDIO].purification, found[VISUAL].purification),
         )
-        return Answer(*logits, evidence)
+        return Answer(*logits, evidence=evidence)
 
     def _present(self, batch: Batch, source: int, expert: int) -> Tokens:
         """E_expert(Φ_source(F_source)), with no token in the rows where the source is absent."""
@@ -256,6 +183,9 @@ class R2SCP(nn.Module):
         if missing is not None:
             absent_B = torch.full_like(absent_B, missing == column)
         return absent_B & batch.present_BM[:, 1 - column]
+
+    def _common_needed(self, batch: Batch, missing: int | None) -> list[bool]:
+        return [self._needs_common(batch, column, missing) for column in MODALITIES]
 
     def _needs_common(self, batch: Batch, column: int, missing: int | None) -> bool:
         if not self.config.recovers:
@@ -281,7 +211,7 @@ class R2SCP(nn.Module):
         tokens_BNLC = part.tokens_BNLC[:, : self.config.neighbours]
         mask_BNL = part.mask_BNL[:, : self.config.neighbours]
         rows, _, length = mask_BNL.shape
-        states_BLD: Tensor | None = None
+        states_BLD = batch.sentence_BC.new_zeros(rows, length, self.config.dim, dtype=torch.float32)
         mask_BL = mask_BNL.new_zeros(rows, length)
         for column in MODALITIES:
             sought_B = self._sought(batch, column, missing)
@@ -289,16 +219,14 @@ class R2SCP(nn.Module):
                 return self.experts.nearby(tokens_BNLC, mask_BNL, column)
             if bool(sought_B.any()):
                 near = self.experts.nearby(tokens_BNLC[sought_B], mask_BNL[sought_B], column)
-                if states_BLD is None:
-                    states_BLD = near.states_BLD.new_zeros(rows, length, near.states_BLD.shape[-1])
-                states_BLD = states_BLD.index_put((sought_B,), near.states_BLD)
+                states_BLD = states_BLD.index_put((sought_B,), near.states_BLD.float())
                 mask_BL = mask_BL.index_put((sought_B,), near.mask_BL)
-        return None if states_BLD is None else Tokens(states_BLD, mask_BL)
+        return Tokens(states_BLD, mask_BL)
 
     def _complete(self, encoded: Encoded, column: int) -> "_Found":
         """A modality as it is where present, recovered where absent and the other one present."""
         own = (encoded.audio, encoded.visual)
-        tokens = _only(own[column], encoded.present_BM[:, column])
+        tokens = own[column].only(encoded.present_BM[:, column])
         rows_B = ~encoded.present_BM[:, column] & encoded.present_BM[:, 1 - column]
         nowhere_B = torch.zeros_like(rows_B)
         if not self.config.recovers or not bool(rows_B.any()):
@@ -306,12 +234,12 @@ class R2SCP(nn.Module):
         missing, fallback_B = self._recover(encoded, column, rows_B)
         purification = None
         if self.purifies:
-            available = _only(own[1 - column], encoded.present_BM[:, 1 - column])
+            available = own[1 - column].only(encoded.present_BM[:, 1 - column])
             common = encoded.common[column]
             assert common is not None
             missing, purification = self.purifier(missing, available, common, encoded.words)
-            purification = _only_rows(purification, rows_B)
-        return _Found(_where(rows_B, missing, tokens), rows_B, fallback_B, purification)
+            purification = purification.only(rows_B)
+        return _Found(either(rows_B, missing, tokens), rows_B, fallback_B, purification)
 
     def _recover(self, encoded: Encoded, column: int, rows_B: Tensor) -> tuple[Tokens, Tensor]:
         """H_miss before purification, and the rows that found no neighbour although they should."""
@@ -324,7 +252,7 @@ class R2SCP(nn.Module):
         fallback_B = rows_B & ~encoded.retrieved.mask_BL.any(dim=1)
         if common is None:
             return encoded.retrieved, fallback_B
-        return _where(fallback_B, common, encoded.retrieved), fallback_B
+        return either(fallback_B, common, encoded.retrieved), fallback_B
 
     def _purify_present(
         self, encoded: Encoded, column: int, found: "_Found", own: tuple[Tokens, Tokens]
@@ -334,10 +262,10 @@ class R2SCP(nn.Module):
         if common is None or not bool(rows_B.any()):
             return found
         tokens, purification = self.purifier(own[column], own[1 - column], common, encoded.words)
-        purification = _only_rows(purification, rows_B)
+        purification = purification.only(rows_B)
         if found.purification is not None:
-            purification = _merge(rows_B, purification, found.purification)
-        return replace(found, tokens=_where(rows_B, tokens, found.tokens), purification=purification)
+            purification = purification.merge(rows_B, found.purification)
+        return replace(found, tokens=either(rows_B, tokens, found.tokens), purification=purification)
 
     def _used(self, encoded: Encoded, rows_B: Tensor) -> Tensor | None:
         ids_BN = encoded.retrieved_ids_BN
@@ -350,41 +278,3 @@ class _Found:
     recovered_B: Tensor
     fallback_B: Tensor
     purification: Purification | None
-
-
-def _only(tokens: Tokens, rows_B: Tensor) -> Tokens:
-    """No token, and zeros, where rows_B is False."""
-    mask_BL = tokens.mask_BL & rows_B[:, None]
-    return Tokens(tokens.states_BLD.masked_fill(~mask_BL[..., None], 0), mask_BL)
-
-
-def _where(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
-    """Row by row one or the other, padded to the longer one's length unless one is not needed."""
-    if bool(rows_B.all()):
-        return yes
-    if not bool(rows_B.any()):
-        return no
-    length = max(yes.mask_BL.shape[1], no.mask_BL.shape[1])
-    states = [F.pad(part.states_BLD, (0, 0, 0, length - part.mask_BL.shape[1])) for part in (yes, no)]
-    masks = [F.pad(part.mask_BL, (0, length - part.mask_BL.shape[1])) for part in (yes, no)]
-    states[1] = states[1].to(states[0].dtype)
-    return Tokens(torch.where(rows_B[:, None, None], *states), torch.where(rows_B[:, None], *masks))
-
-
-def _only_rows(purification: Purification, rows_B: Tensor) -> Purification:
-    other_B1 = ~rows_B[:, None]
-    return Purification(
-        purification.dissonance_BL.masked_fill(other_B1, torch.nan),
-        purification.noise_BL & rows_B[:, None],
-        purification.source_BL.masked_fill(other_B1, -1),
-        purification.saliency_BU.masked_fill(other_B1, torch.nan),
-    )
-
-
-def _merge(rows_B: Tensor, yes: Purification, no: Purification) -> Purification:
-    merged = []
-    for one, other, blank in zip(yes, no, (torch.nan, False, -1, torch.nan), strict=True):
-        length = max(one.shape[1], other.shape[1])
-        parts = [F.pad(part, (0, length - part.shape[1]), value=blank) for part in (one, other)]
-        merged.append(torch.where(rows_B[:, None], *parts))
-    return Purification(*merged)

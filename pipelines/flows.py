@@ -21,6 +21,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from r2scp.pipelines.decode import DecodeLimits
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec
 from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
+from r2scp.store.errors import UsageError
 from r2scp.store.transaction import TableAddress
 
 OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
@@ -70,9 +71,15 @@ def ray_session(resources: Resources) -> Iterator[None]:
     with _quiet_stderr():
         if resources.ray_address:
             wheel = {"py_modules": [resources.wheel]} if resources.wheel else None
-            ray.init(
-                resources.ray_address, runtime_env=wheel, log_to_driver=False, logging_level=logging.ERROR
-            )
+            try:
+                ray.init(
+                    resources.ray_address, runtime_env=wheel, log_to_driver=False, logging_level=logging.ERROR
+                )
+            except ConnectionError as error:
+                raise UsageError(
+                    f"--ray-address {resources.ray_address} cannot be reached ({error}); leave it out to run "
+                    "on this machine alone"
+                ) from error
         else:
             ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

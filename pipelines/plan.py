@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from r2scp.pipelines.corpus import ClipRow, Corpus
 from r2scp.pipelines.stages import SOURCE_SCHEMA
-from r2scp.store.feature_store import Known
+from r2scp.store.feature_store import DESCRIBED, Known, describe
 
 
 @dataclass
@@ -26,6 +26,9 @@ class Plan:
     missing_files: int = 0  # named by annotations, not on the disk
     gone: int = 0  # in the store, no longer on the disk or no longer named
     gone_first: list[str] = field(default_factory=list)
+    redescribed: list[dict[str, object]] = field(
+        default_factory=list
+    )  # same file, other annotations or place
     pending: dict[str, None] = field(default_factory=dict)  # clip ids to be done, in order
     sources: pa.Table = field(default_factory=SOURCE_SCHEMA.empty_table)  # their rows
 
@@ -70,12 +73,20 @@ def _pending(
         if before and _untouched(clip, before, scope.decode_fingerprint):
             if not before.failure:
                 plan.unchanged += 1
+                _redescribe(clip, before, plan)
                 continue
             if not scope.retry_failed:
                 plan.dead_before += 1
                 continue
         plan.pending[clip.clip_id] = None
         yield _source(clip, before, scope.decode_fingerprint)
+
+
+def _redescribe(clip: ClipRow, before: Known, plan: Plan) -> None:
+    """Note a clip whose annotations, or whose place on the disk, are no longer what the store says."""
+    row = {name: getattr(clip, name) for name in DESCRIBED}
+    if describe(row) != before.described:
+        plan.redescribed.append({"clip_id": clip.clip_id, **row})
 
 
 def _untouched(clip: ClipRow, before: Known, fingerprint: str) -> bool:

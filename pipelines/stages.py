@@ -153,7 +153,7 @@ class StageRows:
         decoded, failed, unchanged = (
             batch.filter(pc.field("outcome") == outcome) for outcome in ("decoded", "dead", "unchanged")
         )
-        attempts = pc.add(pc.fill_null(failed["attempts"], 0), 1)
+        attempts = pa.array([(before or 0) + 1 for before in failed["attempts"].to_pylist()], pa.int32())
         failed = failed.set_column(failed.schema.get_field_index("attempts"), "attempts", attempts)
         clips = _fitted(decoded, self._clips.schema, self._provenance | {"ingested_at": now()})
         failures = _fitted(failed, self._failures.schema, self._provenance | {"at": now()})

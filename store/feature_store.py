@@ -24,11 +24,12 @@ import lance
 import pyarrow as pa
 
 from r2scp.store import schema
-from r2scp.store.errors import FingerprintMismatch, StoreError
+from r2scp.store.errors import TRANSIENT_REASONS, FingerprintMismatch, StoreError
 from r2scp.store.runs import LEASE_SCHEMA, Lease, record_run
 from r2scp.store.schema import PRIMARY_KEY, SCHEMA_VERSION, Table
 from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage, told
 
+REDESCRIBED_AT_ONCE = 512  # rows in memory, features included
 SMALL_FRAGMENT_ROWS = 1_024  # fragments below this are worth merging
 SMALL_FRAGMENTS = 32  # once there are this many of them
 TARGET_FRAGMENT_ROWS = 16_384  # about 0.7 GB of 10 s clips at D = 1024
@@ -52,6 +53,11 @@ class Known:
     decode_fingerprint: str
     failure: str = ""  # a FailureReason, "" where it was stored
     attempts: int = 0
+    described: tuple[object, ...] | None = None  # values of DESCRIBED, None where it was not stored
+
+
+#: Columns of `clips` that come from the annotations and the disk, not from the file's content.
+DESCRIBED = ("split", "labels", "uri", "source_id")
 
 
 class FeatureStore:
@@ -179,10 +185,10 @@ class FeatureStore:
         columns = ["clip_id", "bytes", "mtime_ns", "content_sha256", "decode_fingerprint"]
         where = f"corpus = {sql_literal(corpus)}"
         known, stored_at = {}, {}
-        for row in _rows(self.dataset(Table.CLIPS), [*columns, "ingested_at"], where):
+        for row in _rows(self.dataset(Table.CLIPS), [*columns, *DESCRIBED, "ingested_at"], where):
             clip_id = row.pop("clip_id")
             stored_at[clip_id] = row.pop("ingested_at")
-            known[clip_id] = Known(**row)
+            known[clip_id] = Known(described=describe({name: row.pop(name) for name in DESCRIBED}), **row)
         for row in _rows(self.dataset(Table.FAILURES), [*columns, "reason", "attempts", "at"], where):
             clip_id, at = row.pop("clip_id"), row.pop("at")
             if clip_id not in stored_at or at > stored_at[clip_id]:
@@ -245,17 +251,40 @@ class FeatureStore:
     def superseded(self) -> tuple[list[str], list[str]]:
         """(clips, failures) whose row is older than the same clip's row in the other table.
 
-        A crash between the commits of the two tables leaves such pairs; the newer row is the truth.
+        A crash between the commits of the two tables leaves such pairs; the newer row is the truth. A failure
+        that may go away by itself says nothing about the content: the clip's row stays beside it.
         """
-        failed = {r["clip_id"]: r["at"] for r in _rows(self.dataset(Table.FAILURES), ["clip_id", "at"], None)}
+        columns = ["clip_id", "reason", "at"]
+        failed = {row["clip_id"]: row for row in _rows(self.dataset(Table.FAILURES), columns, None)}
         if not failed:
             return [], []
         stale_clips, stale_failures = [], []
         for row in _rows(self.dataset(Table.CLIPS), ["clip_id", "ingested_at"], None):
-            at = failed.get(row["clip_id"])
-            if at is not None:
-                (stale_failures if at <= row["ingested_at"] else stale_clips).append(row["clip_id"])
+            failure = failed.get(row["clip_id"])
+            if failure is None:
+                continue
+            if failure["at"] <= row["ingested_at"]:
+                stale_failures.append(row["clip_id"])
+            elif failure["reason"] not in TRANSIENT_REASONS:
+                stale_clips.append(row["clip_id"])
         return stale_clips, stale_failures
+
+    def redescribe(self, rows: Sequence[Mapping[str, object]], properties: Mapping[str, str]) -> None:
+        """Give clips other values of DESCRIBED, in one new version; their features stay as they are.
+
+        Each of `rows` has `clip_id` and the columns of DESCRIBED.
+        """
+        described = {row["clip_id"]: row for row in rows}
+        staged = []
+        for start in range(0, len(rows), REDESCRIBED_AT_ONCE):
+            ids = [str(row["clip_id"]) for row in rows[start : start + REDESCRIBED_AT_ONCE]]
+            table = self.clips(where=f"clip_id IN ({', '.join(map(sql_literal, ids))})")
+            for name in DESCRIBED:
+                values = [described[clip_id][name] for clip_id in table["clip_id"].to_pylist()]
+                at, field = table.schema.get_field_index(name), table.schema.field(name)
+                table = table.set_column(at, field, pa.array(values, field.type))
+            staged.append(self.stage(Table.CLIPS, table))
+        self.commit(Table.CLIPS, staged, properties)
 
     def compact(self, table: Table) -> int:
         """Merge many small fragments into few; no row changes. Returns the version the table then has."""
@@ -298,6 +327,12 @@ class FeatureStore:
         """Insert or update one row of `runs`."""
         record_run(self.address(Table.RUNS), row)
 
+    def interrupt_runs(self) -> None:
+        """Runs that never told their end were killed: say so. For the holder of the lease only."""
+        runs, killed = self.dataset(Table.RUNS), "status = 'running'"
+        if runs.count_rows(killed):
+            runs.update({"status": "'interrupted'"}, where=killed)
+
     def _tables(self) -> list[Table]:
         """The tables that are there: a store of an earlier version has no `neighbours` until written to."""
         optional = {Table.NEIGHBOURS}
@@ -315,6 +350,12 @@ class FeatureStore:
             raise StoreError(
                 f"cannot read {table.value} of {self.uri}: {error}; its columns: {names}"
             ) from error
+
+
+def describe(row: Mapping[str, object]) -> tuple[object, ...]:
+    """The values of DESCRIBED in one row, comparable."""
+    values = (row[name] for name in DESCRIBED)
+    return tuple(tuple(value) if isinstance(value, list | tuple) else value for value in values)
 
 
 def _catalogue(uri: str, storage_options: Mapping[str, str] | None) -> TableAddress:

@@ -72,6 +72,10 @@ def test_attention_is_the_formula_and_both_ways_agree() -> None:
 
 def test_a_row_without_tokens_is_zero_and_finite_both_ways() -> None:
     model = experts()
+    attention, source = Attention(SIZES).eval(), Tokens(*masked(2, 4, 8, [4, 0]))
+    weighed = attention.weigh(source.states_BLD, source)
+    torch.testing.assert_close(weighed.out_BQD, attention(source.states_BLD, source))
+    assert torch.isfinite(weighed.out_BQD).all()
     x_BLC, mask_BL = masked(2, 4, 6, [4, 0])
     states_BLD = model(x_BLC, mask_BL, AUDIO, AUDIO).states_BLD
     assert not states_BLD[1].any()

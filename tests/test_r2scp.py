@@ -171,6 +171,48 @@ def test_cap_without_cmr_is_cmr_whose_bank_is_empty() -> None:
 
 
 @torch.no_grad()
+def test_negatives_that_were_not_found_fall_back_too() -> None:
+    empty = neighbours(6, torch.zeros(6, dtype=torch.bool))
+    step = StageTwo(model(cap=False), LossConfig(rank="paper"))(replace(make(), farthest=empty), AUDIO)
+    near = StageTwo(model(cmr=False, cap=True, k=0), LossConfig(rank="paper"))(make(), AUDIO)
+    # unpurified common features on both sides: one is R⁻ here, the other R⁺ there
+    assert step.lacking is not None
+    assert near.lacking is not None
+    target_B = make().target_B
+    assert target_B is not None
+    parts = [
+        F.cross_entropy(part.logits_BK, target_B, reduction="none") for part in (step.lacking, near.lacking)
+    ]
+    torch.testing.assert_close(step.loss.parts["rank_negative"], (parts[0] - parts[1]).relu().mean())
+
+
+@pytest.mark.parametrize("missing", [AUDIO, VISUAL])
+@torch.no_grad()
+def test_common_features_are_the_available_ones_through_the_missing_expert(missing: int) -> None:
+    """Algorithm 1, line 14: H_com = E_m(Φ_u(F_u)), and H_miss is that when there is no retrieval."""
+    net, batch, name = model(Stage.EXPERTS, cmr=False), make().lacking(missing), ("visual", "audio")[missing]
+    wanted = net.experts(*batch.sequence(name), source=1 - missing, expert=missing)
+    encoded = net.encode(batch)
+    common = encoded.common[missing]
+    assert common is not None
+    assert encoded.common[1 - missing] is None
+    assert torch.equal(common.states_BLD, wanted.states_BLD)
+    put_in = replace(
+        encoded, present_BM=torch.ones(6, 2, dtype=torch.bool), **{("audio", "visual")[missing]: wanted}
+    )
+    torch.testing.assert_close(net.answer(put_in).logits_BK, net(batch).logits_BK)
+
+
+@torch.no_grad()
+def test_mixed_precision_gives_float32_logits_close_to_full() -> None:
+    net, batch = model(), make().lacking(AUDIO)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = net(batch)
+    assert coarse.logits_BK.dtype == torch.float32
+    torch.testing.assert_close(coarse.logits_BK, net(batch).logits_BK, rtol=0, atol=0.3)
+
+
+@torch.no_grad()
 def test_only_the_n_nearest_are_used() -> None:
     batch = make().lacking(AUDIO)
     near = batch.retrieved
