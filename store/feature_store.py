@@ -274,6 +274,8 @@ class FeatureStore:
 
         Each of `rows` has `clip_id` and the columns of DESCRIBED.
         """
+        if not rows:
+            return
         described = {row["clip_id"]: row for row in rows}
         staged = []
         for start in range(0, len(rows), REDESCRIBED_AT_ONCE):

@@ -523,14 +523,15 @@ def test_children_end_with_a_parent_that_is_killed(whole: Path) -> None:
 def test_nothing_is_left_behind(whole: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(whole.read_bytes()[:3000])
+    others = {child.pid for child in psutil.Process().children()}  # of other tests, a Ray for one
     decode(whole)
     before = len(os.listdir("/proc/self/fd"))
     for path in [whole, bad, tmp_path, tmp_path / "none"] * 3:
         with contextlib.suppress(MediaError):
             decode(path)
     assert len(os.listdir("/proc/self/fd")) == before
-    children = psutil.Process().children()
-    assert {child.pid for child in children} == {prober.process.pid for prober in POOL._idle}
+    started = {child.pid for child in psutil.Process().children()} - others
+    assert started <= {prober.process.pid for prober in POOL._idle}
 
 
 # --- real hostile media -----------------------------------------------------------------------------

@@ -203,7 +203,8 @@ def test_known_takes_the_newer_of_row_and_failure(store: FeatureStore) -> None:
         failure("other/2"),
     )
     known = store.known("c")
-    stored = Known(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1")
+    described = ("train", ("a", "b"), None, None)
+    stored = Known(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1", described=described)
     assert known == {
         "c/fine": stored,
         "c/mended": stored,
@@ -299,3 +300,33 @@ def test_a_notebook_opens_the_database_with_lancedb(store: FeatureStore) -> None
     assert table.count_rows() == 2
     nearest = table.search([0.0, 0.0, 0.0, 0.9], vector_column_name="visual_key").limit(1).to_list()
     assert nearest[0]["clip_id"] == "c/2"
+
+
+def test_a_passing_failure_does_not_take_the_clip_with_it(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/slow"), clip("c/broke"))
+    later = NOON + timedelta(seconds=1)
+    reasons = {"c/slow": FailureReason.TIMEOUT, "c/broke": FailureReason.CORRUPT}
+    rows = [failure(clip_id, at=later, reason=reason.value) for clip_id, reason in reasons.items()]
+    put(store, Table.FAILURES, *rows)
+    assert store.superseded() == (["c/broke"], [])
+
+
+def test_clips_are_described_anew_without_touching_their_features(store: FeatureStore) -> None:
+    put(store, Table.CLIPS, clip("c/1"), clip("c/2"), clip("c/3"))
+    before = {row["clip_id"]: row for row in store.clips().to_pylist()}
+    version = store.dataset(Table.CLIPS).version
+    new = {"split": "test", "labels": ["it's", "b;--"], "uri": "/new/2.mp4", "source_id": "s2"}
+    store.redescribe([{"clip_id": "c/2"} | new], {"run": "r"})
+    after = {row["clip_id"]: row for row in store.clips().to_pylist()}
+    assert after == before | {"c/2": before["c/2"] | new}
+    assert store.dataset(Table.CLIPS).version == version + 1
+    store.redescribe([], {"run": "r"})
+    assert store.dataset(Table.CLIPS).version == version + 1
+
+
+def test_killed_runs_are_marked(store: FeatureStore) -> None:
+    for run_id, status in (("killed", "running"), ("whole", "done")):
+        store.record_run({"run_id": run_id, "kind": "extract", "status": status, "started_at": NOON})
+    store.interrupt_runs()
+    runs = store.dataset(Table.RUNS).to_table(columns=["run_id", "status"]).to_pylist()
+    assert {row["run_id"]: row["status"] for row in runs} == {"killed": "interrupted", "whole": "done"}

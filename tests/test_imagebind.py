@@ -171,7 +171,7 @@ def test_frames_are_normalised_channel_by_channel() -> None:
         normalise_frames(frames_NHW3.float())
 
 
-def test_the_fingerprint_names_weights_and_arithmetic(small_file: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_names_the_weights(small_file: Path, tmp_path: Path) -> None:
     model = ImageBind.load(small_file, dtype=torch.float32)
     assert model.fingerprint == ImageBind.load(small_file, dtype=torch.float32).fingerprint
     copy = tmp_path / "copy.safetensors"
@@ -179,12 +179,9 @@ def test_the_fingerprint_names_weights_and_arithmetic(small_file: Path, tmp_path
     other = tmp_path / "other.safetensors"
     ImageBind(SMALL).save(other)
     same = ImageBind.load(copy, dtype=torch.float32).fingerprint
-    rest = {
-        ImageBind.load(other, dtype=torch.float32).fingerprint,
-        ImageBind.load(small_file, dtype=torch.bfloat16).fingerprint,
-    }
-    assert same == model.fingerprint
-    assert len(rest | {same}) == 3
+    coarse = ImageBind.load(small_file, dtype=torch.bfloat16).fingerprint
+    assert same == coarse == model.fingerprint  # a store filled in bf16 answers a machine without it
+    assert ImageBind.load(other, dtype=torch.float32).fingerprint != same
     assert model.fingerprint.startswith("imagebind-24-")
     assert set(model.fingerprint) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
@@ -218,7 +215,7 @@ def test_random_weights_follow_their_seed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ImageBindConfig, "huge", lambda: SMALL)  # the published size takes gigabytes
     first, again, other = (ImageBind.load(f"random:{seed}", dtype=torch.float32) for seed in (7, 7, 8))
     coarse = ImageBind.load("random:7", dtype=torch.bfloat16)
-    assert first.fingerprint == "imagebind-24-random-7-fp32-r1"
+    assert first.fingerprint == "imagebind-24-random-7-r1"
     assert first.fingerprint == ImageBind.describe("random:7", dtype=torch.float32).fingerprint
     for a, b, c, d in zip(*(m.parameters() for m in (first, again, other, coarse)), strict=True):
         assert torch.equal(a, b)

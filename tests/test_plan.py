@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from r2scp.pipelines.corpora import Corpus, open_corpus
 from r2scp.pipelines.plan import GONE_NAMED, Scope, make_plan
-from r2scp.store.feature_store import Known
+from r2scp.store.feature_store import DESCRIBED, Known, describe
 
 FINGERPRINT = "grid1"
 SCOPE = Scope(decode_fingerprint=FINGERPRINT)
@@ -78,6 +79,19 @@ def test_dead_letters_wait_for_a_change_or_to_be_asked(corpus: Corpus) -> None:
 def test_a_dead_letter_of_another_decoder_is_tried_again(corpus: Corpus) -> None:
     known = remembered(corpus, failure="corrupt", decode_fingerprint="older")
     assert len(make_plan(corpus, known, SCOPE).pending) == 4
+
+
+def test_other_annotations_of_the_same_file_need_no_decoding(corpus: Corpus) -> None:
+    clips = {clip.clip_id: clip for clip in corpus.clips()}
+    known = {}
+    for clip_id, before in remembered(corpus).items():
+        row = {name: getattr(clips[clip_id], name) for name in DESCRIBED}
+        row |= {"split": "test"} if clip_id == "folder/2.mp4" else {}
+        known[clip_id] = replace(before, described=describe(row))
+    plan = make_plan(corpus, known, SCOPE)
+    assert (plan.unchanged, len(plan.pending)) == (4, 0)
+    assert [row["clip_id"] for row in plan.redescribed] == ["folder/2.mp4"]
+    assert plan.redescribed[0]["split"] == "train"
 
 
 def test_a_limit_counts_clips_on_the_disk(corpus: Corpus) -> None:

@@ -81,7 +81,7 @@ def test_accepted_weights_arrive_at_the_default_place_and_load(served: RemoteFil
     assert path == default_weights_path() == home / "imagebind_huge.pth"
     as_named = path.rename(path.with_suffix(".safetensors"))
     model = load_encoder(str(as_named), dtype=torch.float32)
-    assert model.fingerprint == f"imagebind-4-{served.sha256[:12]}-fp32-r1"
+    assert model.fingerprint == f"imagebind-4-{served.sha256[:12]}-r1"
 
 
 def test_weights_that_are_there_are_not_fetched_again(served: RemoteFile, tmp_path: Path) -> None:
