@@ -16,6 +16,7 @@ from r2scp.model.melspec import log_mel, windows
 from r2scp.model.tokenizer import Tokenizer
 from r2scp.pipelines.stages import DECODED_SCHEMA, FRAME_SHAPE, dead
 from r2scp.store.errors import FailureReason
+from r2scp.store.schema import sequence, vector
 
 TOKENS_PER_FORWARD = {"cpu": 16, "cuda": 128}  # frames or windows that go through a tower together
 QUESTIONS_PER_FORWARD = 64
@@ -110,15 +111,14 @@ _RAW = ("frames", "waveform")
 
 def embedded_schema(dim: int) -> pa.Schema:
     """What `EmbedClips` gives, for an encoder of width `dim`."""
-    sequence, vector = pa.list_(pa.list_(pa.float16(), dim)), pa.list_(pa.float32(), dim)
     kept = [field for field in DECODED_SCHEMA if field.name not in _RAW]
     return pa.schema(
         [
             *kept,
-            pa.field("visual", sequence),
-            pa.field("audio", sequence),
-            pa.field("visual_key", vector),
-            pa.field("audio_key", vector),
+            pa.field("visual", sequence(dim)),
+            pa.field("audio", sequence(dim)),
+            pa.field("visual_key", vector(dim)),
+            pa.field("audio_key", vector(dim)),
         ]
     )
 
@@ -141,7 +141,7 @@ class EmbedClips:
         audio = _scattered(waveforms, self._encoder.audio)
         rows = batch.drop_columns(list(_RAW)).to_pylist()
         for row, seen, heard in zip(rows, visual, audio, strict=True):
-            if not all(np.isfinite(sequence).all() for sequence in (seen, heard) if sequence is not None):
+            if not all(np.isfinite(part).all() for part in (seen, heard) if part is not None):
                 row |= dead(
                     "embed", FailureReason.EMBED_FAILED, "the encoder gave numbers that are not finite"
                 )
