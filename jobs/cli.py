@@ -116,6 +116,104 @@ def index(
 
 
 @app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="Folder of the run; the same again goes on where it stopped.")],
+    preset: Annotated[str, typer.Option(help="demo, paper_music_avqa or paper_avqa.")] = "demo",
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="SETTING=VALUE, such as model.k=3. Repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything left to chance.")] = 1,
+    baselines: Annotated[bool, typer.Option(help="Also train what evaluate compares with.")] = True,
+    num_workers: Annotated[int, typer.Option(min=1, help="Processes that train one model together.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster; a local Ray by default.")] = None,
+    device: DeviceOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train both stages from the store: experts first, then purification, router and heads."""
+    with speaking():
+        from r2scp.jobs.train_command import Wanted, train_means, train_with_progress
+        from r2scp.store.feature_store import FeatureStore
+
+        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
+        wanted = Wanted(preset=preset, settings=tuple(change or ()), seed=seed, with_baselines=baselines)
+        means = train_means(num_workers, device, ray_address)
+        say(train_with_progress(opened, run, wanted, means), as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that `train` made.")],
+    split: Annotated[str, typer.Option(help="The test split is meant to be read once.")] = "test",
+    missing_rates: Annotated[bool, typer.Option(help="Also lose each modality at 30, 50 and 70 %.")] = False,
+    device: DeviceOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy with sound alone, picture alone and both, beside the baselines."""
+    with speaking():
+        from r2scp.jobs.extract import pick_device
+        from r2scp.jobs.train_command import evaluate_with_progress
+        from r2scp.store.feature_store import FeatureStore
+
+        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
+        report = evaluate_with_progress(opened, run, split, missing_rates, pick_device(device), as_json)
+        if as_json:
+            say(report, as_json)
+
+
+@app.command()
+def study(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="components, strategy, retrieval, bank, n, k, saliency, rank, missing-rate or loads."
+        ),
+    ],
+    folder: Annotated[Path, typer.Option(help="Where trainings and results go; shared by studies.")] = Path(
+        "studies"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each variant.")] = 3,
+    preset: Annotated[str, typer.Option(help="demo, paper_music_avqa or paper_avqa.")] = "demo",
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="SETTING=VALUE, such as model.k=3. Repeatable.")
+    ] = None,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seeds count up from here.")] = 1,
+    split: Annotated[str, typer.Option(help="What is told: test, or val while you still choose.")] = "test",
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Trainings side by side on CPUs; all cores by default.")
+    ] = None,
+    gpus_per_training: Annotated[float, typer.Option(min=0.01, help="GPU share of one training.")] = 1.0,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster; a local Ray by default.")] = None,
+    device: DeviceOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train variants of the method with several seeds and compare them; goes on where it stopped."""
+    with speaking():
+        from r2scp.jobs.study_command import Machines, show, study_with_progress
+        from r2scp.jobs.train_command import Wanted
+        from r2scp.store.feature_store import FeatureStore
+
+        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
+        wanted = Wanted(preset=preset, settings=tuple(change or ()), seed=first_seed)
+        machines = Machines(
+            num_workers=num_workers,
+            gpus_per_training=gpus_per_training,
+            device=device,
+            ray_address=ray_address,
+        )
+        report = study_with_progress(opened, name, folder, wanted, seeds, split, machines)
+        say(report, as_json) if as_json else show(report)
+
+
+@app.command()
 def status(
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,

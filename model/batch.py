@@ -14,11 +14,16 @@ A mask is bool and True where a token is real. What stands under False never rea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Held = TypeVar("Held", bound="DataclassInstance")
 
 AUDIO, VISUAL, TEXT = 0, 1, 2  # columns of present_BM (the first two) and of router_BS
 SOURCES = ("audio", "visual", "text")
@@ -67,8 +72,8 @@ class Batch:
 
     Features may have any floating dtype. `present_BM` says which modalities the model may use: the features
     of an absent one never enter it. `retrieved` and `farthest` belong to each row's missing modality.
-    `target_B` is int64 in [0, K). Raises ValueError if shapes disagree, a question has no word, a present
-    modality no token, or a row no choice, or its answer is a missing choice.
+    `target_B` is int64 in [0, K), or -1 where the answer is not known. Raises ValueError if shapes disagree,
+    a question has no word, a present modality no token, a row no choice, or its answer is a missing choice.
     """
 
     audio_BLC: Tensor
@@ -119,8 +124,9 @@ class Batch:
         if self.choices_mask_BK is not None:
             _refuse(~self.choices_mask_BK.any(dim=1), "a question with choices must have at least one choice")
             if self.target_B is not None:
-                hit_B1 = self.choices_mask_BK.gather(1, self.target_B[:, None])
-                _refuse(~hit_B1.squeeze(1), "the answer must be one of the choices that are there")
+                hit_B1 = self.choices_mask_BK.gather(1, self.target_B.clamp(min=0)[:, None])
+                missed_B = (self.target_B >= 0) & ~hit_B1.squeeze(1)
+                _refuse(missed_B, "the answer must be one of the choices that are there")
 
     def __len__(self) -> int:
         return len(self.sentence_BC)
@@ -144,11 +150,11 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
-        return _apply(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return convert(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from where `to(..., non_blocking=True)` overlaps work."""
-        return _apply(self, Tensor.pin_memory)
+        return convert(self, Tensor.pin_memory)
 
 
 class Purification(NamedTuple):
@@ -213,6 +219,19 @@ def without(present_BM: Tensor, modality: int, rows_B: Tensor | None = None) -> 
     return present_BM
 
 
+def convert(held: Held, change: Callable[[Tensor], Tensor]) -> Held:
+    """A dataclass of tensors, and of tuples of tensors at any depth, with each tensor changed."""
+
+    def changed(value: object) -> object:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, tuple):
+            return getattr(value, "_make", tuple)(map(changed, value))
+        return value
+
+    return replace(held, **{field.name: changed(getattr(held, field.name)) for field in fields(held)})
+
+
 def either(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
     """`yes` where rows_B is True, `no` elsewhere; padded to the longer one only if both are needed."""
     if bool(rows_B.all()):
@@ -224,17 +243,6 @@ def either(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
     masks = [F.pad(part.mask_BL, (0, length - part.mask_BL.shape[1])) for part in (yes, no)]
     chosen_BLD = torch.where(rows_B[:, None, None], states[0], states[1].to(states[0].dtype))
     return Tokens(chosen_BLD, torch.where(rows_B[:, None], *masks))
-
-
-def _apply(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    changed: dict[str, Tensor | Neighbours] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Neighbours):
-            changed[field.name] = Neighbours(*map(change, value))
-        elif value is not None:
-            changed[field.name] = change(value)
-    return replace(batch, **changed)  # pyright: ignore[reportArgumentType]
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], *, bool_: bool = False) -> None:

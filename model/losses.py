@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2scp.model.batch import AUDIO, VISUAL, Answer, Batch
-from r2scp.model.r2scp import R2SCP, Stage
+from r2scp.model.r2scp import R2SCP, Encoded, Stage
 
 Rank = Literal["stopgrad", "paper", "release"]
 
@@ -70,14 +70,17 @@ class StageOne(nn.Module):
 
 
 class StageTwo(nn.Module):
-    """Stage II as one call: (batch, missing modality) -> loss. The batch must be complete."""
+    """Stage II as one call: (batch, missing modality) -> loss. Every row must be complete.
+
+    Where the experts are frozen their output may come instead of a batch.
+    """
 
     def __init__(self, model: R2SCP, config: LossConfig | None = None) -> None:
         super().__init__()
         self.model = model.enter(Stage.MIXING)
         self.config = config or LossConfig()
 
-    def forward(self, batch: Batch, missing: int) -> Step:
+    def forward(self, batch: Batch | Encoded, missing: int) -> Step:
         """Three answers from one encoding: X, R⁺ (`missing` recovered) and R⁻ (from the farthest).
 
         There is no R⁻ without retrieval or without farthest neighbours in the batch; if the model recovers
@@ -87,7 +90,10 @@ class StageTwo(nn.Module):
         if not bool(batch.present_BM.all()):
             raise ValueError("stage II compares with the real modality: every row must have audio and visual")
         recovers = self.model.config.recovers
-        encoded = self.model.encode(batch, missing if recovers else None)
+        if isinstance(batch, Encoded):
+            encoded = batch
+        else:
+            encoded = self.model.encode(batch, missing if recovers else None)
         full = self.model.answer(encoded)
         lacking = farthest = None
         if recovers or self.config.modality_dropout:
@@ -159,7 +165,9 @@ def _sum(parts: dict[str, Tensor], weights: dict[str, float]) -> Loss:
     return Loss(total, {name: part.detach() for name, part in parts.items()})
 
 
-def _target(batch: Batch) -> Tensor:
+def _target(batch: Batch | Encoded) -> Tensor:
     if batch.target_B is None:
         raise ValueError("training needs answers: the batch must hold target_B")
+    if bool((batch.target_B < 0).any()):
+        raise ValueError("training needs answers: rows whose answer is not known (-1) must be left out")
     return batch.target_B

@@ -23,6 +23,7 @@ from r2scp.model.batch import (
     Purification,
     Question,
     Tokens,
+    convert,
     either,
     without,
 )
@@ -53,6 +54,10 @@ class Encoded:
     retrieved_ids_BN: Tensor | None = None
     farthest: Tokens | None = None
     farthest_ids_BN: Tensor | None = None
+    target_B: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.present_BM)
 
     def lacking(self, modality: int, rows_B: Tensor | None = None) -> "Encoded":
         """The same with `modality` absent, in all rows or where rows_B is True."""
@@ -63,6 +68,14 @@ class Encoded:
         if self.farthest is None:
             raise ValueError("R⁻ needs the farthest neighbours; this batch was encoded without them")
         return replace(self, retrieved=self.farthest, retrieved_ids_BN=self.farthest_ids_BN)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Encoded":
+        """The same on another device."""
+        return convert(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Encoded":
+        """The same in page-locked memory, from where `to(..., non_blocking=True)` overlaps work."""
+        return convert(self, Tensor.pin_memory)
 
 
 class R2SCP(nn.Module):
@@ -99,6 +112,11 @@ class R2SCP(nn.Module):
     def purifies(self) -> bool:
         """Whether CAP is at work: not before stage II, where it is trained."""
         return self.config.cap and self.stage is Stage.MIXING
+
+    @property
+    def recovers(self) -> bool:
+        """Whether a missing modality is recovered: in stage I it is dropped, whatever the config says."""
+        return self.config.recovers and self.stage is Stage.MIXING
 
     def train(self, mode: bool = True) -> "R2SCP":
         """As of any module, but frozen experts stay in evaluation mode."""
@@ -141,6 +159,7 @@ class R2SCP(nn.Module):
             retrieved_ids_BN=ids,
             farthest=farthest,
             farthest_ids_BN=far_ids,
+            target_B=batch.target_B,
         )
 
     def answer(self, encoded: Encoded) -> Answer:
@@ -188,7 +207,7 @@ class R2SCP(nn.Module):
         return [self._needs_common(batch, column, missing) for column in MODALITIES]
 
     def _needs_common(self, batch: Batch, column: int, missing: int | None) -> bool:
-        if not self.config.recovers:
+        if not self.recovers:
             return False
         rows_B = self._sought(batch, column, missing)
         if self.config.cmr and not self.purifies and batch.retrieved is not None:
@@ -206,7 +225,7 @@ class R2SCP(nn.Module):
 
     def _neighbours(self, batch: Batch, part: Neighbours | None, missing: int | None) -> Tokens | None:
         """H_miss of eq. 4 for each row's missing modality; no token where nothing is sought."""
-        if part is None or not self.config.cmr:
+        if part is None or not (self.config.cmr and self.recovers):
             return None
         tokens_BNLC = part.tokens_BNLC[:, : self.config.neighbours]
         mask_BNL = part.mask_BNL[:, : self.config.neighbours]
@@ -229,7 +248,7 @@ class R2SCP(nn.Module):
         tokens = own[column].only(encoded.present_BM[:, column])
         rows_B = ~encoded.present_BM[:, column] & encoded.present_BM[:, 1 - column]
         nowhere_B = torch.zeros_like(rows_B)
-        if not self.config.recovers or not bool(rows_B.any()):
+        if not self.recovers or not bool(rows_B.any()):
             return _Found(tokens, nowhere_B, nowhere_B, None)
         missing, fallback_B = self._recover(encoded, column, rows_B)
         purification = None
@@ -269,7 +288,9 @@ class R2SCP(nn.Module):
 
     def _used(self, encoded: Encoded, rows_B: Tensor) -> Tensor | None:
         ids_BN = encoded.retrieved_ids_BN
-        return None if ids_BN is None or not self.config.cmr else ids_BN.masked_fill(~rows_B[:, None], -1)
+        if ids_BN is None or not (self.config.cmr and self.recovers):
+            return None
+        return ids_BN.masked_fill(~rows_B[:, None], -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The flows: lists of stages, run by Ray Data. The only file that knows `ray.data`.
+"""The flows: lists of stages, run by Ray Data, and tasks side by side. The only file that knows `ray.data`.
 
     sources -> decode (tasks, one core each) -> embed (actors that keep the encoder) -> stage -> driver
 
@@ -10,18 +10,20 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
 from r2scp.pipelines.decode import DecodeLimits
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec
 from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
-from r2scp.store.errors import UsageError
+from r2scp.store.errors import R2SCPError, UsageError
 from r2scp.store.transaction import TableAddress
 
 OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
@@ -32,6 +34,9 @@ FRAGMENTS_PER_RUN = 32  # small runs commit in about so many steps
 ROWS_PER_FRAGMENT = (8, 64)  # least and most: what a crash can cost in embedding work
 CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray: it must never keep decode tasks from starting
 
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
@@ -100,6 +105,31 @@ def _quiet_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def fan_out(
+    function: Callable[[Item], Result], items: Sequence[Item], *, cpus: float = 1.0, gpus: float = 0.0
+) -> Iterator[tuple[int, Result]]:
+    """`function(item)` for each item as a task of its own; (number of the item, result) as they end.
+
+    A task whose process dies is run again, three times at most. What a task raises is raised here, and the
+    tasks that are left are cancelled. Needs a `ray_session`.
+    """
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(function)
+    waiting = {task.remote(item): at for at, item in enumerate(items)}
+    try:
+        while waiting:
+            for done in ray.wait(list(waiting), num_returns=1)[0]:
+                at = waiting.pop(done)
+                try:
+                    yield at, ray.get(done)
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, R2SCPError):
+                        raise error.cause from None
+                    raise
+    finally:
+        for task_left in waiting:
+            ray.cancel(task_left, force=True)
 
 
 def extract(

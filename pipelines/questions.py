@@ -4,7 +4,7 @@ Only questions about clips that the store holds are stored. Each distinct text i
 of 32,000 questions from 33 templates has far fewer texts than questions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from r2scp.store.transaction import sql_literal
 
 COMPARED = ("clip_id", "split", "question", "type", "answer", "choices", "answer_index")
 ROWS_PER_FRAGMENT = 4_096
+TEXTS_AT_ONCE = 1_024  # words in memory: 80 MB of twenty each at D = 1024, float32
 
 
 def commit_questions(
@@ -62,26 +63,53 @@ def _content(row: Mapping[str, object]) -> tuple[object, ...]:
     return tuple(tuple(choices) if name == "choices" else row[name] for name in COMPARED)
 
 
+def _choice_texts(question: QuestionRow) -> list[str | None]:
+    """What the answer head scores a choice by: the question with the choice behind it."""
+    return [None if choice is None else f"{question.question} {choice}" for choice in question.choices]
+
+
+class _Texts:
+    """Embeddings of the texts met so far. A choice's words are not kept: nothing reads them."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.words: dict[str, np.ndarray] = {}  # float16 (W, D), of questions
+        self.sentences: dict[str, np.ndarray] = {}  # float32 (D,), of questions and of choices behind them
+        self._encoder = encoder
+
+    def embed(self, texts: Set[str], *, words: bool) -> None:
+        due = sorted(texts - (self.words if words else self.sentences).keys())
+        for start in range(0, len(due), TEXTS_AT_ONCE):
+            part = due[start : start + TEXTS_AT_ONCE]
+            each, sentences = self._encoder.questions(part)
+            for text, words_WD, sentence_D in zip(part, each, sentences, strict=True):
+                self.sentences[text] = sentence_D
+                if words:
+                    self.words[text] = words_WD.astype(np.float16)
+
+
 def _tables(
     questions: Sequence[QuestionRow], encoder: Encoder, store: FeatureStore, run_id: str
 ) -> Iterator[pa.Table]:
     schema = store.address(Table.QUESTIONS).schema
-    embedded: dict[str, tuple[list[np.ndarray], np.ndarray]] = {}
+    texts = _Texts(encoder)
+    missing = np.zeros(store.dim, np.float16)
     for start in range(0, len(questions), ROWS_PER_FRAGMENT):
         part = questions[start : start + ROWS_PER_FRAGMENT]
-        texts = sorted({question.question for question in part} - embedded.keys())
-        if texts:
-            words, sentences = encoder.questions(texts)
-            for text, words_WD, sentence_D in zip(texts, words, sentences, strict=True):
-                embedded[text] = list(words_WD.astype(np.float16)), sentence_D
+        texts.embed({question.question for question in part}, words=True)
+        texts.embed({text for question in part for text in _choice_texts(question) if text}, words=False)
         yield pa.Table.from_pylist(
             [
                 _plain(question)
                 | {
                     "question_id": question.question_id,
                     "corpus": question.corpus,
-                    "words": embedded[question.question][0],
-                    "sentence": embedded[question.question][1],
+                    "words": list(texts.words[question.question]),
+                    "sentence": texts.sentences[question.question],
+                    "choice_sentences": [
+                        missing if text is None else texts.sentences[text].astype(np.float16)
+                        for text in _choice_texts(question)
+                    ]
+                    or None,
                     "encoder_fingerprint": store.fingerprint,
                     "run_id": run_id,
                     "ingested_at": now(),

@@ -7,6 +7,7 @@
     ├── CorpusError                an annotation file or media folder that is not what it should be
     ├── MediaError                 one media file that cannot be used; carries a `FailureReason`
     ├── EncoderError               weights that are missing, foreign or damaged
+    ├── CheckpointError            a trained model that is missing, damaged or of another program
     └── StoreError                 the store cannot be opened, read or written
         ├── FingerprintMismatch    features of another encoder or decoder
         └── LeaseHeld              another writer is at work
@@ -78,6 +79,10 @@ class MediaError(R2SCPError):
 
 class EncoderError(R2SCPError):
     """Weights that are missing, foreign or damaged."""
+
+
+class CheckpointError(R2SCPError):
+    """A trained model that is missing, damaged or of another program."""
 
 
 class StoreError(R2SCPError):

@@ -9,7 +9,7 @@ from enum import StrEnum
 import pyarrow as pa
 
 #: Version of the table layout. A store written with another one is refused.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: Lance reads this from a field's metadata and makes concurrent upserts on the field conflict
 #: instead of inserting the same key twice.
@@ -113,6 +113,8 @@ def questions_schema(dim: int) -> pa.Schema:
             pa.field("answer_index", pa.int32()),  # -1: no choices
             pa.field("words", sequence(dim)),  # (W, D), real tokens only
             pa.field("sentence", vector(dim)),
+            # "question choice" each, zeros where a choice is null; null where there are no choices
+            pa.field("choice_sentences", sequence(dim)),
             pa.field("encoder_fingerprint", pa.string()),
             pa.field("run_id", pa.string()),
             pa.field("ingested_at", pa.timestamp("us", tz="UTC")),

@@ -2,22 +2,43 @@
 
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import imageio_ffmpeg
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
 
 from r2scp.jobs.extract import encoder_spec
+from r2scp.jobs.index import run_index
+from r2scp.jobs.train import TrainPlan
+from r2scp.jobs.train_config import StageConfig, TrainConfig
+from r2scp.jobs.train_data import answers_of
 from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.pipelines.embed import EncoderSpec
+from r2scp.model.settings import ModelConfig
+from r2scp.pipelines.dataset import Dataset, NeighbourRows
+from r2scp.pipelines.embed import EncoderSpec, key_of
+from r2scp.pipelines.examples import Asked, Clips, Examples, Pins
 from r2scp.pipelines.flows import RAY_ENVIRONMENT
+from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Retrieval, Table
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 OBJECT_STORE_BYTES = 256 << 20  # of the Ray that the flow tests share
+WIDTH = 12  # of the embeddings in `asked_store`
+INDEX = IndexSettings(retrieval=(Retrieval.PAIRED,), n=4)  # of `asked_store`
+
+LEARNABLE = 16  # width of the embeddings in `learnable_store`
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +141,212 @@ def local_ray() -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield
     ray.shutdown()
+
+
+def unit_rows(rng: np.random.Generator, rows: int) -> np.ndarray:
+    """float16 (rows, WIDTH) of unit norm."""
+    drawn = rng.standard_normal((rows, WIDTH))
+    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float16)
+
+
+def clip_row(number: int, seed: int) -> dict[str, object]:
+    """Every 7th clip is deaf, every 11th blind; two of a source are neighbours; 1 to 7 s."""
+    rng = np.random.default_rng((seed, number))
+    corpus = ("music-avqa", "avqa")[number % 2]
+    row: dict[str, object] = {
+        "clip_id": f"{corpus}/{number:03d}",
+        "corpus": corpus,
+        "source_id": f"youtube{number // 4}" if number else "",
+        "split": ("train", "train", "val", "train", "test")[number % 5],
+        "ingested_at": datetime(2026, 1, 31, tzinfo=UTC),
+    }
+    for name, gone in (("audio", number % 7 == 6), ("visual", number % 11 == 10)):
+        tokens_TD = unit_rows(rng, int(rng.integers(1, 8)))
+        row[name] = None if gone else list(tokens_TD)
+        row[f"{name}_key"] = None if gone else key_of(tokens_TD)
+    return row
+
+
+def question_row(number: int, clip: Mapping[str, object]) -> dict[str, object]:
+    """MUSIC-AVQA's have one of four answers, AVQA's four choices, of which one may be null."""
+    rng = np.random.default_rng((7, number))
+    text = f"What is sound {number % 9} ?"
+    words_WD = unit_rows(np.random.default_rng(crc32(text.encode())), 2 + number % 9 % 4)
+    row: dict[str, object] = {
+        "question_id": f"{clip['corpus']}/{number * 37 % 101:03d}",
+        "clip_id": clip["clip_id"],
+        "corpus": clip["corpus"],
+        "split": ("train", "val", "train", "test")[number // 2 % 4],
+        "question": text,
+        "type": f"type {number % 3}",
+        "answer": ("two", "flute", "yes", "no")[int(rng.integers(4))],
+        "choices": [],
+        "answer_index": -1,
+        "words": list(words_WD),
+        "sentence": key_of(words_WD),
+    }
+    if clip["corpus"] == "avqa":
+        right = int(rng.integers(4))
+        choices = [None if number % 3 == 0 and at == right - 1 else f"choice {at}" for at in range(4)]
+        sentences_KD = [np.zeros(WIDTH, np.float16) if c is None else unit_rows(rng, 1)[0] for c in choices]
+        row |= {"choices": choices, "choice_sentences": sentences_KD}
+        row |= {"answer_index": right, "answer": choices[right]}
+    return row
+
+
+def write_rows(
+    store: FeatureStore, table: Table, rows: Sequence[Mapping[str, object]], parts: int = 1
+) -> None:
+    """In one commit of several fragments."""
+    schema, size = store.address(table).schema, -(-len(rows) // parts)
+    cut = [list(rows[at : at + size]) for at in range(0, len(rows), size)]
+    store.commit(table, [store.stage(table, pa.Table.from_pylist(part, schema)) for part in cut], {})
+
+
+@pytest.fixture(scope="session")
+def asked_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """Forty clips, seventy questions of two corpora and an index, in fragments with holes. Only to be read.
+
+    Beside the ordinary questions: an answer that training has not, a clip that is not there, no choices, and
+    choices of which none is said to be right.
+    """
+    store = FeatureStore.create(str(tmp_path_factory.mktemp("asked") / "store"), "tiny-encoder", WIDTH)
+    clips = [clip_row(number, seed=0) for number in range(40)]
+    write_rows(store, Table.CLIPS, clips, parts=3)
+    write_rows(store, Table.CLIPS, [clip_row(number, seed=1) for number in range(3, 40, 9)])
+    questions = [question_row(number, clips[number * 3 % 40]) for number in range(70)]
+    write_rows(store, Table.QUESTIONS, questions, parts=2)
+    odd = (
+        question_row(6, clips[0]),
+        question_row(14, clips[2]),
+        question_row(7, clips[1]),
+        question_row(15, clips[3]),
+    )
+    odd[0].update(question_id="music-avqa/unheard", answer="bagpipe")
+    odd[1].update(question_id="music-avqa/gone", clip_id="music-avqa/999")
+    odd[2].update(question_id="avqa/open", choices=[], choice_sentences=None, answer_index=-1)
+    odd[3].update(question_id="avqa/untold", answer_index=-1, answer="")
+    write_rows(store, Table.QUESTIONS, [*odd, questions[5], questions[50]])
+    run_index(store, INDEX, lambda mode, done, total: None)
+    return store
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, asked_store: FeatureStore) -> FeatureStore:
+    """A copy of `asked_store` to write into."""
+    return FeatureStore.open(shutil.copytree(asked_store.uri, tmp_path / "store").as_posix())
+
+
+@pytest.fixture(scope="session")
+def write() -> Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]:
+    """`write(store, table, rows)`: in place of rows with the same key."""
+    return write_rows
+
+
+@pytest.fixture(scope="session")
+def open_dataset() -> Callable[..., Dataset]:
+    """`open_dataset(store, split, answers, n)`: its questions as the store has them now.
+
+    `answers` None: those with choices. `n`: neighbours of each clip, 0 for no retrieval.
+    """
+
+    def opened(store: FeatureStore, split: str, answers: Sequence[str] | None = None, n: int = 3) -> Dataset:
+        pins = Pins.latest(store)
+        clips = Clips.read(store, pins.clips)
+        examples = Examples.read(store, pins, clips, Asked(split=split), answers)
+        near = NeighbourRows.read(store, pins, clips, INDEX, Retrieval.PAIRED, n) if n else None
+        choices = answers is None
+        return Dataset(
+            store=store, pins=pins, clips=clips, examples=examples, neighbours=near, choices=choices
+        )
+
+    return opened
+
+
+@pytest.fixture(scope="session")
+def learnable_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """Clips of four kinds that sound and picture both tell, and questions about them. Only to be read.
+
+    Corpus `music-avqa`: 34 train questions (two about a deaf clip), 16 val questions (two about a blind one)
+    and two test questions, six answers in all. Corpus `avqa`: 24 train questions of four choices and no
+    validation split. No clip's file exists.
+    """
+    store = FeatureStore.create(str(tmp_path_factory.mktemp("learnable") / "store"), "learnable", LEARNABLE)
+    rng = np.random.default_rng(9)
+    splits = ["train"] * 17 + ["val"] * 8 + ["test"] + ["train"] * 24
+    clips = [telling_clip(number, split, rng) for number, split in enumerate(splits)]
+    clips[16] |= {"audio": None, "audio_key": None}
+    clips[17] |= {"visual": None, "visual_key": None}
+    questions = [telling_question(clip, kind, rng) for clip in clips[:26] for kind in (0, 1)]
+    questions += [telling_question(clip, 2, rng) for clip in clips[26:]]
+    write_rows(store, Table.CLIPS, clips)
+    write_rows(store, Table.QUESTIONS, questions)
+    run_index(store, IndexSettings(retrieval=(Retrieval.PAIRED,), n=4), lambda mode, done, total: None)
+    return store
+
+
+def telling_clip(number: int, split: str, rng: np.random.Generator) -> dict[str, object]:
+    """3 to 6 s, of kind `number % 4`."""
+    corpus, kind = "music-avqa" if number < 26 else "avqa", number % 4
+    row: dict[str, object] = {"clip_id": f"{corpus}/{number}", "corpus": corpus, "split": split}
+    row |= {"source_id": f"video{number}", "uri": f"/nowhere/{number}.mp4", "labels": [str(kind)]}
+    for name, direction in (("audio", kind), ("visual", 4 + kind)):
+        tokens_TD = around(direction, int(rng.integers(3, 7)), rng)
+        row |= {name: list(tokens_TD), f"{name}_key": key_of(tokens_TD)}
+    return row
+
+
+def telling_question(clip: Mapping[str, Any], asked: int, rng: np.random.Generator) -> dict[str, object]:
+    """0: what kind; 1: whether it is an even one; 2: which of four choices."""
+    kind = int(clip["labels"][0])
+    answer = ("yes", "no")[kind % 2] if asked == 1 else f"kind {kind}"
+    row: dict[str, object] = {name: clip[name] for name in ("clip_id", "corpus", "split")}
+    row |= {"question_id": f"{clip['clip_id']}/{asked}", "question": f"question {asked} ?", "answer": answer}
+    words_WD = around(8 + asked, 2 + asked, np.random.default_rng(asked))
+    row |= {"type": f"type {asked}", "choices": [], "answer_index": -1, "words": list(words_WD)}
+    row["sentence"] = key_of(words_WD)
+    if asked == 2:
+        order = rng.permutation(4).tolist()
+        sentences_KD = [around(12 + kind, 1, np.random.default_rng(kind))[0] for kind in order]
+        row |= {"choices": [f"kind {kind}" for kind in order], "choice_sentences": sentences_KD}
+        row["answer_index"] = order.index(kind)
+    return row
+
+
+def around(direction: int, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """float16 (rows, LEARNABLE), unit vectors near one axis."""
+    drawn = np.eye(LEARNABLE)[direction] + 0.1 * rng.standard_normal((rows, LEARNABLE))
+    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.fixture(scope="session")
+def quick_plan(learnable_store: FeatureStore) -> Callable[..., TrainPlan]:
+    """`quick_plan(folder, store, **changes)`: a training of a second; `changes` are of its config."""
+
+    def plan(folder: Path, store: FeatureStore = learnable_store, **changes: Any) -> TrainPlan:
+        pins = Pins.latest(store)
+        config = TrainConfig(
+            model=ModelConfig(encoder_dim=store.dim, classes=6, dim=16, heads=2),
+            stage_one=StageConfig(epochs=3, lr=1e-2, schedule="constant"),
+            stage_two=StageConfig(epochs=3, lr=5e-3, schedule="cosine", warmup_steps=2),
+            index=IndexSettings(n=4),
+            retrieval=Retrieval.PAIRED,
+            corpora=("music-avqa",),
+            batch_size=8,
+        )
+        config = replace(config, **changes)
+        answers = answers_of(store, pins, config.model.classes is None, config.corpora)
+        places: dict[str, Any] = {"uri": store.uri, "fingerprint": store.fingerprint, "folder": folder}
+        return TrainPlan(pins=pins, config=config, answers=answers, **places)
+
+    return plan
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[FeatureStore], FeatureStore]:
+    """`copy(store)`: one of one's own, to write into."""
+
+    def copied(store: FeatureStore) -> FeatureStore:
+        return FeatureStore.open(shutil.copytree(store.uri, tmp_path / "copied-store").as_posix())
+
+    return copied

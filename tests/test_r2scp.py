@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2scp.model.batch import AUDIO, TEXT, VISUAL, Batch, Neighbours
+from r2scp.model.batch import AUDIO, TEXT, VISUAL, Batch, Neighbours, convert
 from r2scp.model.losses import LossConfig, StageOne, StageTwo
 from r2scp.model.r2scp import R2SCP, ModelConfig, Stage
 
@@ -190,7 +190,7 @@ def test_negatives_that_were_not_found_fall_back_too() -> None:
 @torch.no_grad()
 def test_common_features_are_the_available_ones_through_the_missing_expert(missing: int) -> None:
     """Algorithm 1, line 14: H_com = E_m(Φ_u(F_u)), and H_miss is that when there is no retrieval."""
-    net, batch, name = model(Stage.EXPERTS, cmr=False), make().lacking(missing), ("visual", "audio")[missing]
+    net, batch, name = model(cmr=False, k=0), make().lacking(missing), ("visual", "audio")[missing]
     wanted = net.experts(*batch.sequence(name), source=1 - missing, expert=missing)
     encoded = net.encode(batch)
     common = encoded.common[missing]
@@ -312,10 +312,10 @@ def test_frozen_experts_do_not_move_and_do_not_drop_out() -> None:
     assert torch.equal(net.encode(batch).audio.states_BLD, net.encode(batch).audio.states_BLD)
 
 
-def test_stage_one_weighs_evenly_and_does_not_purify() -> None:
+def test_stage_one_weighs_evenly_and_neither_recovers_nor_purifies() -> None:
     answer = model(Stage.EXPERTS)(make().lacking(AUDIO))
-    assert (answer.evidence.router_BS == 1 / 3).all()
-    assert answer.evidence.recovered_BM[:, AUDIO].all()
+    assert (answer.evidence.router_BS == torch.tensor([0, 1 / 2, 1 / 2])).all()
+    assert not answer.evidence.recovered_BM.any()
     assert answer.evidence.purified == (None, None)
 
 
@@ -335,6 +335,90 @@ def test_stage_two_compares_the_three_passes(missing: int) -> None:
     losses = [F.cross_entropy(part, batch.target_B, reduction="none") for part in (real, near, far)]
     rank = (losses[0] - losses[1]).relu().mean() + (losses[1] - losses[2]).relu().mean()
     torch.testing.assert_close(step.loss.total, losses[0].mean() + losses[1].mean() + rank)
+
+
+@pytest.mark.parametrize("choices", [False, True])
+@pytest.mark.parametrize("missing", [AUDIO, VISUAL])
+@pytest.mark.parametrize(("cmr", "cap"), SWITCHES)
+def test_stage_two_learns_the_same_from_an_encoding(
+    cmr: bool, cap: bool, missing: int, choices: bool
+) -> None:
+    net, batch = model(cmr=cmr, cap=cap, classes=None if choices else 5), make(choices=choices)
+    objective = StageTwo(net)
+    with torch.no_grad():
+        encoded = net.encode(batch, missing if net.config.recovers else None)
+    assert len(encoded) == len(batch) == 6
+    gradients = []
+    for inputs in (batch, encoded):
+        net.zero_grad()
+        step = objective(inputs, missing)
+        step.loss.total.backward()
+        gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert step.loss.parts.keys() == objective(batch, missing).loss.parts.keys()
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+    for lame in (
+        replace(encoded, target_B=None),
+        replace(encoded.lacking(AUDIO)),
+        replace(batch, target_B=None),
+    ):
+        with pytest.raises(ValueError, match=r"must hold target_B|every row must have audio and visual"):
+            objective(lame, missing)
+
+
+@pytest.mark.parametrize("inputs", ["batch", "encoded"])
+def test_rows_without_a_known_answer_are_asked_and_not_learned(inputs: str) -> None:
+    net, batch = model(), make()
+    target_B = torch.tensor([1, -1, 0, 2, -1, 3])
+    open_batch = replace(batch, target_B=target_B)
+    asked = open_batch if inputs == "batch" else net.encode(open_batch, AUDIO)
+    assert torch.equal(net(open_batch).logits_BK, net(batch).logits_BK)
+    with pytest.raises(ValueError, match=r"not known \(-1\) must be left out"):
+        StageTwo(net)(asked, AUDIO)
+    with pytest.raises(ValueError, match=r"not known \(-1\) must be left out"):
+        StageOne(model(Stage.EXPERTS))(open_batch)
+    replace(make(choices=True), target_B=target_B)  # one of these choices is masked, and none is meant
+
+
+def tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple):
+        return [tensor for part in value for tensor in tensors(part)]
+    return [tensor for name in getattr(value, "__slots__", ()) for tensor in tensors(getattr(value, name))]
+
+
+def test_every_tensor_moves() -> None:
+    net, batch = model(purify_full=True), make(choices=True)
+    batch = batch.lacking(VISUAL, torch.arange(6) < 2)
+    encoded = net.encode(batch)
+    assert len(tensors(batch)) == 17
+    assert len(tensors(encoded)) == 21
+    assert {tensor.device.type for tensor in tensors(encoded.to("meta"))} == {"meta"}
+    for held in (batch, encoded, replace(encoded, common=(None, encoded.common[1]), retrieved=None)):
+        copy = convert(held, Tensor.clone)
+        assert type(copy) is type(held)
+        for one, two in zip(tensors(held), tensors(copy), strict=True):
+            assert torch.equal(one, two)
+            assert one.data_ptr() != two.data_ptr()
+        for name in held.__slots__:
+            assert type(getattr(copy, name)) is type(getattr(held, name))
+    torch.testing.assert_close(net.answer(convert(encoded, Tensor.clone)).logits_BK, net(batch).logits_BK)
+    assert torch.equal(net(batch.to("cpu")).logits_BK, net(batch).logits_BK)
+
+
+@pytest.mark.gpu
+def test_pinned_memory_reaches_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    net, batch = model(), make(choices=True)
+    for held in (batch, net.encode(batch)):
+        pinned = held.pin_memory()
+        assert all(tensor.is_pinned() for tensor in tensors(pinned))
+        there = pinned.to("cuda", non_blocking=True)
+        assert all(tensor.is_cuda for tensor in tensors(there))
+        for one, two in zip(tensors(held), tensors(there), strict=True):
+            assert torch.equal(one, two.cpu())
 
 
 @torch.no_grad()

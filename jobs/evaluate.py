@@ -1,0 +1,185 @@
+"""`evaluate`: accuracy where sound or picture is missing, always beside what little it could have been.
+
+Conditions: A has the sound alone, V the picture alone, AV both. What is missing is not even read from the
+store. The test split is meant to be read once, here.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from r2scp.jobs.checkpoints import Checkpoint, find
+from r2scp.jobs.train_data import Opened
+from r2scp.jobs.train_stages import Worker
+from r2scp.model.batch import SOURCES, Answer
+from r2scp.model.metrics import Score, Tally
+from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask
+from r2scp.pipelines.examples import MODALITIES, NO_ANSWER, Examples, Pins
+from r2scp.pipelines.feed import in_order, read_ahead
+from r2scp.store.errors import CheckpointError
+from r2scp.store.feature_store import FeatureStore
+
+BASELINES = Path("baselines")  # in a run's folder, a run each
+MISSING_SEED = 0  # who loses what at a missing rate: the same questions for every model
+MISSING_RATES = (0.3, 0.5, 0.7)
+
+Progress = Callable[[str, int, int], None]  # what, questions done, questions to do
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateMeans:
+    """How to evaluate. `rates`: also lose each modality with these probabilities."""
+
+    split: str = "test"
+    rates: tuple[float, ...] = ()
+    device: str = "cpu"
+    progress: Progress = lambda *_: None
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """What one model answered under one condition."""
+
+    tally: Tally = field(default_factory=Tally)
+    recovered: int = 0  # questions with a modality fetched from elsewhere
+    fallbacks: int = 0  # of these, without any neighbour
+    loads: np.ndarray = field(default_factory=lambda: np.zeros(len(SOURCES)))  # sums of router weights
+
+    def add(self, examples: Examples, rows: np.ndarray, answer: Answer) -> None:
+        chosen_B = answer.logits_BK.argmax(dim=1).cpu().numpy()
+        self.tally.add([examples.types[row] for row in rows], chosen_B == examples.target_B[rows])
+        evidence = answer.evidence
+        self.recovered += int(evidence.recovered_BM.any(dim=1).sum())
+        self.fallbacks += int(evidence.fallback_BM.any(dim=1).sum())
+        self.loads += evidence.router_BS.float().sum(dim=0).cpu().numpy()
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values: the overall score, those of groups and types, and how it was answered."""
+        overall = self.tally.overall()
+        loads = self.loads / max(overall.n, 1)
+        return _plain(overall) | {
+            "groups": {name: _plain(score) for name, score in self.tally.groups().items()},
+            "types": {name: _plain(score) for name, score in self.tally.types().items()},
+            "recovered": self.recovered,
+            "fallbacks": self.fallbacks,
+            "router": dict(zip(SOURCES, loads.round(4).tolist(), strict=True)),
+        }
+
+
+def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[str, object]:
+    """Evaluate the best checkpoint of a run and its baselines.
+
+    Reads the store at the versions that the training read. Raises `FingerprintMismatch` for a store of
+    another encoder, `CheckpointError` where the run has no checkpoint.
+    """
+    checkpoint = find(run)
+    opened = open_for(checkpoint, store)
+    test = opened.examples(means.split)
+    answered = evaluate_model(checkpoint, opened, test, means)
+    baselines: dict[str, object] = {"majority": _report(_majority(opened, test))}
+    for folder in sorted((checkpoint.folder / BASELINES).glob("*/best.json")):
+        other = find(folder)
+        if other.store != checkpoint.store:
+            raise CheckpointError(
+                f"{folder.parent} was trained on another store or other versions of it than "
+                f"{checkpoint.folder}; train it again to compare"
+            )
+        seen = open_for(other, store)
+        told = replace(means, rates=())
+        baselines[folder.parent.name] = _report(evaluate_model(other, seen, seen.examples(means.split), told))
+    return {
+        "run": str(checkpoint.folder),
+        "split": means.split,
+        **_report(answered),
+        "baselines": baselines,
+        "settings": {
+            "retrieval": checkpoint.config.retrieval.value,
+            "cmr": checkpoint.config.model.cmr,
+            "cap": checkpoint.config.model.cap,
+            "neighbours": checkpoint.config.model.neighbours,
+            "k": checkpoint.config.model.k,
+            "seed": checkpoint.config.seed,
+            "leak_guard": checkpoint.config.index.leak_guard,
+        },
+        "left_out": test.left_out,
+        "answers_unknown": int((test.target_B == NO_ANSWER).sum()),
+        "store": checkpoint.store,
+        "checkpoint": {"epoch": checkpoint.epoch, "step": checkpoint.step, "sha256": checkpoint.sha256},
+        "code": checkpoint.code,
+    }
+
+
+def open_for(checkpoint: Checkpoint, store: FeatureStore) -> Opened:
+    """The store as the checkpoint's training saw it. Raises `FingerprintMismatch`."""
+    checkpoint.require_store(store)
+    versions = checkpoint.store["versions"]
+    assert isinstance(versions, dict)
+    return Opened.read(store, Pins(**versions), checkpoint.config, checkpoint.answers)
+
+
+def evaluate_model(
+    checkpoint: Checkpoint, opened: Opened, examples: Examples, means: EvaluateMeans
+) -> dict[str, Asked]:
+    """Condition -> what the model answered. Conditions at a missing rate are named like "audio 30%"."""
+    worker = Worker(device=torch.device(means.device))
+    model, dataset = checkpoint.model(worker.device), opened.dataset(examples)
+    asks = {name: np.full(len(examples), missing) for name, missing in CONDITIONS.items()}
+    for rate in means.rates:
+        asks |= _at_rate(len(examples), rate)
+    answered = {}
+    for name, missing_N in asks.items():
+        answered[name] = asked = Asked()
+        batches = in_order(len(examples), checkpoint.config.evaluate_rows)
+        prepared = read_ahead(
+            lambda rows, missing_N=missing_N: dataset.batch(rows, Ask(missing_B=missing_N[rows])), batches
+        )
+        for rows, batch in zip(batches, prepared, strict=True):
+            with torch.no_grad(), worker.autocast():
+                answer = model(batch.to(worker.device))
+            asked.add(examples, rows, answer)
+            means.progress(f"{checkpoint.folder.name} {name}", int(rows[-1]) + 1, len(examples))
+    return answered
+
+
+def _at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
+    """Who loses what, for each modality: those at a lower rate also lose it at a higher one."""
+    draw_MN = np.random.default_rng(MISSING_SEED).random((len(MODALITIES), count))
+    return {
+        f"{modality.value} {rate:.0%}": np.where(draw_MN[column] < rate, column, NOTHING)
+        for column, modality in enumerate(MODALITIES)
+    }
+
+
+def _majority(opened: Opened, examples: Examples) -> dict[str, Asked]:
+    """The most frequent answer of the question's type in training; neither model nor clip is asked."""
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    train = opened.examples("train")
+    for kind, target in zip(train.types, train.target_B.tolist(), strict=True):
+        counts[kind][target] += 1
+        counts[""][target] += 1
+    guess = {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
+    asked = Asked()
+    hits = [
+        guess.get(kind, guess[""]) == target
+        for kind, target in zip(examples.types, examples.target_B, strict=True)
+    ]
+    asked.tally.add(examples.types, hits)
+    return dict.fromkeys(CONDITIONS, asked)
+
+
+def _report(answered: Mapping[str, Asked]) -> dict[str, object]:
+    conditions = {name: asked.to_json() for name, asked in answered.items() if name in CONDITIONS}
+    report: dict[str, object] = {
+        "conditions": conditions,
+        "average": sum(answered[name].tally.overall().accuracy for name in CONDITIONS) / len(CONDITIONS),
+    }
+    rates = {name: asked.to_json() for name, asked in answered.items() if name not in CONDITIONS}
+    return report | ({"missing_rates": rates} if rates else {})
+
+
+def _plain(score: Score) -> dict[str, object]:
+    return {"accuracy": score.accuracy, "n": score.n, "interval": list(score.interval)}

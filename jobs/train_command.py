@@ -1,0 +1,160 @@
+"""How `train` and `evaluate` show themselves, and the command line's options as their settings."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from r2scp.jobs.baselines import baselines, takes_experts
+from r2scp.jobs.checkpoints import BEST, find, replace_file
+from r2scp.jobs.config import absolute, default_workers, progress_bar, tell
+from r2scp.jobs.evaluate import BASELINES, MISSING_RATES, EvaluateMeans, run_evaluate
+from r2scp.jobs.evaluation_table import tables
+from r2scp.jobs.extract import pick_device
+from r2scp.jobs.train import Told, TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_config import PRESETS, TrainConfig
+from r2scp.jobs.train_data import answers_of
+from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.flows import Resources
+from r2scp.store.errors import UsageError
+from r2scp.store.feature_store import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to train: a preset, settings of it to change ("model.k=3"), and whether its baselines too."""
+
+    preset: str
+    settings: tuple[str, ...] = ()
+    seed: int = 1
+    with_baselines: bool = True
+
+
+def train_with_progress(
+    store: FeatureStore, run: Path, wanted: Wanted, means: TrainMeans
+) -> dict[str, object]:
+    """Train a model and its baselines into a run's folder, seen on stderr; what came out."""
+    folder = absolute(run)
+    plan = plan_of(store, folder, wanted)
+    best = run_training(plan, means, teller(folder.name, plan.config))
+    trained = {"r2scp": best.metrics}
+    if wanted.with_baselines:
+        for name, other in baseline_plans(plan).items():
+            trained[name] = run_training(other, means, teller(name, other.config)).metrics
+    return {
+        "run": str(folder),
+        "validation": trained,
+        "epoch": best.epoch,
+        "step": best.step,
+        "checkpoint": str(folder / f"{BEST}.json"),
+        "try_next": f"r2scp-pipe evaluate {run} --store {store.uri}",
+    }
+
+
+def train_means(num_workers: int, device: str | None, ray_address: str | None) -> TrainMeans:
+    """The command line's options as `TrainMeans`."""
+    cores = default_workers()
+    return TrainMeans(
+        num_workers=num_workers,
+        device=pick_device(device),
+        threads=max(1, cores // num_workers),
+        resources=Resources(num_workers=max(cores, num_workers), ray_address=ray_address),
+    )
+
+
+def plan_of(store: FeatureStore, folder: Path, wanted: Wanted) -> TrainPlan:
+    """The training that is asked for, on the store as it is now. Raises `UsageError`, `StoreError`."""
+    if wanted.preset not in PRESETS:
+        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {wanted.preset!r}")
+    pins = Pins.latest(store)
+    preset = PRESETS[wanted.preset]
+    draft = changed(preset(store.dim, None), wanted.settings)
+    answers = answers_of(store, pins, wanted.preset == "paper_avqa", draft.corpora)
+    config = preset(store.dim, None if answers is None else len(answers))
+    return TrainPlan(
+        uri=store.uri,
+        fingerprint=store.fingerprint,
+        pins=pins,
+        config=replace(changed(config, wanted.settings), seed=wanted.seed),
+        answers=answers,
+        folder=folder,
+        storage_options=store.storage_options,
+    )
+
+
+def baseline_plans(plan: TrainPlan) -> dict[str, TrainPlan]:
+    """The baselines of a training, in folders below its own."""
+    return {
+        name: replace(
+            plan,
+            config=config,
+            folder=plan.folder / BASELINES / name,
+            experts=plan.folder if takes_experts(config) else None,
+        )
+        for name, config in baselines(plan.config).items()
+    }
+
+
+def changed(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
+    """A config with some values replaced: "model.k=3", "stage_two.epochs=10", "retrieval=paired".
+
+    Values are JSON where they parse as such, text otherwise. Raises `UsageError` for a setting that does not
+    exist or cannot be so.
+    """
+    values = json.loads(json.dumps(config.to_json()))
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *parents, name = path.split(".")
+        place: object = values
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, Mapping) else None
+        if not equals or not isinstance(place, dict) or name not in place:
+            there = ", ".join(place) if isinstance(place, dict) else ", ".join(values)
+            raise UsageError(
+                f"--set must be SETTING=VALUE with a setting that exists; got {setting!r}; there is: {there}"
+            )
+        try:
+            place[name] = json.loads(text)
+        except ValueError:
+            place[name] = text
+    return TrainConfig.from_json(values)
+
+
+def teller(name: str, config: TrainConfig) -> Told:
+    """One line on stderr for each epoch."""
+
+    def told(values: Mapping[str, object]) -> None:
+        validation, train = values["validation"], values["train"]
+        assert isinstance(validation, Mapping)
+        assert isinstance(train, Mapping)
+        shown = "  ".join(f"{key} {100 * number:.1f}" for key, number in validation.items() if key != "mean")
+        tell(
+            f"{name}: stage {'I' if values['stage'] == 'experts' else 'II'}, epoch {values['epoch']}/{values['of']}, "
+            f"loss {train['loss']:.3f}, validation {shown} %, {values['seconds']:.1f} s"
+        )
+
+    return told
+
+
+def evaluate_with_progress(
+    store: FeatureStore, run: Path, split: str, rates: bool, device: str, as_json: bool
+) -> dict[str, object]:
+    """`run_evaluate`, seen on stderr, its tables on stdout unless JSON is wanted there; kept in the run."""
+    with progress_bar() as bar:
+        tasks: dict[str, int] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, note="questions")
+            bar.update(tasks[what], completed=done)  # pyright: ignore[reportArgumentType]
+
+        means = EvaluateMeans(split=split, rates=MISSING_RATES if rates else (), device=device, progress=show)
+        report = run_evaluate(store, absolute(run), means)
+    kept = find(absolute(run)).folder / f"evaluation-{split}.json"
+    replace_file(kept, (json.dumps(report, indent=1) + "\n").encode())
+    if not as_json:
+        Console().print(tables(report))
+    tell(f"kept in {kept}")
+    return report

@@ -1,0 +1,58 @@
+"""What a training says while it runs: `metrics.jsonl`, and the same as TensorBoard scalars."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from r2scp.jobs.checkpoints import replace_file
+
+
+class TrainLog:
+    """One line a call. Made where a run starts or goes on: lines after `step` belong to what was lost."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in lines(self._path) if _step(line) <= step]
+        replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        """`kind` is step or epoch; numbers in `values` become scalars, nested ones under a/b."""
+        line = {"kind": kind, "step": step, **values}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in _scalars(values, ""):
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    """All whole lines of a `metrics.jsonl`; none where there is no such file."""
+    if not path.exists():
+        return []
+    parsed = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:
+            continue  # a kill in the middle of a line
+    return parsed
+
+
+def _step(line: Mapping[str, object]) -> int:
+    step = line.get("step")
+    return step if isinstance(step, int) else 0
+
+
+def _scalars(values: Mapping[str, object], prefix: str) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((prefix + name, float(value)))
+    return found

@@ -1,0 +1,300 @@
+"""A checkpoint is exact, whole or the one before, and says in one line why it cannot be used."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2scp.jobs import checkpoints
+from r2scp.jobs.checkpoints import (
+    BEST,
+    EXPERTS,
+    LAST,
+    Checkpoint,
+    code_version,
+    find,
+    find_last,
+    load_optimiser,
+    optimiser_tensors,
+    replace_file,
+    write,
+)
+from r2scp.jobs.train_config import StageConfig, TrainConfig
+from r2scp.model.r2scp import R2SCP, Stage
+from r2scp.model.settings import ModelConfig
+from r2scp.pipelines.examples import Pins
+from r2scp.store.errors import CheckpointError, FingerprintMismatch
+from r2scp.store.feature_store import FeatureStore
+
+CONFIG = TrainConfig(
+    model=ModelConfig(encoder_dim=12, classes=3, dim=8, heads=2),
+    stage_one=StageConfig(epochs=2),
+    stage_two=StageConfig(epochs=3),
+)
+
+
+def checkpoint(step: int, stage: Stage = Stage.MIXING, mean: float = 0.5) -> Checkpoint:
+    return Checkpoint(
+        stage=stage,
+        epoch=step,
+        step=step,
+        config=CONFIG,
+        answers=["zwei", "trois", "four"],
+        store={
+            "uri": "s",
+            "fingerprint": "f",
+            "dim": 12,
+            "versions": asdict(Pins(clips=3, questions=2, neighbours=1)),
+        },
+        metrics={"AV": mean, "mean": mean},
+        best={"mean": mean, "epoch": step},
+        code="",
+    )
+
+
+class Learner:
+    """A model with an optimiser that has taken some steps."""
+
+    def __init__(self, seed: int = 0, steps: int = 3) -> None:
+        torch.manual_seed(seed)
+        self.model = R2SCP(CONFIG.model).enter(Stage.MIXING)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-2, weight_decay=0.1)
+        for step in range(steps):
+            self.step(step)
+
+    def step(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.trained:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        self.optimiser.step()
+
+    def write(self, folder: Path, names: list[str], entry: Checkpoint) -> None:
+        write(folder, names, entry, self.model, optimiser_tensors(self.optimiser, self.model))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert len(text) < 600
+    return text
+
+
+def test_what_is_written_is_what_is_found(tmp_path: Path) -> None:
+    learner, entry = Learner(), checkpoint(5)
+    learner.write(tmp_path / "run", [LAST, BEST], entry)
+    found = find(tmp_path / "run")
+    assert replace(found, folder=Path(), tensors="", sha256="") == entry
+    assert found.model().stage is Stage.MIXING
+    assert not found.model().training
+    assert same(found.model().state_dict(), learner.model.state_dict())
+    assert found.optimiser == "", "only where training goes on"
+    assert find(tmp_path / "run" / "best.json") == found
+    assert find_last(tmp_path / "run") is not None
+    assert find_last(tmp_path) is None
+
+
+def test_an_optimiser_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    learner, other = Learner(steps=4), Learner(seed=1, steps=0)
+    learner.write(tmp_path, [LAST], checkpoint(4))
+    last = find(tmp_path, LAST)
+    last.load_into(other.model)
+    load_optimiser(other.optimiser, other.model, last.optimiser_state())
+    assert same(
+        optimiser_tensors(other.optimiser, other.model), optimiser_tensors(learner.optimiser, learner.model)
+    )
+    for each in (learner, other):
+        each.step(99)
+    assert same(other.model.state_dict(), learner.model.state_dict())
+    fresh = Learner(seed=1, steps=0)
+    last.load_into(fresh.model)
+    fresh.step(99)
+    assert not same(fresh.model.state_dict(), learner.model.state_dict()), "the state makes a difference"
+
+
+def test_a_kill_while_writing_leaves_the_checkpoints_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each file that a checkpoint is made of, before and after its own place is taken."""
+    old, new = Learner(seed=0), Learner(seed=1)
+    kept = {old_new: learner.model.state_dict() for old_new, learner in (("old", old), ("new", new))}
+    kills = 0
+    for fatal in range(1, 20):
+        folder = tmp_path / str(fatal)
+        old.write(folder, [LAST, BEST, EXPERTS], checkpoint(1, mean=0.1))
+        count = 0
+
+        def dying(path: Path, data: bytes, fatal: int = fatal) -> None:
+            nonlocal count
+            count += 1
+            if count == fatal:
+                path.with_name(f"{path.name}.part{os.getpid()}").write_bytes(data[: len(data) // 2])
+                raise KeyboardInterrupt
+            replace_file(path, data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints, "replace_file", dying)
+            try:
+                new.write(folder, [LAST, BEST], checkpoint(2, mean=0.2))
+            except KeyboardInterrupt:
+                kills += 1
+        steps = {}
+        for name in (LAST, BEST, EXPERTS):
+            found = find(folder, name)
+            steps[name] = found.step
+            assert same(found.read(found.tensors, found.sha256), kept["old" if found.step == 1 else "new"])
+        find(folder, LAST).optimiser_state()
+        assert steps[LAST] <= steps[BEST], "`last` must not speak of a best one that is not there"
+        assert steps[EXPERTS] == 1
+        new.write(folder, [LAST, BEST], checkpoint(2, mean=0.2))
+        assert (find(folder, LAST).step, find(folder).step) == (2, 2)
+        assert not list(folder.glob("*.part*"))
+        if count < fatal:
+            break
+    assert kills == 4, "model, best.json, optimiser, last.json"
+
+
+def test_only_what_is_named_stays(tmp_path: Path) -> None:
+    ours = {"step-000001-00000000.safetensors", "step-000001-00000000.optimiser.safetensors"}
+    ours |= {"step-000009-12345678.safetensors.part77", "last.json.part3", "metrics.jsonl.part5"}
+    others = {"step-notes.txt", "notes.json.part1", "evaluation-test.json", "mine.safetensors"}
+    for name in ours | others:
+        (tmp_path / name).write_text("x")
+    for step in range(1, 6):
+        names = [LAST] + [EXPERTS] * (step == 1) + [BEST] * (step == 3)
+        Learner(seed=step).write(tmp_path, names, checkpoint(step))
+    steps = {name: find(tmp_path, name).step for name in (EXPERTS, BEST, LAST)}
+    assert steps == {EXPERTS: 1, BEST: 3, LAST: 5}
+    there = {path.name for path in tmp_path.iterdir()}
+    documents = {f"{name}.json" for name in (EXPERTS, BEST, LAST)}
+    tensors = {find(tmp_path, name).tensors for name in (EXPERTS, BEST, LAST)}
+    assert there == others | documents | tensors | {find(tmp_path, LAST).optimiser}
+
+
+def test_the_same_step_with_other_weights_is_another_file(tmp_path: Path) -> None:
+    """A GPU repeats an epoch only roughly: what `best` names must not be written over."""
+    Learner(seed=0).write(tmp_path, [LAST, BEST], checkpoint(7))
+    best = find(tmp_path)
+    Learner(seed=1).write(tmp_path, [LAST], checkpoint(7))
+    assert find(tmp_path) == best
+    assert same(best.model().state_dict(), Learner(seed=0).model.state_dict())
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+@pytest.mark.parametrize("damage", [flip, lambda data: data[:-1], lambda data: b""])
+def test_damaged_tensors_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    learner = Learner()
+    learner.write(tmp_path, [LAST, BEST], checkpoint(1))
+    last = find(tmp_path, LAST)
+    for name in (last.tensors, last.optimiser):
+        path = tmp_path / name
+        path.write_bytes(damage(path.read_bytes()))
+    for act in (last.model, last.optimiser_state, lambda: last.load_into(learner.model)):
+        with pytest.raises(CheckpointError, match="is damaged") as refused:
+            act()
+        assert str(tmp_path) in one_line(refused)
+    (tmp_path / last.tensors).unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be read: No such file") as refused:
+        last.model()
+    one_line(refused)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: [], "no checkpoint of this program"),
+        (lambda v: {"name": "another tool's"}, "no checkpoint of this program"),
+        (lambda v: v | {"format": 99}, "of another version"),
+        (lambda v: v | {"colour": "red"}, "has no colour; there is"),
+        (lambda v: {k: x for k, x in v.items() if k != "step"}, r"best\.json must say step"),
+        (lambda v: v | {"step": "many"}, r"best\.json\.step must be a whole number; got 'many'"),
+        (lambda v: v | {"stage": "third"}, "stage must be one of experts, mixing; got 'third'"),
+        (lambda v: v | {"answers": "yes"}, "answers must be a list"),
+        (lambda v: v | {"best": {"mean": "good"}}, r"best\.mean must be a finite number"),
+        (lambda v: v | {"config": v["config"] | {"novelty": 1}}, r"config has no novelty"),
+        (lambda v: v | {"config": v["config"] | {"batch_size": 0}}, r"batch_size must be at least 1"),
+        (lambda v: v | {"store": {}}, "does not say which store"),
+        (
+            lambda v: v | {"tensors": "../../secret"},
+            r"names tensors that no training writes: '\.\./\.\./secret'",
+        ),
+        (lambda v: v | {"optimiser": "/etc/passwd"}, "names tensors that no training writes"),
+    ],
+)
+def test_foreign_documents_are_refused(tmp_path: Path, change: Callable[[Any], object], said: str) -> None:
+    Learner().write(tmp_path, [BEST], checkpoint(1))
+    document = tmp_path / "best.json"
+    document.write_text(json.dumps(change(json.loads(document.read_text()))))
+    with pytest.raises(CheckpointError, match=said) as refused:
+        find(tmp_path)
+    assert str(document) in one_line(refused)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*best\.json .*holds: none") as refused:
+        find(tmp_path)
+    one_line(refused)
+    Learner().write(tmp_path, [LAST, EXPERTS], checkpoint(1))
+    with pytest.raises(CheckpointError, match=r"holds: experts, last"):
+        find(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        find(tmp_path / "nowhere")
+    (tmp_path / "best.json").write_text("{half")
+    with pytest.raises(CheckpointError, match="there is no checkpoint") as refused:
+        find(tmp_path)
+    one_line(refused)
+
+
+@pytest.mark.parametrize("other", [{"dim": 16}, {"layers": 2}, {"classes": 5}])
+def test_a_model_of_other_sizes_is_refused(tmp_path: Path, other: dict[str, int]) -> None:
+    Learner().write(tmp_path, [BEST], checkpoint(1))
+    with pytest.raises(CheckpointError, match=r"does not fit .* must be .*; got ") as refused:
+        find(tmp_path).load_into(R2SCP(replace(CONFIG.model, **other)))
+    one_line(refused)
+
+
+def test_a_store_of_another_encoder_is_refused(tmp_path: Path) -> None:
+    Learner().write(tmp_path, [BEST], checkpoint(1))
+    found = find(tmp_path)
+    found.require_store(FeatureStore("elsewhere", "f", 12))
+    with pytest.raises(
+        FingerprintMismatch, match=r"encoder f; the store at .*elsewhere holds those of g"
+    ) as refused:
+        found.require_store(FeatureStore("elsewhere", "g", 12))
+    one_line(refused)
+
+
+def test_when_nothing_is_left_to_train() -> None:
+    done = replace(checkpoint(3), epoch=3)
+    assert done.finished
+    assert not replace(done, epoch=2).finished
+    assert not replace(done, stage=Stage.EXPERTS).finished
+    alone = replace(CONFIG, stage_two=StageConfig(epochs=0))
+    assert replace(done, stage=Stage.EXPERTS, epoch=2, config=alone).finished
+    assert not replace(done, stage=Stage.EXPERTS, epoch=1, config=alone).finished
+
+
+def test_the_version_of_the_code_is_the_checkouts(tmp_path: Path) -> None:
+    assert code_version(tmp_path) == ""
+    git = tmp_path / ".git"
+    (git / "refs/heads").mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "packed-refs").write_text("# pack-refs with: peeled\naaa refs/heads/other\nbbb refs/heads/main\n")
+    assert code_version(tmp_path) == "bbb"
+    (git / "refs/heads/main").write_text("ccc\n")
+    assert code_version(tmp_path) == "ccc"
+    (git / "HEAD").write_text("ddd\n")
+    assert code_version(tmp_path) == "ddd"

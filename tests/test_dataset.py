@@ -1,0 +1,258 @@
+"""A batch holds what the store's rows say and nothing that was taken away.
+
+The oracle builds every tensor one number at a time from plain rows of the tables.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, replace
+
+import lance
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
+from r2scp.pipelines.dataset import NOTHING, Ask, Dataset, NeighbourRows
+from r2scp.pipelines.examples import Clips, Pins
+from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.store.errors import StoreError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Modality, Retrieval, Table
+
+Open = Callable[..., Dataset]
+Write = Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]
+
+NAMES = ("audio", "visual")
+ANSWERS = ("yes", "two", "no")
+
+
+def by_key(table: list[dict], *keys: str) -> dict:
+    return {tuple(row[key] for key in keys) if keys[1:] else row[keys[0]]: row for row in table}
+
+
+def padded(parts: Sequence[Sequence | None], dim: int) -> tuple[Tensor, Tensor]:
+    longest = max([len(part) for part in parts if part is not None], default=0) or 1
+    tokens, mask = torch.zeros(len(parts), longest, dim), torch.zeros(len(parts), longest, dtype=torch.bool)
+    for at, part in enumerate(parts):
+        for second, token in enumerate(part or ()):
+            tokens[at, second] = torch.tensor(token)
+            mask[at, second] = True
+    return tokens, mask
+
+
+class Oracle:
+    """The store as plain rows."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        store = dataset.store
+        self.dataset, self.dim = dataset, store.dim
+        self.clips = by_key(store.clips().to_pylist(), "clip_id")
+        self.questions = by_key(store.questions().to_pylist(), "question_id")
+        self.near = by_key(store.neighbours().to_pylist(), "clip_id", "missing")
+
+    def question(self, row: int) -> dict:
+        return self.questions[self.dataset.examples.question_ids[row]]
+
+    def clip(self, row: int) -> dict:
+        return self.clips[self.question(row)["clip_id"]]
+
+    def sought(self, row: int, missing: int) -> int:
+        lacking = [column for column in (AUDIO, VISUAL) if self.clip(row)[NAMES[column]] is None]
+        return lacking[0] if missing == NOTHING and len(lacking) == 1 else missing
+
+    def own(self, row: int, column: int, ask: Ask, at: int) -> list | None:
+        return None if ask.hide and ask.missing_B[at] == column else self.clip(row)[NAMES[column]]
+
+    def neighbours(self, rows: np.ndarray, ask: Ask, side: str, n: int) -> tuple[Tensor, Tensor, list]:
+        parts, ids = [], []
+        for row, missing in zip(rows, ask.missing_B.tolist(), strict=True):
+            name = "nothing" if (sought := self.sought(row, missing)) == NOTHING else NAMES[sought]
+            found = self.near.get((self.clip(row)["clip_id"], name), {f"{side}_ids": []})[f"{side}_ids"][:n]
+            parts += [self.clips[clip_id][name] for clip_id in found] + [None] * (n - len(found))
+            ids.append([self.dataset.clips.ids.index(i) for i in found] + [-1] * (n - len(found)))
+        tokens, mask = padded(parts, self.dim)
+        return tokens.unflatten(0, (len(rows), n)), mask.unflatten(0, (len(rows), n)), ids
+
+
+def same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(found[0].float(), wanted[0])
+    assert torch.equal(found[1], wanted[1])
+
+
+def expect_batch(dataset: Dataset, rows: np.ndarray, ask: Ask, n: int = 3) -> Batch:
+    """The batch, after a look at each tensor."""
+    oracle, batch = Oracle(dataset), dataset.batch(rows, ask)
+    for column, name in enumerate(NAMES):
+        parts = [oracle.own(row, column, ask, at) for at, row in enumerate(rows)]
+        same(batch.sequence(name), padded(parts, oracle.dim))
+        assert batch.present_BM[:, column].tolist() == [part is not None for part in parts]
+    same(batch.sequence("words"), padded([oracle.question(row)["words"] for row in rows], oracle.dim))
+    assert batch.sentence_BC.tolist() == [oracle.question(row)["sentence"] for row in rows]
+    sought = [oracle.sought(row, missing) for row, missing in zip(rows, ask.missing_B.tolist(), strict=True)]
+    wanted = {"nearest": batch.retrieved} | ({"farthest": batch.farthest} if ask.farthest else {})
+    for side, found in wanted.items():
+        if dataset.neighbours is None or all(column == NOTHING for column in sought):
+            assert found is None
+            continue
+        assert found is not None
+        tokens, mask, ids = oracle.neighbours(rows, ask, side, n)
+        same((found.tokens_BNLC, found.mask_BNL), (tokens, mask))
+        assert found.ids_BN.tolist() == ids
+    assert ask.farthest or batch.farthest is None
+    assert batch.target_B is not None
+    assert batch.target_B.tolist() == dataset.examples.target_B[rows].tolist()
+    return batch
+
+
+@pytest.mark.parametrize("farthest", [False, True])
+@pytest.mark.parametrize("hide", [False, True])
+@pytest.mark.parametrize("missing", [NOTHING, AUDIO, VISUAL])
+@pytest.mark.parametrize("answers", [ANSWERS, None])
+def test_every_tensor(
+    asked_store: FeatureStore, open_dataset: Open, answers: object, missing: int, hide: bool, farthest: bool
+) -> None:
+    dataset = open_dataset(asked_store, "test", answers)
+    rows = np.random.default_rng(missing + 1).permutation(len(dataset.examples))
+    ask = Ask.all(len(rows), missing, hide=hide, farthest=farthest)
+    batch = expect_batch(dataset, rows, ask)
+    assert not batch.present_BM.all()
+    expect_batch(dataset, np.array([3, 3, 0]), Ask.all(3, missing, hide=hide, farthest=farthest))
+    expect_batch(open_dataset(asked_store, "test", answers, n=0), rows, ask)
+    if missing == NOTHING:
+        assert dataset.batch(rows, replace(ask, hide=False)).present_BM.tolist() == batch.present_BM.tolist()
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_rows_that_miss_different_things(asked_store: FeatureStore, open_dataset: Open, hide: bool) -> None:
+    dataset = open_dataset(asked_store, "train", ANSWERS, n=2)
+    rows = np.arange(len(dataset.examples))[::-1]
+    ask = Ask(missing_B=rows % 3 - 1, hide=hide, farthest=True)
+    batch = expect_batch(dataset, rows.copy(), ask, n=2)
+    assert batch.retrieved is not None
+    hit_B = batch.retrieved.mask_BNL.any(dim=2)
+    for at, row in enumerate(rows):  # a deaf clip has no query to find pictures with
+        alone = dataset.batch(rows[at : at + 1].copy(), Ask.all(1, int(ask.missing_B[at]), hide=hide))
+        sought = dataset.sought(rows[at : at + 1], Ask.all(1, int(ask.missing_B[at])))[0]
+        queried = sought != NOTHING and bool(dataset.examples.present_BM[row, 1 - sought])
+        assert hit_B[at].tolist() == [queried] * 2
+        assert (alone.retrieved is None) is bool(sought == NOTHING)
+    assert not hit_B.any(dim=1).all()
+
+
+def test_choices_that_are_not_there_are_masked(asked_store: FeatureStore, open_dataset: Open) -> None:
+    dataset = open_dataset(asked_store, "train")
+    rows, oracle = np.arange(len(dataset.examples)), Oracle(dataset)
+    question = dataset.question(rows)
+    assert question.choices_BKC is not None
+    assert question.choices_mask_BK is not None
+    listed = [oracle.question(row)["choices"] for row in rows.tolist()]
+    assert question.choices_mask_BK.tolist() == [[choice is not None for choice in row] for row in listed]
+    assert not question.choices_mask_BK.all()
+    wanted = [oracle.question(row)["choice_sentences"] for row in rows.tolist()]
+    assert question.choices_BKC.tolist() == wanted
+    batch = dataset.batch(rows, Ask.all(len(rows), AUDIO))
+    assert torch.equal(batch.question.choices_BKC, question.choices_BKC)  # pyright: ignore
+    assert open_dataset(asked_store, "train", ANSWERS).question(rows).choices_BKC is None
+
+
+def test_fewer_choices_than_others(own_store: FeatureStore, open_dataset: Open, write: Write) -> None:
+    short = own_store.questions(where="corpus = 'avqa' AND split = 'val'").to_pylist()[0]
+    short |= {"choices": ["a", "b"], "choice_sentences": short["choice_sentences"][:2], "answer_index": 1}
+    write(own_store, Table.QUESTIONS, [short])
+    dataset = open_dataset(own_store, "val")
+    at = dataset.examples.question_ids.index(short["question_id"])
+    question = dataset.question(np.array([at, (at + 1) % len(dataset.examples)]))
+    assert question.choices_mask_BK is not None
+    assert question.choices_mask_BK.shape == (2, 4)
+    assert question.choices_mask_BK[0].tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("missing", [AUDIO, VISUAL])
+def test_what_is_hidden_is_not_read(
+    own_store: FeatureStore, open_dataset: Open, write: Write, missing: int
+) -> None:
+    """NaN where it rests: neither it nor anything made of it may reach a batch. The bank is whole."""
+    name = NAMES[missing]
+    outside = own_store.clips(where=f"split != 'train' AND {name} IS NOT NULL").to_pylist()
+    poison = [np.full(own_store.dim, np.nan, np.float16)]
+    write(own_store, Table.CLIPS, [row | {name: poison * len(row[name])} for row in outside])
+    poisoned = {row["clip_id"] for row in outside}
+    dataset = open_dataset(own_store, "test", ANSWERS)
+    rows = np.array([at for at in range(len(dataset.examples)) if clip_of(dataset, at) in poisoned])
+    ask = Ask.all(len(rows), missing, farthest=True)
+    batch = dataset.batch(rows, ask)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors(batch))
+    assert not all(
+        bool(tensor.isfinite().all()) for tensor in tensors(dataset.batch(rows, replace(ask, hide=False)))
+    )
+    alone = open_dataset(own_store, "test", ANSWERS, n=0)
+    alone.batch(rows, ask)
+    read = {modality.value: alone._sequences[modality].rows_read for modality in Modality}
+    assert read[name] == 0
+    assert read[NAMES[1 - missing]] > 0
+
+
+def clip_of(dataset: Dataset, row: int) -> str:
+    return dataset.clips.ids[dataset.examples.clip_row_B[row]]
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    values = [getattr(batch, name) for name in batch.__slots__]
+    return [
+        part
+        for value in values
+        for part in (value if isinstance(value, Neighbours) else (value,))
+        if part is not None
+    ]
+
+
+def test_the_index_is_read_as_asked(own_store: FeatureStore, open_dataset: Open) -> None:
+    pins = Pins.latest(own_store)
+    clips = Clips.read(own_store, pins.clips)
+    settings = IndexSettings(retrieval=(Retrieval.PAIRED,), n=4)
+    with pytest.raises(StoreError, match=r"5 neighbours are asked for; the index .* 4"):
+        NeighbourRows.read(own_store, pins, clips, settings, Retrieval.PAIRED, 5)
+    with pytest.raises(StoreError, match=r"run `r2scp-pipe index`"):
+        NeighbourRows.read(own_store, pins, clips, settings, Retrieval.CROSS, 3)
+    whole = NeighbourRows.read(own_store, pins, clips, settings, Retrieval.PAIRED, 4)
+    first = int(whole.nearest_RN[Modality.AUDIO].max())  # a hit that goes after the index was made
+    own_store.commit(Table.CLIPS, [], {}, also_delete=[clips.ids[first]])
+    dataset = open_dataset(own_store, "train", ANSWERS, n=3)  # the fourth comes after it
+    assert dataset.neighbours is not None
+    for modality, found_RN in dataset.neighbours.nearest_RN.items():
+        for row, found in enumerate(found_RN.tolist()):
+            before = whole.nearest_RN[modality][clips.row_of[dataset.clips.ids[row]]].tolist()
+            kept = [clips.ids[hit] for hit in before if hit not in (first, NOTHING)][:3]
+            assert [dataset.clips.ids[hit] for hit in found if hit != NOTHING] == kept
+            assert found[len(kept) :] == [NOTHING] * (3 - len(kept))
+    lance.LanceDataset.drop(own_store.address(Table.NEIGHBOURS).uri)
+    with pytest.raises(StoreError, match=r"r2scp-pipe index"):
+        NeighbourRows.read(own_store, Pins.latest(own_store), clips, settings, Retrieval.PAIRED, 3)
+
+
+def test_random_negatives(asked_store: FeatureStore, open_dataset: Open) -> None:
+    dataset = open_dataset(asked_store, "train", ANSWERS)
+    rows, clips = dataset.neighbours, dataset.clips
+    assert rows is not None
+    drawn, again, other = (rows.with_random_farthest(clips, seed) for seed in (1, 1, 2))
+    sources = np.array(clips.sources)
+    for column, modality in enumerate(Modality):
+        found_RN = drawn.farthest_RN[modality]
+        assert np.array_equal(drawn.nearest_RN[modality], rows.nearest_RN[modality])
+        assert np.array_equal(found_RN, again.farthest_RN[modality])
+        assert not np.array_equal(found_RN, other.farthest_RN[modality])
+        assert not np.array_equal(found_RN, rows.farthest_RN[modality])
+        assert np.array_equal(found_RN == NOTHING, rows.farthest_RN[modality] == NOTHING)
+        hit_RN = found_RN != NOTHING
+        assert not (hit_RN & (sources[found_RN] == sources[:, None])).any()
+        assert clips.present_RM[found_RN[hit_RN], column].all()
+        assert {asked_store_split(asked_store, clips.ids[hit]) for hit in found_RN[hit_RN]} == {"train"}
+    one = replace(clips, sources=["same"] * len(clips.ids))  # nobody else: the farthest stay
+    kept = rows.with_random_farthest(one, 1).farthest_RN
+    assert all(np.array_equal(kept[modality], rows.farthest_RN[modality]) for modality in Modality)
+    assert astuple(rows)[0].keys() == set(Modality)
+
+
+def asked_store_split(store: FeatureStore, clip_id: str) -> str:
+    return store.clips(["split"], f"clip_id = '{clip_id}'")["split"][0].as_py()

@@ -1,0 +1,167 @@
+"""What is asked is what the store's rows say: targets, clips and modalities, against plain dictionaries."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import lance
+import numpy as np
+import pytest
+
+from r2scp.pipelines.examples import MODALITIES, NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
+from r2scp.store.errors import StoreError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Table
+
+Write = Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]
+
+
+def examples(
+    store: FeatureStore, split: str, corpora: tuple[str, ...] = (), answers: Sequence[str] | None = None
+) -> Examples:
+    pins = Pins.latest(store)
+    asked = Asked(split=split, corpora=corpora)
+    return Examples.read(store, pins, Clips.read(store, pins.clips), asked, answers)
+
+
+def rows(store: FeatureStore, table: Table) -> dict[str, dict]:
+    """Rows by key, in the order of a scan, with their number as "row"."""
+    read = store.dataset(table).to_table(scan_in_order=True).to_pylist()
+    key = "clip_id" if table is Table.CLIPS else "question_id"
+    return {row[key]: row | {"row": at} for at, row in enumerate(read)}
+
+
+def test_clips_are_numbered_as_they_are_read(asked_store: FeatureStore) -> None:
+    clips, held = Clips.read(asked_store, asked_store.versions()["clips"]), rows(asked_store, Table.CLIPS)
+    assert clips.ids == list(held)
+    assert clips.row_of == {clip_id: row["row"] for clip_id, row in held.items()}
+    assert clips.present_RM.dtype == bool
+    for at, row in enumerate(held.values()):
+        assert clips.present_RM[at].tolist() == [row[m.value] is not None for m in MODALITIES]
+        assert clips.sources[at] == (row["source_id"] or f"clip:{row['clip_id']}")
+    assert len(set(clips.sources)) < len(clips.ids)
+    assert not clips.present_RM.all(axis=0).any()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("corpora", [(), ("music-avqa",), ("avqa",), ("avqa", "music-avqa")])
+def test_questions_with_classes(asked_store: FeatureStore, split: str, corpora: tuple[str, ...]) -> None:
+    answers = ["yes", "two", "flute", "no"]
+    found = examples(asked_store, split, corpora, answers)
+    clips, questions = rows(asked_store, Table.CLIPS), rows(asked_store, Table.QUESTIONS)
+    asked = [
+        row
+        for row in questions.values()
+        if row["split"] == split and row["corpus"] in (corpora or row["corpus"])
+    ]
+    wanted = sorted((row for row in asked if row["clip_id"] in clips), key=lambda row: row["question_id"])
+    assert found.question_ids == [row["question_id"] for row in wanted]
+    assert found.types == [row["type"] for row in wanted]
+    assert found.question_row_B.tolist() == [row["row"] for row in wanted]
+    assert found.clip_row_B.tolist() == [clips[row["clip_id"]]["row"] for row in wanted]
+    assert found.target_B.dtype == np.int64
+    assert found.target_B.tolist() == [
+        answers.index(row["answer"]) if row["answer"] in answers else NO_ANSWER for row in wanted
+    ]
+    assert found.present_BM.tolist() == [
+        [clips[row["clip_id"]][m.value] is not None for m in MODALITIES] for row in wanted
+    ]
+    gone = len(asked) - len(wanted)
+    assert gone == (split == "test" and corpora != ("avqa",))
+    assert found.left_out == ({"clip not in the store": gone} if gone else {})
+    assert len(found) == len(wanted)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_questions_with_choices(asked_store: FeatureStore, split: str) -> None:
+    found = examples(asked_store, split)
+    questions = [row for row in rows(asked_store, Table.QUESTIONS).values() if row["split"] == split]
+    kept = {row["question_id"]: row for row in questions if row["choices"] and row["answer_index"] >= 0}
+    assert found.question_ids == sorted(kept)
+    assert {row["corpus"] for row in kept.values()} == {"avqa"}
+    assert any(None in row["choices"] for row in kept.values())
+    for question_id, target in zip(found.question_ids, found.target_B.tolist(), strict=True):
+        assert kept[question_id]["choices"][target] == kept[question_id]["answer"]
+    reasons = Counter({"no choices": sum(not row["choices"] for row in questions)})
+    if split == "test":
+        reasons["the right choice is not there"] = 1
+    assert found.left_out == dict(reasons)
+    assert reasons["no choices"]
+
+
+def test_a_choice_that_is_null_or_beyond_is_never_right(own_store: FeatureStore, write: Write) -> None:
+    train = own_store.questions(where="corpus = 'avqa' AND split = 'train'").to_pylist()
+    broken = [
+        train[0] | {"choices": [None, "a"], "answer_index": 0},
+        train[1] | {"answer_index": 4},
+        train[2] | {"answer_index": None},
+        train[3] | {"choices": [None, None]},
+        train[4] | {"choices": None},
+    ]
+    write(own_store, Table.QUESTIONS, broken)
+    found = examples(own_store, "train", ("avqa",))
+    assert found.left_out == {"no choices": 2, "the right choice is not there": 3}
+    assert not set(found.question_ids) & {row["question_id"] for row in broken}
+
+
+def test_only_counts_what_goes(asked_store: FeatureStore) -> None:
+    whole = examples(asked_store, "val", answers=["yes", "no"])
+    odd = whole.only(np.arange(len(whole)) % 2 == 1, "even")
+    assert odd.question_ids == whole.question_ids[1::2]
+    assert odd.types == whole.types[1::2]
+    for name in ("question_row_B", "clip_row_B", "target_B", "present_BM"):
+        assert np.array_equal(getattr(odd, name), getattr(whole, name)[1::2])
+    assert whole.left_out == {}
+    assert odd.left_out == {"even": len(whole) - len(odd)}
+    assert odd.only(np.ones(len(odd), bool), "nothing").left_out == odd.left_out
+    assert odd.only(np.arange(len(odd)) > 0, "even").left_out == {"even": odd.left_out["even"] + 1}
+
+
+def test_versions_are_pinned(own_store: FeatureStore, write: Write) -> None:
+    pins = Pins.latest(own_store)
+    assert pins == Pins(**{name: own_store.versions()[name] for name in ("clips", "questions", "neighbours")})
+    clips = Clips.read(own_store, pins.clips)
+    before = examples(own_store, "train", answers=["yes"])
+    train = own_store.questions(where="split = 'train'").to_pylist()
+    gone = own_store.clips(["clip_id"])["clip_id"].to_pylist()[0]
+    write(own_store, Table.QUESTIONS, [row | {"split": "val"} for row in train])
+    own_store.commit(Table.CLIPS, [], {}, also_delete=[gone])
+    assert gone not in Clips.read(own_store, own_store.versions()["clips"]).row_of
+    again = Examples.read(own_store, pins, Clips.read(own_store, pins.clips), Asked(split="train"), ["yes"])
+    assert Clips.read(own_store, pins.clips).ids == clips.ids
+    assert again.question_ids == before.question_ids
+    assert np.array_equal(again.question_row_B, before.question_row_B)
+
+
+def test_vocabulary_is_the_train_splits(asked_store: FeatureStore) -> None:
+    pins = Pins.latest(asked_store)
+    train = [row for row in rows(asked_store, Table.QUESTIONS).values() if row["split"] == "train"]
+    counts = Counter(row["answer"] for row in train if row["corpus"] == "music-avqa")
+    answers = vocabulary(asked_store, pins, ("music-avqa",))
+    assert set(answers) == set(counts)
+    assert "bagpipe" not in answers  # only the test split has it
+    assert [counts[answer] for answer in answers] == sorted(counts.values(), reverse=True)
+    assert len(set(counts.values())) < len(counts), "no tie"
+    for one, two in pairwise(answers):
+        assert counts[one] > counts[two] or one < two
+    assert set(vocabulary(asked_store, pins)) == {row["answer"] for row in train}
+    found = examples(asked_store, "test", ("music-avqa",), answers)
+    assert found.target_B[found.question_ids.index("music-avqa/unheard")] == NO_ANSWER
+
+
+def test_nothing_to_ask_is_said(own_store: FeatureStore, write: Write) -> None:
+    for split, corpora in (("dev", ()), ("train", ("vggsound",))):
+        with pytest.raises(StoreError, match=r"has no question with .*'(dev|vggsound)'.*status"):
+            examples(own_store, split, corpora, ["yes"])
+    with pytest.raises(StoreError, match=r"can be asked: \d+ no choices"):
+        examples(own_store, "train", ("music-avqa",))
+    with pytest.raises(StoreError, match=r"two different answers.*has 0"):
+        vocabulary(own_store, Pins.latest(own_store), ("vggsound",))
+    own_store.commit(Table.CLIPS, [], {}, also_delete=own_store.clips(["clip_id"])["clip_id"].to_pylist())
+    with pytest.raises(StoreError, match=r"can be asked: \d+ clip not in the store"):
+        examples(own_store, "train", (), ["yes"])
+
+
+def test_a_store_without_an_index_has_no_version_of_it(own_store: FeatureStore) -> None:
+    lance.LanceDataset.drop(own_store.address(Table.NEIGHBOURS).uri)
+    assert Pins.latest(own_store).neighbours == 0

@@ -1,0 +1,240 @@
+"""States that were computed once are those that the model computes for each batch, and each is computed once.
+
+The oracle is `R2SCP.encode` of `Dataset.batch`; both may pad differently.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2scp.model.batch import AUDIO, VISUAL, Tokens
+from r2scp.model.losses import StageTwo
+from r2scp.model.r2scp import R2SCP, Encoded
+from r2scp.model.settings import ModelConfig, Stage
+from r2scp.pipelines import expert_states
+from r2scp.pipelines.dataset import NOTHING, Ask, Dataset
+from r2scp.pipelines.expert_states import ExpertStates
+from r2scp.store.errors import StoreError
+from r2scp.store.feature_store import FeatureStore
+
+Open = Callable[..., Dataset]
+
+ANSWERS = ("yes", "two", "no", "flute")
+CPU = torch.device("cpu")
+
+
+def model(**changes: object) -> R2SCP:
+    torch.manual_seed(1)
+    config = ModelConfig(encoder_dim=12, classes=len(ANSWERS), dim=16, heads=2, k=2, dropout=0.3)
+    return R2SCP(replace(config, **changes)).enter(Stage.MIXING)  # pyright: ignore[reportArgumentType]
+
+
+def close(found: Tokens | None, wanted: Tokens | None) -> None:
+    """Equal where there are tokens; where not, zeros however many."""
+    assert (found is None) is (wanted is None)
+    if found is None or wanted is None:
+        return
+    length = max(found.mask_BL.shape[1], wanted.mask_BL.shape[1])
+    masks = [F.pad(part.mask_BL, (0, length - part.mask_BL.shape[1])) for part in (found, wanted)]
+    assert torch.equal(*masks)
+    states = [
+        F.pad(part.states_BLD, (0, 0, 0, length - part.states_BLD.shape[1])) for part in (found, wanted)
+    ]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
+    assert found.states_BLD.shape[1] == max(1, int(found.mask_BL.sum(dim=1).max())), (
+        "more padding than needed"
+    )
+
+
+def equal(found: Tensor | None, wanted: Tensor | None) -> None:
+    assert (found is None) is (wanted is None)
+    assert found is None or wanted is None or torch.equal(found, wanted)
+
+
+def same(found: Encoded, wanted: Encoded) -> None:
+    """`common` may be there although nobody needs it."""
+    for name in ("audio", "visual", "words", "retrieved", "farthest"):
+        close(getattr(found, name), getattr(wanted, name))
+    for name in ("present_BM", "retrieved_ids_BN", "farthest_ids_BN", "target_B"):
+        equal(getattr(found, name), getattr(wanted, name))
+    for one, two in zip(found.question, wanted.question, strict=True):
+        equal(one, two)
+    for one, two in zip(found.common, wanted.common, strict=True):
+        if two is not None:
+            close(one, two)
+
+
+def needed_by(dataset: Dataset) -> set[int]:
+    """Rows of `clips` that its questions can meet, one by one."""
+    assert dataset.neighbours is not None
+    met = set(dataset.examples.clip_row_B.tolist())
+    for side in (dataset.neighbours.nearest_RN, dataset.neighbours.farthest_RN):
+        for found_RN in side.values():
+            met |= {int(hit) for row in dataset.examples.clip_row_B for hit in found_RN[row]}
+    return met - {NOTHING}
+
+
+@pytest.fixture(params=["a corner", "all"])
+def forward_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a corner":
+        monkeypatch.setattr(expert_states, "CLIPS_PER_FORWARD", 7)
+
+
+@pytest.mark.usefixtures("forward_size")
+@pytest.mark.parametrize("neighbours", [1, 3, 4])
+@pytest.mark.parametrize("choices", [False, True])
+def test_states_are_what_the_model_computes(
+    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, choices: bool, neighbours: int
+) -> None:
+    answers = None if choices else ANSWERS
+    train, test = (open_dataset(asked_store, split, answers, n=4) for split in ("train", "test"))
+    net = model(neighbours=neighbours, classes=None if choices else len(ANSWERS))
+    states = ExpertStates(net, [train, test], tmp_path, CPU)
+    net.eval()  # until here it was not, which frozen experts must not heed
+    for dataset in (train, test):
+        rows = np.random.default_rng(0).permutation(len(dataset.examples))
+        assert not dataset.examples.present_BM[rows].all()
+        for missing in (NOTHING, AUDIO, VISUAL):
+            for farthest in (False, True):
+                ask = Ask.all(len(rows), missing, farthest=farthest)
+                same(states.encoded(dataset, rows, ask), net.encode(dataset.batch(rows, ask)))
+            answer = net.answer(states.encoded(dataset, rows, ask))
+            wanted = net(dataset.batch(rows, ask))
+            torch.testing.assert_close(answer.logits_BK, wanted.logits_BK, rtol=0, atol=1e-5)
+            equal(answer.evidence.neighbours_BN, wanted.evidence.neighbours_BN)
+        mixed = Ask(missing_B=rows % 3 - 1, farthest=True)
+        same(states.encoded(dataset, rows, mixed), net.encode(dataset.batch(rows, mixed)))
+        twice = np.array([2, 2])
+        one = Ask.all(2, AUDIO)
+        same(states.encoded(dataset, twice, one), net.encode(dataset.batch(twice, one)))
+
+
+@pytest.mark.parametrize("missing", [AUDIO, VISUAL])
+def test_states_beside_what_is_there(
+    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, missing: int
+) -> None:
+    """Stage II: nothing is hidden, and the neighbours of what will be missing come along."""
+    dataset, net = open_dataset(asked_store, "train", ANSWERS), model()
+    states = ExpertStates(net, [dataset], tmp_path, CPU)
+    there_B, known_B = dataset.examples.present_BM.all(axis=1), dataset.examples.target_B >= 0
+    rows = np.flatnonzero(there_B & known_B)[::-1].copy()
+    ask = Ask.all(len(rows), missing, hide=False, farthest=True)
+    batch, encoded = dataset.batch(rows, ask), states.encoded(dataset, rows, ask)
+    same(encoded, net.encode(batch, missing))
+    assert len(encoded) == len(rows)
+    objective = StageTwo(net.eval())
+    found, wanted = (objective(inputs, missing).loss for inputs in (encoded, batch))
+    assert found.parts.keys() == wanted.parts.keys()
+    torch.testing.assert_close(found.total, wanted.total, rtol=0, atol=1e-5)
+    assert "rank_negative" in found.parts
+
+
+@pytest.mark.parametrize(("cmr", "cap"), [(False, False), (False, True), (True, False)])
+def test_without_retrieval_or_purification(
+    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, cmr: bool, cap: bool
+) -> None:
+    dataset = open_dataset(asked_store, "train", ANSWERS, n=3 if cmr else 0)
+    net = model(cmr=cmr, cap=cap).eval()
+    states = ExpertStates(net, [dataset], tmp_path, CPU)
+    rows = np.arange(len(dataset.examples))
+    for missing in (NOTHING, AUDIO, VISUAL):
+        ask = Ask.all(len(rows), missing)
+        batch, encoded = dataset.batch(rows, ask), states.encoded(dataset, rows, ask)
+        same(encoded, net.encode(batch))
+        torch.testing.assert_close(net.answer(encoded).logits_BK, net(batch).logits_BK, rtol=0, atol=1e-5)
+    if not (cmr or cap):  # then nobody asks for common features, and they cost nothing
+        clips = len(np.unique(dataset.examples.clip_row_B))
+        assert states.forwards == 2 * clips + len(np.unique(dataset.text_B))
+        assert encoded.common == (None, None)
+
+
+def test_each_clip_passes_each_expert_once(
+    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, seen = model(), []
+    whole = net.experts.forward
+
+    def counted(features: Tensor, mask: Tensor, source: int, expert: int) -> Tokens:
+        seen.append((source, expert, len(mask)))
+        return whole(features, mask, source, expert)
+
+    monkeypatch.setattr(net.experts, "forward", counted)
+    train = open_dataset(asked_store, "train", ANSWERS, n=1)
+    assert train.neighbours is not None
+    random = replace(train, neighbours=train.neighbours.with_random_farthest(train.clips, 5))
+    val = open_dataset(asked_store, "val", ANSWERS, n=1)
+    states = ExpertStates(net, [train, val, random], tmp_path, CPU)
+    clips = len(set().union(*map(needed_by, (train, val, random))))
+    assert len(needed_by(train)) < clips < len(train.clips.ids)
+    texts = [len(np.unique(dataset.text_B)) for dataset in (train, val, random)]
+    assert texts[0] < len(train.examples)
+    assert sorted(seen[:4]) == [(source, expert, clips) for source in (0, 1) for expert in (0, 1)]
+    assert seen[4:] == [(2, 2, count) for count in texts]
+    assert states.forwards == 4 * clips + sum(texts)
+    for dataset in (train, val, random):
+        rows = np.arange(len(dataset.examples))
+        states.encoded(dataset, rows, Ask.all(len(rows), AUDIO, farthest=True))
+    assert len(seen) == 7, "a batch went through the experts"
+    monkeypatch.undo()
+    rows = np.arange(len(random.examples))
+    ask = Ask.all(len(rows), VISUAL, farthest=True)
+    same(states.encoded(random, rows, ask), net.encode(random.batch(rows, ask)))
+
+
+@pytest.mark.parametrize("change", [{"freeze_experts": False}, None])
+def test_experts_that_move_are_refused(
+    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, change: dict | None
+) -> None:
+    dataset = open_dataset(asked_store, "val", ANSWERS)
+    net = model(**change) if change else model().enter(Stage.EXPERTS)
+    with pytest.raises(ValueError, match="frozen"):
+        ExpertStates(net, [dataset], tmp_path, CPU)
+
+
+def test_states_in_files(
+    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, net, folder = open_dataset(asked_store, "val", ANSWERS), model(), tmp_path / "run" / "states"
+    rows = np.arange(len(dataset.examples))
+    ask = Ask.all(len(rows), AUDIO, farthest=True)
+    held = ExpertStates(net, [dataset], folder, CPU).encoded(dataset, rows, ask)
+    assert not folder.exists()
+    made: list[tuple[int, ...]] = []
+    mapped = np.memmap
+
+    def memmap(*values: object, shape: tuple[int, ...], **named: object) -> np.ndarray:
+        made.append(shape)
+        return mapped(*values, shape=shape, **named)  # pyright: ignore
+
+    monkeypatch.setattr(expert_states, "IN_MEMORY_BYTES", 1)
+    monkeypatch.setattr(np, "memmap", memmap)
+    kept = ExpertStates(net, [dataset], folder, CPU)
+    assert len(made) == 5
+    same(kept.encoded(dataset, rows, ask), held)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk_is_said(
+    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(asked_store, "val", ANSWERS)
+    monkeypatch.setattr(expert_states, "IN_MEMORY_BYTES", 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cannot keep [\d,]+ bytes of states in .*file/states"):
+        ExpertStates(model(), [dataset], tmp_path / "file" / "states", CPU)
+
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StoreError, match=r"No space left"):
+        ExpertStates(model(), [dataset], tmp_path / "states", CPU)
+    assert list((tmp_path / "states").iterdir()) == []

@@ -1,0 +1,337 @@
+"""Both stages learn, from the store alone, exactly what each is to learn, and choose by validation.
+
+What a stage must not move is compared bit for bit; accuracies are counted again question by question.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, Checkpoint, find
+from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_config import StageConfig
+from r2scp.jobs.train_data import Opened
+from r2scp.jobs.train_log import lines
+from r2scp.jobs.train_loop import Training, Where
+from r2scp.jobs.train_stages import ExpertsStage, Worker
+from r2scp.model.batch import AUDIO, VISUAL, Batch
+from r2scp.model.losses import LossConfig
+from r2scp.model.r2scp import R2SCP, Stage
+from r2scp.model.settings import ModelConfig
+from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Table
+
+MODEL = ModelConfig(encoder_dim=16, classes=6, dim=16, heads=2)
+ONCE = {
+    "stage_one": StageConfig(epochs=1, lr=1e-2, schedule="constant"),
+    "stage_two": StageConfig(epochs=1, lr=1e-2, schedule="constant"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(plan: TrainPlan, told: Callable[[dict[str, object]], None] = lambda _: None) -> Checkpoint:
+    return run_training(plan, TrainMeans(), told)
+
+
+def tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    found = find(folder, name)
+    return found.read(found.tensors, found.sha256)
+
+
+def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def epochs(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(folder / "metrics.jsonl") if line["kind"] == "epoch"]
+
+
+def opened(plan: TrainPlan) -> Opened:
+    store = FeatureStore.open(plan.uri, plan.fingerprint)
+    return Opened.read(store, plan.pins, plan.config, plan.answers)
+
+
+def right(model: R2SCP, dataset: Dataset, missing: int) -> list[bool]:
+    """Of each question, asked alone."""
+    found = []
+    for row in range(len(dataset.examples)):
+        batch = dataset.batch(np.array([row]), Ask.all(1, missing))
+        with torch.no_grad():
+            found.append(int(model(batch).logits_BK.argmax()) == dataset.examples.target_B[row])
+    return found
+
+
+@pytest.fixture(scope="module")
+def learned(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempPathFactory) -> TrainPlan:
+    """A run of both stages until all is known by heart, and every file it opened, in `opened.txt`."""
+    folder = tmp_path_factory.mktemp("learned")
+    lengths = {
+        "stage_one": StageConfig(epochs=10, lr=1e-2, schedule="constant"),
+        "stage_two": StageConfig(epochs=8, lr=1e-2, schedule="cosine", warmup_steps=3),
+    }
+    plan = quick_plan(folder / "run", **lengths)
+    watched: list[str] | None = []
+
+    def watch(event: str, arguments: tuple) -> None:
+        if watched is not None and event in ("open", "socket.connect", "subprocess.Popen"):
+            watched.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(watch)
+    train(plan)
+    (folder / "opened.txt").write_text("\n".join(watched))
+    watched = None
+    return plan
+
+
+def test_the_model_learns_32_questions_by_heart(learned: TrainPlan) -> None:
+    seen = opened(learned)
+    examples = seen.learning()[0]
+    whole = seen.dataset(examples.only(np.logical_and.reduce(examples.present_BM, axis=1), "lacks one"))
+    assert len(whole.examples) == 32
+    for name, conditions in ((EXPERTS, ["AV"]), (LAST, list(CONDITIONS))):
+        model = find(learned.folder, name).model()
+        for condition in conditions:
+            assert all(right(model, whole, CONDITIONS[condition])), (name, condition)
+    first, *_, last = (line["train"]["loss"] for line in epochs(learned.folder) if line["stage"] == "experts")
+    assert last < 0.2 * first
+
+
+def test_nothing_but_the_store_and_the_run_is_opened(learned: TrainPlan) -> None:
+    """The clips' files do not exist. Lance reads the store beneath Python, so it is not in the list."""
+    store = FeatureStore.open(learned.uri)
+    uris = store.clips(columns=["uri"])["uri"].to_pylist()
+    assert uris
+    assert not any(Path(uri).exists() for uri in uris)
+    said = (learned.folder.parent / "opened.txt").read_text().splitlines()
+    assert not [line for line in said if not line.startswith("open ")], "a connection or a program"
+    allowed = (str(learned.folder), learned.uri, sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/")
+    ours = Path(__file__).resolve().parents[1]
+    code = (str(ours / "jobs"), str(ours / "model"), str(ours / "pipelines"), str(ours / ".git"))
+    paths = [line.removeprefix("open ") for line in said]
+    assert [path for path in paths if path.startswith("/") and not path.startswith(allowed + code)] == []
+    assert any(path.startswith(str(learned.folder)) for path in paths), "the watch works"
+
+
+def test_validation_is_counted_right_and_chooses(learned: TrainPlan) -> None:
+    seen = opened(learned)
+    validation = seen.dataset(seen.learning()[1])
+    for name in (BEST, LAST):
+        found = find(learned.folder, name)
+        accuracies = {
+            condition: float(np.mean(right(found.model(), validation, missing)))
+            for condition, missing in CONDITIONS.items()
+        }
+        expected = accuracies | {"mean": float(np.mean(list(accuracies.values())))}
+        assert found.metrics == pytest.approx(expected, abs=1e-12)
+    means = [line["validation"]["mean"] for line in epochs(learned.folder) if line["stage"] == "mixing"]
+    best = find(learned.folder)
+    assert best.epoch == 1 + means.index(max(means))
+    assert best.metrics["mean"] == max(means)
+    assert best.best["epoch"] == best.epoch
+    experts = [line["validation"]["AV"] for line in epochs(learned.folder) if line["stage"] == "experts"]
+    assert find(learned.folder, EXPERTS).epoch == 1 + experts.index(max(experts))
+
+
+def test_what_is_written_says_how_it_came_about(learned: TrainPlan) -> None:
+    found = find(learned.folder)
+    assert found.config == learned.config
+    assert found.answers == learned.answers
+    assert found.answers is not None
+    assert set(found.answers[:2]) == {"yes", "no"}, "the most frequent first"
+    assert found.store["versions"] == {"clips": learned.pins.clips, "questions": 2, "neighbours": 2}
+    found.require_store(FeatureStore.open(learned.uri))
+    whole = lines(learned.folder / "metrics.jsonl")
+    assert [line["epoch"] for line in whole if line["kind"] == "epoch"] == [*range(1, 11), *range(1, 9)]
+    steps = [line for line in whole if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == [20, 40, 60, 80]
+    one, two = learned.config.stage_one, learned.config.stage_two
+    per_epoch = {"experts": 5, "mixing": 4}  # of 8 questions; 34 and 32 are there
+    assert steps[0]["lr"] == one.rate(19, per_epoch["experts"])
+    assert steps[3]["lr"] == two.rate(79 - 50, per_epoch["mixing"])
+    losses = {name for line in steps for name in line if name.startswith("loss/")}
+    assert losses >= {"loss/joint", "loss/audio", "loss/real", "loss/lacking", "loss/rank_negative"}
+    assert steps[3]["loss"] == pytest.approx(
+        sum(steps[3][name] for name in losses if name in steps[3]), rel=1e-5
+    )
+    assert sum(steps[3][f"router/AV/{source}"] for source in ("audio", "visual", "text")) == pytest.approx(1)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "learning experts": {"model": replace(MODEL, freeze_experts=False)},
+    "cap_gradient none": {"model": replace(MODEL, cap_gradient="none")},
+    "retrieval alone": {"model": replace(MODEL, cap=False)},
+    "purification alone": {"model": replace(MODEL, cmr=False)},
+    "no recovery": {
+        "model": replace(MODEL, cmr=False, cap=False),
+        "loss": LossConfig(modality_dropout=False),
+    },
+    "no recovery, dropout": {"model": replace(MODEL, cmr=False, cap=False)},
+    "all at once": {
+        "model": replace(MODEL, fusion="sum_pooled", saliency="random", pairing="position", purify_full=True),
+        "loss": LossConfig(rank="paper"),
+        "negatives": "random",
+        "expert_dropout": 0.5,
+        "weight_decay": 0.01,
+    },
+    "choices": {"model": replace(MODEL, classes=None), "corpora": ("avqa",), "holdout": 0.2},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_each_stage_moves_exactly_what_it_trains(
+    changes: dict[str, Any], quick_plan: Callable[..., TrainPlan], tmp_path: Path
+) -> None:
+    plan = quick_plan(tmp_path, **ONCE, **changes)
+    train(plan)
+    torch.manual_seed(plan.config.seed)
+    model = R2SCP(plan.config.model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for stage, start, end in (
+        (Stage.EXPERTS, before, tensors(tmp_path, EXPERTS)),
+        (Stage.MIXING, tensors(tmp_path, EXPERTS), tensors(tmp_path, LAST)),
+    ):
+        model.enter(stage)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert moved(start, end) == trained, stage
+    frozen = plan.config.model.freeze_experts
+    mixed = moved(tensors(tmp_path, EXPERTS), tensors(tmp_path, LAST))
+    assert any(name.startswith("experts.") for name in mixed) != frozen
+    learns = plan.config.model.cap and plan.config.model.cap_gradient == "straight_through"
+    identity = torch.equal(tensors(tmp_path, LAST)["purifier.projection_DD"], torch.eye(16))
+    assert identity != learns
+    [experts, mixing] = [set(line["train"]) for line in epochs(tmp_path)]
+    assert {"accuracy/AV", "loss/joint"} <= experts
+    recovers, dropout = plan.config.model.recovers, plan.config.loss.modality_dropout
+    assert ("loss/lacking" in mixing) == (recovers or dropout)
+    assert ("loss/rank_positive" in mixing) == recovers
+    assert ("loss/rank_negative" in mixing) == plan.config.model.cmr
+
+
+def test_choices_are_learned(quick_plan: Callable[..., TrainPlan], tmp_path: Path) -> None:
+    """AVQA: no classes, no validation split; a share of the videos is held out."""
+    lengths = {"stage_one": StageConfig(epochs=12, lr=1e-2), "stage_two": StageConfig(epochs=6, lr=1e-2)}
+    choices = {"model": replace(MODEL, classes=None), "corpora": ("avqa",), "holdout": 0.3}
+    plan = quick_plan(tmp_path, **lengths, **choices)
+    assert plan.answers is None
+    best = train(plan)
+    learning, choosing = opened(plan).learning()
+    assert len(learning) + len(choosing) == 24
+    assert 2 <= len(choosing) <= 12
+    assert not set(learning.clip_row_B) & set(choosing.clip_row_B)
+    assert best.metrics["mean"] >= 0.8, "a quarter would be chance"
+
+
+def test_a_model_that_sees_the_question_reads_no_clip(
+    quick_plan: Callable[..., TrainPlan],
+    poisoned: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[np.ndarray] = []
+    real = Dataset.clip_tokens
+
+    def noted(self: Dataset, modality: Any, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        asked.append(rows)
+        return real(self, modality, rows)
+
+    monkeypatch.setattr(Dataset, "clip_tokens", noted)
+    blind = {"sees": "question", "stage_two": StageConfig(epochs=0)}
+    plan = quick_plan(tmp_path / "run", poisoned, **blind)
+    best = train(plan)
+    assert asked
+    assert all((rows == NOTHING).all() for rows in asked)
+    assert 1 / 6 <= best.metrics["mean"] <= 0.5, "yes or no is half right, four kinds a quarter"
+    assert best.stage is Stage.EXPERTS
+    assert {line["stage"] for line in epochs(tmp_path / "run")} == {"experts"}
+    assert best.metrics == find(tmp_path / "run", EXPERTS).metrics
+
+
+@pytest.fixture
+def poisoned(learnable_store: FeatureStore, tmp_path: Path, write: Callable, copy: Callable) -> FeatureStore:
+    """A store whose clips have no number in their features; keys are as they were."""
+    store = copy(learnable_store)
+    rows = store.clips().to_pylist()
+    for row in rows:
+        for name in ("audio", "visual"):
+            if row[name] is not None:
+                row[name] = [np.full(16, np.nan, np.float16)] * len(row[name])
+    write(store, Table.CLIPS, rows)
+    return store
+
+
+def test_validation_does_not_depend_on_how_many_go_together(
+    quick_plan: Callable[..., TrainPlan], tmp_path: Path
+) -> None:
+    seen = []
+    for rows in (1, 5, 256):
+        train(quick_plan(tmp_path / str(rows), **ONCE, evaluate_rows=rows))
+        seen.append([line["validation"] for line in epochs(tmp_path / str(rows))])
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_expert_dropout_takes_one_modality_at_its_rate(
+    rate: float, quick_plan: Callable[..., TrainPlan], tmp_path: Path
+) -> None:
+    plan = quick_plan(tmp_path, expert_dropout=rate)
+    seen = opened(plan)
+    data = seen.dataset(seen.learning()[0])
+    stage = ExpertsStage(plan.config, R2SCP(plan.config.model), data, data, Worker())
+    batch = stage.prepare(np.flatnonzero(np.logical_and.reduce(data.examples.present_BM, axis=1)), NOTHING)
+    given: list[Batch] = []
+
+    class Given(nn.Module):
+        def forward(self, batch: Batch) -> None:
+            given.append(batch)
+
+    for chance in range(50):
+        stage.learn(Given(), batch, NOTHING, chance)
+    lost_BM = ~torch.cat([one.present_BM for one in given])
+    assert int(lost_BM.sum(dim=1).max()) <= 1
+    shares = lost_BM.float().mean(dim=0)
+    for modality in (AUDIO, VISUAL):
+        assert float(shares[modality]) == pytest.approx(rate / 2, abs=0.04)  # 1,600 draws: 3 standard errors
+    stage.learn(Given(), batch, NOTHING, 7)
+    assert torch.equal(given[-1].present_BM, given[7].present_BM), "the chance decides"
+
+
+def test_stage_two_of_another_runs_experts(
+    learned: TrainPlan, quick_plan: Callable[..., TrainPlan], tmp_path: Path
+) -> None:
+    plan = replace(quick_plan(tmp_path), experts=learned.folder)
+    best = train(plan)
+    assert {line["stage"] for line in epochs(tmp_path)} == {"mixing"}
+    assert not (tmp_path / "experts.json").exists()
+    started = tensors(learned.folder, EXPERTS)
+    assert not [name for name in moved(started, tensors(tmp_path, LAST)) if name.startswith("experts.")]
+    assert best.experts == find(learned.folder, EXPERTS).sha256
+    assert best.metrics["AV"] == 1.0, "what those experts know"
+
+
+def test_training_does_not_need_ray_or_a_worker_of_its_own(learned: TrainPlan, tmp_path: Path) -> None:
+    """`Training` by itself, as one would use it in a notebook."""
+    config = replace(learned.config, **ONCE)
+    told: list[dict[str, object]] = []
+    training = Training(
+        opened(replace(learned, config=config)), Where(folder=tmp_path, told=told.append), Worker()
+    )
+    best = training.run()
+    assert [values["stage"] for values in told] == ["experts", "mixing"]
+    assert find(tmp_path).metrics["mean"] == best["mean"]
