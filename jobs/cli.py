@@ -34,16 +34,17 @@ app = typer.Typer(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the generated corpus and its store go.")] = Path("demo"),
-    clips: Annotated[int, typer.Option(min=1, help="How many clips of 10 s to generate.")] = 200,
+    clips: Annotated[int, typer.Option(min=1, help="How many clips of 10 s to generate.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Which corpus: the same seed, the same clips.")] = 7,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate a corpus of real mp4 files, extract it, and show what is in the store."""
+    """The whole journey: generate mp4 files, extract, index, train, answer with a modality missing."""
     with speaking():
-        from r2scp.jobs.demo import run_demo
+        from r2scp.jobs.demo import DemoWanted, run_demo
 
-        say(run_demo(folder, clips, seed, num_workers), as_json)
+        wanted = DemoWanted(folder=folder, clips=clips, seed=seed, num_workers=num_workers, as_json=as_json)
+        say(run_demo(wanted), as_json)
 
 
 @app.command()

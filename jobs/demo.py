@@ -1,40 +1,83 @@
-"""`demo`: the whole journey on the generated corpus."""
+"""`demo`: the whole journey on the generated corpus, from making videos to answers in spite of a gap."""
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from r2scp.jobs.config import absolute, default_workers, tell
 from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device
 from r2scp.jobs.extract_command import run_with_progress
+from r2scp.jobs.index_command import Scope, index_with_progress
+from r2scp.jobs.train_command import Wanted, evaluate_with_progress, train_means, train_with_progress
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.store.bank import HITS
 from r2scp.store.feature_store import FeatureStore
 
+STEPS = 5
 
-def run_demo(folder: Path, clips: int, seed: int, num_workers: int | None) -> dict[str, object]:
-    """Generate, extract, look: seconds of each, and what the store then holds."""
-    workers = num_workers or default_workers()
-    which = f"{clips}-seed{seed}"  # another corpus has clips of the same names: it gets a store of its own
-    corpus, uri = absolute(folder) / f"corpus-{which}", str(absolute(folder) / f"store-{which}")
-    tell(f"1/3 generating {clips} clips with their questions in {corpus}")
-    generated = generate(corpus, clips=clips, seed=seed, workers=workers)
-    tell(f"    {generated.written} written, {generated.questions} questions, {generated.seconds:.1f} s")
-    tell(f"2/3 extracting them into {uri}")
+
+@dataclass(frozen=True, kw_only=True)
+class DemoWanted:
+    """Which corpus, and what to do it with."""
+
+    folder: Path
+    clips: int
+    seed: int
+    num_workers: int | None
+    as_json: bool = False
+
+
+def run_demo(wanted: DemoWanted) -> dict[str, object]:
+    """Generate, extract, index, train, evaluate; the report of the evaluation and the seconds of each."""
+    workers = wanted.num_workers or default_workers()
+    which = f"{wanted.clips}-seed{wanted.seed}"  # clips of another corpus have the same names
+    folder = absolute(wanted.folder)
+    corpus, uri, run = folder / f"corpus-{which}", str(folder / f"store-{which}"), folder / f"run-{which}"
+    clock = _Clock()
+    tell(f"1/{STEPS} generating {wanted.clips} clips with their questions in {corpus}")
+    generated = generate(corpus, clips=wanted.clips, seed=wanted.seed, workers=workers)
+    clock.done("generate", f"{generated.written} written, {generated.questions} questions")
+    tell(f"2/{STEPS} extracting them into {uri}")
     encoder = encoder_spec("imagebind-demo", None, pick_device(None))
     report = run_with_progress(
         Source("demo", corpus), Destination(uri), encoder, Resources(num_workers=workers)
     )
-    tell(
-        f"    {report.stored} stored, {report.unchanged} unchanged, {report.dead} dead,"
-        f" {report.seconds:.1f} s"
-    )
-    tell("3/3 what the store holds")
-    status = FeatureStore.open(uri, encoder.fingerprint).status()
-    return {
-        "generate_seconds": round(generated.seconds, 1),
-        "extract_seconds": round(report.seconds, 1),
-        "extract": {
-            name: getattr(report, name) for name in ("inputs", "stored", "unchanged", "dead", "decoded")
-        },
-        **status,
+    clock.done("extract", f"{report.stored} stored, {report.unchanged} unchanged, {report.dead} dead")
+    store = FeatureStore.open(uri, encoder.fingerprint)
+    tell(f"3/{STEPS} finding each clip's neighbours in the memory bank")
+    scope = Scope([], list(IndexSettings().bank.splits), [])
+    index = index_with_progress(store, None, scope, HITS, IndexSettings().cross_weight, leak_guard=True)
+    clock.done("index", f"{index['searched']} searches among {index['bank_clips']} clips")
+    tell(f"4/{STEPS} training experts, then the model and what it must beat, in {run}")
+    trained = train_with_progress(store, run, Wanted(preset="demo"), train_means(1, None, None, workers))
+    clock.done("train", f"best after epoch {trained['epoch']}")
+    tell(f"5/{STEPS} asking the test split's questions with sound alone, picture alone and both")
+    evaluation = evaluate_with_progress(store, run, "test", False, pick_device(None), wanted.as_json)
+    clock.done("evaluate", f"{100 * evaluation['average']:.1f} % on average")
+    ended: dict[str, object] = {
+        "seconds": clock.seconds,
+        "store": uri,
+        "run": str(run),
         "try_next": f"r2scp-pipe status --store {uri}",
     }
+    if not wanted.as_json:  # the tables are on the screen already
+        return ended
+    counts = ("inputs", "stored", "unchanged", "dead", "decoded")
+    told = {name: evaluation[name] for name in ("conditions", "average", "baselines")}
+    return ended | told | {"extract": {name: getattr(report, name) for name in counts}}
+
+
+class _Clock:
+    """Seconds of each step, told as it ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def done(self, step: str, what: str) -> None:
+        now = time.monotonic()
+        self.seconds[step] = round(now - self._since, 1)
+        self._since = now
+        tell(f"    {what}, {self.seconds[step]:.1f} s")

@@ -17,18 +17,14 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         report["asks"],
         "",
-        f"Accuracy in %, {report['split']} split, mean ± standard deviation over seeds {seeds}. Differences "
-        f"are points against “{report['against']}”, paired by seed.",
+        f"Accuracy in %, {report['split']} split, mean ± standard deviation over seeds {seeds}; in brackets "
+        f"the difference in points from “{report['against']}”, paired by seed.",
         "",
-        _row(["variant", *columns, *(f"Δ {name}" for name in MEASURES)]),
-        _row(["---", *["---:"] * (len(columns) + len(MEASURES))]),
+        _row(["variant", *columns]),
+        _row(["---", *["---:"] * len(columns)]),
     ]
     for name, row in variants.items():
-        cells = [_cell(row["accuracy"][column]) for column in columns]
-        deltas = [
-            "" if name == report["against"] else _cell(row["difference"][c], signed=True) for c in MEASURES
-        ]
-        out.append(_row([name, *cells, *deltas]))
+        out.append(_row([name, *(_cell(row, column, name == report["against"]) for column in columns)]))
     for name, row in variants.items():
         for seed, epochs in zip(report["seeds"], row.get("loads", ()), strict=False):
             out += ["", f"Router weights, {name}, seed {seed}:", "", *_loads(epochs)]
@@ -44,8 +40,12 @@ def _loads(epochs: list[dict[str, float]]) -> list[str]:
     return rows
 
 
-def _cell(spread: Mapping[str, Any], *, signed: bool = False) -> str:
-    return f"{100 * spread['mean']:{'+' if signed else ''}.1f} ± {100 * spread['sd']:.1f}"
+def _cell(row: Mapping[str, Any], measure: str, compared_with: bool) -> str:
+    accuracy, difference = row["accuracy"][measure], row["difference"][measure]
+    text = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}"
+    if compared_with:
+        return text
+    return f"{text} ({100 * difference['mean']:+.1f} ± {100 * difference['sd']:.1f})"
 
 
 def _row(cells: list[str]) -> str:

@@ -136,7 +136,7 @@ def _train_on_ray(plan: TrainPlan, means: TrainMeans, told: Told) -> None:
             failure_config=FailureConfig(max_failures=means.max_failures),
         ),
     )
-    with ray_session(means.resources), _Following(plan.folder / "metrics.jsonl", told), _own_interrupts():
+    with ray_session(means.resources), Following(plan.folder / "metrics.jsonl", told), _own_interrupts():
         _require_room(means)
         try:
             trainer.fit()
@@ -191,7 +191,7 @@ def _told_plainly(error: ray.train.TrainingFailedError) -> R2SCPError:
     return R2SCPError(f"training failed in {len(failures)} workers: {'; '.join(causes)}")
 
 
-class _Following:
+class Following:
     """Tells of each epoch that workers write down, as long as it is entered."""
 
     def __init__(self, path: Path, told: Told) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from r2scp.jobs.baselines import baselines, takes_experts
 from r2scp.jobs.checkpoints import BEST, find, replace_file
 from r2scp.jobs.config import absolute, default_workers, progress_bar, tell
-from r2scp.jobs.evaluate import BASELINES, MISSING_RATES, EvaluateMeans, run_evaluate
+from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
 from r2scp.jobs.evaluation_table import tables
 from r2scp.jobs.extract import pick_device
-from r2scp.jobs.train import Told, TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
 from r2scp.jobs.train_config import PRESETS, TrainConfig
 from r2scp.jobs.train_data import answers_of
+from r2scp.jobs.train_together import OURS, run_together
+from r2scp.model.settings import Stage
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.flows import Resources
 from r2scp.store.errors import UsageError
@@ -38,14 +39,14 @@ def train_with_progress(
     """Train a model and its baselines into a run's folder, seen on stderr; what came out."""
     folder = absolute(run)
     plan = plan_of(store, folder, wanted)
-    best = run_training(plan, means, teller(folder.name, plan.config))
-    trained = {"r2scp": best.metrics}
     if wanted.with_baselines:
-        for name, other in baseline_plans(plan).items():
-            trained[name] = run_training(other, means, teller(name, other.config)).metrics
+        trained = run_together(plan, means, tell_epoch)
+    else:
+        trained = {OURS: run_training(plan, means, lambda values: tell_epoch(OURS, values))}
+    best = trained[OURS]
     return {
         "run": str(folder),
-        "validation": trained,
+        "validation": {name: checkpoint.metrics for name, checkpoint in trained.items()},
         "epoch": best.epoch,
         "step": best.step,
         "checkpoint": str(folder / f"{BEST}.json"),
@@ -53,9 +54,11 @@ def train_with_progress(
     }
 
 
-def train_means(num_workers: int, device: str | None, ray_address: str | None) -> TrainMeans:
-    """The command line's options as `TrainMeans`."""
-    cores = default_workers()
+def train_means(
+    num_workers: int, device: str | None, ray_address: str | None, cores: int | None = None
+) -> TrainMeans:
+    """The command line's options as `TrainMeans`. `cores`: to use; all by default."""
+    cores = cores or default_workers()
     return TrainMeans(
         num_workers=num_workers,
         device=pick_device(device),
@@ -84,19 +87,6 @@ def plan_of(store: FeatureStore, folder: Path, wanted: Wanted) -> TrainPlan:
     )
 
 
-def baseline_plans(plan: TrainPlan) -> dict[str, TrainPlan]:
-    """The baselines of a training, in folders below its own."""
-    return {
-        name: replace(
-            plan,
-            config=config,
-            folder=plan.folder / BASELINES / name,
-            experts=plan.folder if takes_experts(config) else None,
-        )
-        for name, config in baselines(plan.config).items()
-    }
-
-
 def changed(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
     """A config with some values replaced: "model.k=3", "stage_two.epochs=10", "retrieval=paired".
 
@@ -122,20 +112,17 @@ def changed(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
     return TrainConfig.from_json(values)
 
 
-def teller(name: str, config: TrainConfig) -> Told:
+def tell_epoch(name: str, values: Mapping[str, object]) -> None:
     """One line on stderr for each epoch."""
-
-    def told(values: Mapping[str, object]) -> None:
-        validation, train = values["validation"], values["train"]
-        assert isinstance(validation, Mapping)
-        assert isinstance(train, Mapping)
-        shown = "  ".join(f"{key} {100 * number:.1f}" for key, number in validation.items() if key != "mean")
-        tell(
-            f"{name}: stage {'I' if values['stage'] == 'experts' else 'II'}, epoch {values['epoch']}/{values['of']}, "
-            f"loss {train['loss']:.3f}, validation {shown} %, {values['seconds']:.1f} s"
-        )
-
-    return told
+    validation, train = values["validation"], values["train"]
+    assert isinstance(validation, Mapping)
+    assert isinstance(train, Mapping)
+    shown = "  ".join(f"{key} {100 * number:.1f}" for key, number in validation.items() if key != "mean")
+    tell(
+        f"{name}: stage {'I' if values['stage'] == Stage.EXPERTS else 'II'}, "
+        f"epoch {values['epoch']}/{values['of']}, loss {train['loss']:.3f}, validation {shown} %, "
+        f"{values['seconds']:.1f} s"
+    )
 
 
 def evaluate_with_progress(

@@ -72,13 +72,15 @@ def same(found: Encoded, wanted: Encoded) -> None:
             close(one, two)
 
 
-def needed_by(dataset: Dataset) -> set[int]:
-    """Rows of `clips` that its questions can meet, one by one."""
-    assert dataset.neighbours is not None
-    met = set(dataset.examples.clip_row_B.tolist())
-    for side in (dataset.neighbours.nearest_RN, dataset.neighbours.farthest_RN):
-        for found_RN in side.values():
-            met |= {int(hit) for row in dataset.examples.clip_row_B for hit in found_RN[row]}
+def needed_by(datasets: list[Dataset]) -> set[int]:
+    """Rows of `clips` that their questions can meet, one by one."""
+    asked = {row for dataset in datasets for row in dataset.examples.clip_row_B.tolist()}
+    met = set(asked)
+    for dataset in datasets:
+        assert dataset.neighbours is not None
+        for side in (dataset.neighbours.nearest_RN, dataset.neighbours.farthest_RN):
+            for found_RN in side.values():
+                met |= {int(hit) for row in asked for hit in found_RN[row]}
     return met - {NOTHING}
 
 
@@ -96,6 +98,9 @@ def test_states_are_what_the_model_computes(
 ) -> None:
     answers = None if choices else ANSWERS
     train, test = (open_dataset(asked_store, split, answers, n=4) for split in ("train", "test"))
+    few = test.examples.only(test.text_B > 1, "other texts")
+    test = replace(test, examples=few)
+    assert len(np.unique(test.text_B)) < len(np.unique(train.text_B))
     net = model(neighbours=neighbours, classes=None if choices else len(ANSWERS))
     states = ExpertStates(net, [train, test], tmp_path, CPU)
     net.eval()  # until here it was not, which frozen experts must not heed
@@ -160,26 +165,28 @@ def test_each_clip_passes_each_expert_once(
     asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, seen = model(), []
-    whole = net.experts.forward
+    through = net.experts.forward
 
     def counted(features: Tensor, mask: Tensor, source: int, expert: int) -> Tokens:
         seen.append((source, expert, len(mask)))
-        return whole(features, mask, source, expert)
+        return through(features, mask, source, expert)
 
     monkeypatch.setattr(net.experts, "forward", counted)
-    train = open_dataset(asked_store, "train", ANSWERS, n=1)
+    wholes = [open_dataset(asked_store, split, ANSWERS, n=1) for split in ("train", "val")]
+    kept = [whole.examples.only(whole.text_B == 3, "other texts") for whole in wholes]
+    train, val = (replace(whole, examples=few) for whole, few in zip(wholes, kept, strict=True))
     assert train.neighbours is not None
     random = replace(train, neighbours=train.neighbours.with_random_farthest(train.clips, 5))
-    val = open_dataset(asked_store, "val", ANSWERS, n=1)
-    states = ExpertStates(net, [train, val, random], tmp_path, CPU)
-    clips = len(set().union(*map(needed_by, (train, val, random))))
-    assert len(needed_by(train)) < clips < len(train.clips.ids)
-    texts = [len(np.unique(dataset.text_B)) for dataset in (train, val, random)]
+    datasets = [train, val, random]
+    states = ExpertStates(net, datasets, tmp_path, CPU)
+    clips = len(needed_by(datasets))
+    assert len(needed_by([train])) < len(needed_by([train, val])) < clips < len(train.clips.ids)
+    texts = [len(np.unique(dataset.text_B)) for dataset in datasets]
     assert texts[0] < len(train.examples)
     assert sorted(seen[:4]) == [(source, expert, clips) for source in (0, 1) for expert in (0, 1)]
     assert seen[4:] == [(2, 2, count) for count in texts]
     assert states.forwards == 4 * clips + sum(texts)
-    for dataset in (train, val, random):
+    for dataset in datasets:
         rows = np.arange(len(dataset.examples))
         states.encoded(dataset, rows, Ask.all(len(rows), AUDIO, farthest=True))
     assert len(seen) == 7, "a batch went through the experts"

@@ -1,0 +1,170 @@
+"""Two workers train one model, on shares that do not overlap, and one of them may die, or be stopped.
+
+On real Ray and gloo. Workers keep a diary of what they were given; one ends itself by SIGKILL in the middle
+of an epoch, at a step that is told to it.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from r2scp.jobs import train
+from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
+from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_log import lines
+from r2scp.store.errors import R2SCPError, UsageError
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+TWO = TrainMeans(num_workers=2, threads=1)
+Worker = Callable[[dict], None]
+
+
+def watched(diaries: Path, fatal: int = 0) -> Worker:
+    """What runs in a worker, with a diary; the second kills itself, once, in its `fatal`-th step of stage II."""
+    diaries.mkdir()
+
+    def work(settings: dict) -> None:
+        from r2scp.jobs import train, train_stages
+
+        rank = ray.train.get_context().get_world_rank()
+        taken = 0
+
+        def note(**words: object) -> None:
+            with (diaries / f"{rank}.jsonl").open("a") as file:
+                file.write(json.dumps(words) + "\n")
+
+        note(pid=os.getpid())
+        for stage in (train_stages.ExpertsStage, train_stages.MixingStage):
+
+            def prepare(self: Any, rows: Any, missing: int, real: Any = stage.prepare) -> Any:
+                note(stage=self.stage.value, rows=rows.tolist())
+                return real(self, rows, missing)
+
+            stage.prepare = prepare
+
+        def learn(self: Any, *arguments: Any, real: Any = train_stages.MixingStage.learn) -> Any:
+            nonlocal taken
+            taken += 1
+            if rank == 1 and taken == fatal and not (diaries / "killed").exists():
+                (diaries / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, *arguments)
+
+        train_stages.MixingStage.learn = learn
+        train._in_worker(settings)
+
+    return work
+
+
+def diary(diaries: Path, rank: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (diaries / f"{rank}.jsonl").read_text().splitlines()]
+
+
+def said(folder: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl` without the time it took."""
+    whole = lines(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in whole]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    local_ray: None, quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempPathFactory
+) -> TrainPlan:
+    """Two workers, and their diaries beside the run's folder."""
+    folder = tmp_path_factory.mktemp("two")
+    plan, heard = quick_plan(folder / "run"), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "_in_worker", watched(folder / "diaries"))
+        run_training(plan, TWO, heard.append)
+    assert heard == [line for line in lines(plan.folder / "metrics.jsonl") if line["kind"] == "epoch"]
+    return plan
+
+
+def test_two_workers_share_each_batch(undisturbed: TrainPlan) -> None:
+    """34 questions of stage I in batches of 8, 8, 8, 8, 2; 32 of stage II."""
+    one, two = (diary(undisturbed.folder.parent / "diaries", rank) for rank in (0, 1))
+    assert one[0]["pid"] != two[0]["pid"]
+    assert len(one) == len(two) == 1 + 3 * 5 + 3 * 4
+    orders: list[list[int]] = []
+    for at, questions in ((1, 34), (16, 32)):
+        for epoch in range(3):
+            size = -(-questions // 8)
+            shares = list(zip(*(part[at + epoch * size :][:size] for part in (one, two)), strict=True))
+            assert [len(a["rows"]) + len(b["rows"]) for a, b in shares][:4] == [8] * 4
+            rows = [row for pair in shares for share in pair for row in share["rows"]]
+            assert sorted(rows) == list(range(questions)), "each question once, in one worker"
+            orders.append(rows)
+    assert all(one != other for one, other in combinations(orders, 2)), "each epoch in an order of its own"
+
+
+def test_two_workers_learn_what_one_learns(undisturbed: TrainPlan, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    one = run_training(replace(undisturbed, folder=tmp_path), TrainMeans(threads=1), lambda values: None)
+    torch.set_num_threads(before)
+    two = find(undisturbed.folder)
+    assert one.step == two.step or {one.epoch, two.epoch} <= {1, 2, 3}
+    for condition, accuracy in one.metrics.items():
+        # 16 questions: a standard error of 0.1 at most
+        assert two.metrics[condition] == pytest.approx(accuracy, abs=0.2)
+    assert two.metrics["mean"] > 0.6, "a sixth would be chance"
+
+
+def test_a_worker_may_die_and_the_training_be_stopped(
+    undisturbed: TrainPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in stage I, then a start that goes on, then SIGKILL to one worker in the middle of stage II."""
+    plan, handler, heard = replace(undisturbed, folder=tmp_path / "run"), signal.getsignal(signal.SIGINT), []
+
+    def stop(values: dict[str, object]) -> None:
+        heard.append((values["stage"], values["epoch"]))
+        if len(heard) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        run_training(plan, TWO, stop)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert heard[0] == ("experts", 1)
+    assert find(plan.folder, LAST).stage.value == "experts"
+
+    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "killed", fatal=6))
+    run_training(plan, TWO, lambda values: None)
+
+    assert (tmp_path / "killed" / "killed").exists()
+    pids = {line["pid"] for rank in (0, 1) for line in diary(tmp_path / "killed", rank) if "pid" in line}
+    assert len(pids) == 4, "both workers were started anew, once"
+    assert said(plan.folder) == said(undisturbed.folder)
+    for name in (LAST, BEST, EXPERTS):
+        one, two = find(plan.folder, name), find(undisturbed.folder, name)
+        assert (one.sha256, one.optimiser_sha256) == (two.sha256, two.optimiser_sha256)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "follow-metrics"] == []
+
+
+def test_more_workers_than_there_is_room_for(undisturbed: TrainPlan, tmp_path: Path) -> None:
+    plan = replace(undisturbed, folder=tmp_path)
+    with pytest.raises(UsageError, match="3 workers need a CPU each; Ray has 2"):
+        run_training(plan, TrainMeans(num_workers=3), lambda values: None)
+
+
+@pytest.mark.slow
+def test_what_fails_in_every_worker_is_one_line(
+    undisturbed: TrainPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(settings: dict) -> None:
+        raise ValueError("first line\nall is lost")
+
+    monkeypatch.setattr(train, "_in_worker", fail)
+    plan = replace(undisturbed, folder=tmp_path)
+    with pytest.raises(R2SCPError, match=r"training failed in . workers?: .*all is lost") as refused:
+        run_training(plan, replace(TWO, max_failures=0), lambda values: None)
+    assert "\n" not in str(refused.value)

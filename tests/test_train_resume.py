@@ -1,0 +1,283 @@
+"""A training that was stopped, or killed, and started again is to the bit the one that never was.
+
+Compared with an undisturbed run are all lines of `metrics.jsonl` but their times, and all tensors of all
+checkpoints. Kills are SIGKILL to a process that stands still in the middle of an epoch.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2scp.jobs import train_loop
+from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
+from r2scp.jobs.index import run_index
+from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_log import lines
+from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.store.errors import CheckpointError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Retrieval, Table
+
+LOG_EVERY = 2  # steps; an epoch of stage I has 5, of stage II 4
+PATIENCE_S = 240  # for anything waited for; far beyond what a busy machine needs
+
+#: One training, which says so and stands still at the n-th step that it takes in a stage.
+DRIVER = f"""
+import json, sys
+from pathlib import Path
+from r2scp.jobs import train_loop, train_stages
+from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_config import TrainConfig
+from r2scp.pipelines.examples import Pins
+
+values, stage, count = json.loads(sys.argv[1]), getattr(train_stages, sys.argv[2]), int(sys.argv[3])
+taken = 0
+
+def pausing(self, *arguments, learn=stage.learn):
+    global taken
+    taken += 1
+    if taken == count:
+        print("in the middle", flush=True)
+        sys.stdin.readline()
+    return learn(self, *arguments)
+
+stage.learn = pausing
+train_loop.LOG_EVERY = {LOG_EVERY}
+places = {{"pins": Pins(**values.pop("pins")), "folder": Path(values.pop("folder"))}}
+plan = TrainPlan(config=TrainConfig.from_json(values.pop("config")), **places, **values)
+run_training(plan, TrainMeans(threads=1), lambda line: None)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_loop, "LOG_EVERY", LOG_EVERY)
+
+
+def train(plan: TrainPlan, told: Callable[[dict[str, object]], None] = lambda _: None) -> None:
+    run_training(plan, TrainMeans(threads=1), told)
+
+
+def said(folder: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl` without the time it took."""
+    return [
+        {name: value for name, value in line.items() if name != "seconds"}
+        for line in lines(folder / "metrics.jsonl")
+    ]
+
+
+def written(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a run, by checkpoint and name."""
+    found = {}
+    for name in (LAST, BEST, EXPERTS):
+        checkpoint = find(folder, name)
+        parts = checkpoint.read(checkpoint.tensors, checkpoint.sha256)
+        if name == LAST:
+            parts |= {f"optimiser/{key}": value for key, value in checkpoint.optimiser_state().items()}
+        found |= {f"{name}/{key}": value for key, value in parts.items()}
+    return found
+
+
+def check_same(folder: Path, other: Path) -> None:
+    assert said(folder) == said(other)
+    assert (folder / "metrics.jsonl").read_text().count("\n") == len(said(other)), "half a line is left"
+    one, two = written(folder), written(other)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    for name in (LAST, BEST, EXPERTS):
+        documents = [json.loads((run / f"{name}.json").read_text()) for run in (folder, other)]
+        assert documents[0] == documents[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempPathFactory) -> TrainPlan:
+    plan = quick_plan(tmp_path_factory.mktemp("undisturbed") / "run")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_loop, "LOG_EVERY", LOG_EVERY)
+        train(plan)
+    steps = [line["step"] for line in said(plan.folder) if line["kind"] == "step"]
+    assert steps == list(range(2, 28, 2)), "3 epochs of 5 steps, 3 of 4"
+    return plan
+
+
+class Stop(Exception):
+    """What ends a training in these tests."""
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [("experts", 1)],
+        [("experts", 3)],  # where stage I is over and stage II has not begun
+        [("mixing", 2)],
+        [("mixing", 3)],  # where nothing is left but to return
+        [("experts", 1), ("experts", 2), ("experts", 3), ("mixing", 1)],
+    ],
+)
+def test_stopped_between_epochs(undisturbed: TrainPlan, tmp_path: Path, stops: list[tuple[str, int]]) -> None:
+    plan = replace(undisturbed, folder=tmp_path)
+    heard = []
+
+    def told(values: dict[str, object]) -> None:
+        heard.append((values["stage"], values["epoch"]))
+        if heard[-1] in stops:
+            raise Stop
+
+    for _ in stops:
+        with pytest.raises(Stop):
+            train(plan, told)
+    train(plan, told)
+    check_same(tmp_path, undisturbed.folder)
+    assert heard == [(line["stage"], line["epoch"]) for line in said(tmp_path) if line["kind"] == "epoch"]
+
+
+@pytest.mark.parametrize("fatal", [1, 3, 4])
+def test_stopped_before_a_checkpoint_that_was_announced(
+    undisturbed: TrainPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int
+) -> None:
+    """The epoch's line is written and its checkpoint is not: the epoch is done again, and said once."""
+    plan, real, count = replace(undisturbed, folder=tmp_path), train_loop.write, 0
+
+    def failing(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == fatal:
+            raise Stop
+        real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_loop, "write", failing)
+        with pytest.raises(Stop):
+            train(plan)
+    assert len([line for line in said(tmp_path) if line["kind"] == "epoch"]) == fatal
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # and a line was being written
+    train(plan)
+    check_same(tmp_path, undisturbed.folder)
+
+
+def killed_at(plan: TrainPlan, stage: str, count: int) -> None:
+    """Start a training in a process of its own and end it by SIGKILL in its `count`-th step of a stage."""
+    values = {"config": plan.config.to_json(), "pins": asdict(plan.pins), "folder": str(plan.folder)}
+    values |= {"uri": plan.uri, "fingerprint": plan.fingerprint, "answers": plan.answers}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(values), stage, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert driver.stdout is not None
+        assert select.select([driver.stdout], [], [], PATIENCE_S)[0], "the training says nothing"
+        assert driver.stdout.readline() == b"in the middle\n"
+        os.kill(driver.pid, signal.SIGKILL)
+        assert driver.wait(30) == -signal.SIGKILL
+    finally:
+        driver.kill()
+        driver.communicate()
+
+
+def test_killed_in_the_middle_of_an_epoch_of_each_stage(undisturbed: TrainPlan, tmp_path: Path) -> None:
+    plan = replace(undisturbed, folder=tmp_path)
+    killed_at(plan, "ExpertsStage", 9)
+    last = find(tmp_path, LAST)
+    assert (last.stage.value, last.epoch, last.step) == ("experts", 1, 5)
+    assert said(tmp_path)[-1]["step"] == 8, "lines of an epoch that is lost"
+    killed_at(plan, "MixingStage", 7)
+    last = find(tmp_path, LAST)
+    assert (last.stage.value, last.epoch, last.step) == ("mixing", 1, 19)
+    train(plan)
+    check_same(tmp_path, undisturbed.folder)
+
+
+def test_a_finished_training_is_left_as_it_is(undisturbed: TrainPlan, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*")}
+    heard: list[object] = []
+    again = replace(undisturbed, uri=str(tmp_path / "the store is gone"))
+    assert run_training(again, TrainMeans(), heard.append) == find(undisturbed.folder)
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*")} == before
+    assert heard == []
+
+
+def test_going_on_reads_the_versions_of_the_first_start(
+    undisturbed: TrainPlan,
+    quick_plan: Callable[..., TrainPlan],
+    learnable_store: FeatureStore,
+    copy: Callable[[FeatureStore], FeatureStore],
+    write: Callable,
+    tmp_path: Path,
+) -> None:
+    """Meanwhile all clips, the bank and the answers have changed."""
+    store, folder = copy(learnable_store), tmp_path / "run"
+
+    def stop(values: dict[str, object]) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(quick_plan(folder, store), stop)
+    clips = store.clips().to_pylist()
+    turned = {row["clip_id"]: other for row, other in zip(clips, clips[1:] + clips[:1], strict=True)}
+    features = ("audio", "visual", "audio_key", "visual_key")
+    write(store, Table.CLIPS, [row | {f: turned[row["clip_id"]][f] for f in features} for row in clips])
+    [question] = store.questions(where="question_id = 'music-avqa/0/0'").to_pylist()
+    write(store, Table.QUESTIONS, [question | {"question_id": "music-avqa/0/new", "answer": "a seventh"}])
+    run_index(store, IndexSettings(retrieval=(Retrieval.PAIRED,), n=4), lambda mode, done, total: None)
+    later = quick_plan(folder, store)
+    assert later.pins != undisturbed.pins
+    assert later.answers is not None
+    assert len(later.answers) == 7
+    later = replace(later, config=replace(later.config, model=replace(later.config.model, classes=7)))
+
+    train(later)
+
+    assert said(folder) == said(undisturbed.folder)
+    assert find(folder).answers == undisturbed.answers
+    assert find(folder).store["versions"] == asdict(undisturbed.pins)
+    assert find(folder).config == undisturbed.config
+    fresh = tmp_path / "fresh"
+    train(replace(later, folder=fresh))
+    assert find(fresh).store["versions"] == asdict(Pins.latest(store))
+    assert said(fresh) != said(undisturbed.folder)
+
+
+def test_a_folder_of_another_training_is_refused(undisturbed: TrainPlan, tmp_path: Path) -> None:
+    config = undisturbed.config
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*")}
+    others = {
+        r"seed: 1, 2": replace(undisturbed, config=replace(config, seed=2)),
+        r"model\.k: 5, 4; batch_size: 8, 9": replace(
+            undisturbed, config=replace(config, model=replace(config.model, k=4), batch_size=9)
+        ),
+        r"encoder: learnable, another": replace(undisturbed, fingerprint="another"),
+        r"the experts that stage II begins with": replace(undisturbed, experts=undisturbed.folder),
+    }
+    for name, other in others.items():
+        with pytest.raises(CheckpointError, match=name) as refused:
+            train(other)
+        assert "\n" not in str(refused.value)
+        assert str(undisturbed.folder) in str(refused.value)
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*")} == before
+    (tmp_path / "last.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint of this program"):
+        train(replace(undisturbed, folder=tmp_path))
