@@ -144,7 +144,7 @@ def _train_on_ray(plan: TrainPlan, means: TrainMeans, told: Told) -> None:
             raise _told_plainly(error) from error
         except RayActorError as error:
             said = str(error).strip().splitlines()[0]
-            raise R2SCPError(f"Ray's controller of the training died: {said}; train again to go on") from error
+            raise R2SCPError(f"Ray's controller of it died ({said}); train again to go on") from error
 
 
 def _require_room(means: TrainMeans) -> None:

@@ -114,12 +114,16 @@ class TrainConfig:
 
 
 def demo(encoder_dim: int, classes: int | None) -> TrainConfig:
-    """The generated corpus with its small encoder: minutes on two cores."""
+    """The generated corpus with its small encoder: minutes on two cores.
+
+    k = 1 is as large a share of the 10 tokens of a clip as the paper's 5 are of MUSIC-AVQA's 60.
+    """
     return TrainConfig(
-        model=ModelConfig(encoder_dim=encoder_dim, classes=classes, dim=128, heads=4),
-        stage_one=StageConfig(epochs=16, lr=1e-3, schedule="cosine", warmup_steps=100),
-        stage_two=StageConfig(epochs=10, lr=5e-4, schedule="cosine", warmup_steps=100),
+        model=ModelConfig(encoder_dim=encoder_dim, classes=classes, dim=64, heads=4, k=1),
+        stage_one=StageConfig(epochs=24, lr=2e-3, schedule="cosine", warmup_steps=100),
+        stage_two=StageConfig(epochs=8, lr=1e-3, schedule="cosine", warmup_steps=100),
         retrieval=Retrieval.PAIRED,
+        weight_decay=0.05,
     )
 
 

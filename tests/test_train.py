@@ -155,7 +155,7 @@ def test_what_is_written_says_how_it_came_about(learned: TrainPlan) -> None:
     assert set(found.answers[:2]) == {"yes", "no"}, "the most frequent first"
     assert found.store["versions"] == {"clips": learned.pins.clips, "questions": 2, "neighbours": 2}
     found.require_store(FeatureStore.open(learned.uri))
-    whole = lines(learned.folder / "metrics.jsonl")
+    whole: list[dict[str, Any]] = lines(learned.folder / "metrics.jsonl")
     assert [line["epoch"] for line in whole if line["kind"] == "epoch"] == [*range(1, 11), *range(1, 9)]
     steps = [line for line in whole if line["kind"] == "step"]
     assert [line["step"] for line in steps] == [20, 40, 60, 80]

@@ -2,22 +2,24 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 
 from r2scp.jobs.train_log import TrainLog, lines
 
+PROTO: Any = event_pb2  # protobuf makes its names where no type checker sees them
 HEADER = 12  # bytes before a record of an event file: its length and a checksum; four more follow it
 
 
-def events(folder: Path) -> list[Event]:
+def events(folder: Path) -> list[Any]:
     """All of the event files of a run, oldest file first."""
     found = []
     for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
         while data:
             [length] = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[HEADER : HEADER + length]))
+            found.append(PROTO.Event.FromString(data[HEADER : HEADER + length]))
             data = data[HEADER + length + 4 :]
     return found
 
@@ -60,7 +62,7 @@ def test_going_on_drops_what_was_lost_and_half_a_line(tmp_path: Path) -> None:
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
     assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [0.5, 0.25, 0.5]
-    starts = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == PROTO.SessionLog.START]
     assert starts == [5], "TensorBoard forgets what it heard from that step on"
 
 

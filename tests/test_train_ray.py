@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
+import ray.train
 import torch
 
 from r2scp.jobs import train
@@ -30,7 +30,7 @@ Worker = Callable[[dict], None]
 
 
 def watched(diaries: Path, fatal: int = 0) -> Worker:
-    """What runs in a worker, with a diary; the second kills itself, once, in its `fatal`-th step of stage II."""
+    """What runs in a worker, with a diary; the second kills itself once, at the given step of stage II."""
     diaries.mkdir()
 
     def work(settings: dict) -> None:
@@ -52,7 +52,9 @@ def watched(diaries: Path, fatal: int = 0) -> Worker:
 
             stage.prepare = prepare
 
-        def learn(self: Any, *arguments: Any, real: Any = train_stages.MixingStage.learn) -> Any:
+        mixing: Any = train_stages.MixingStage
+
+        def learn(self: Any, *arguments: Any, real: Any = mixing.learn) -> Any:
             nonlocal taken
             taken += 1
             if rank == 1 and taken == fatal and not (diaries / "killed").exists():
@@ -60,7 +62,7 @@ def watched(diaries: Path, fatal: int = 0) -> Worker:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(self, *arguments)
 
-        train_stages.MixingStage.learn = learn
+        mixing.learn = learn
         train._in_worker(settings)
 
     return work
