@@ -16,8 +16,10 @@ def baselines(config: TrainConfig) -> dict[str, TrainConfig]:
     complete data alone, as in the paper's Table 2; `no-recovery-dropout` has learned to do without as well.
     """
     without = replace(config, model=replace(config.model, cmr=False, cap=False))
+    only_stage = config.stage_one if config.stage_one.epochs else config.stage_two
+    blind = replace(config, stage_one=only_stage, stage_two=replace(config.stage_two, epochs=0))
     return {
-        QUESTION_ONLY: replace(config, sees="question", stage_two=replace(config.stage_two, epochs=0)),
+        QUESTION_ONLY: replace(blind, sees="question"),
         NO_RECOVERY: replace(without, loss=replace(config.loss, modality_dropout=False)),
         NO_RECOVERY_DROPOUT: replace(without, loss=replace(config.loss, modality_dropout=True)),
     }

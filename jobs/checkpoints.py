@@ -1,8 +1,9 @@
 """A run's folder, and the checkpoints in it.
 
-    RUN/config.json                 what is trained, on what
-    RUN/metrics.jsonl               a line for each epoch and every few steps
-    RUN/tensorboard/                the same for TensorBoard
+    RUN/config.json     what is trained, on what
+    RUN/metrics.jsonl   a line for each epoch and every few steps
+    RUN/tensorboard/    the same for TensorBoard
+    RUN/lock            held while a training is at work
     RUN/last.json best.json experts.json
     RUN/step-000131-9f86d081.safetensors   tensors, named by one or several of the three above
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from r2scp.jobs.plain_values import built
 from r2scp.jobs.train_config import TrainConfig
 from r2scp.model.r2scp import R2SCP, Stage
-from r2scp.store.errors import CheckpointError, FingerprintMismatch, UsageError
+from r2scp.store.errors import CheckpointError, FingerprintMismatch, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # where this program was not installed from a wheel
@@ -228,14 +229,17 @@ def code_version(root: Path = CHECKOUT) -> str:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also if the machine goes down."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all, also if the machine goes down. Raises `R2SCPError`."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise R2SCPError(f"cannot write {path}: {error.strerror}; nothing there has changed") from error
 
 
 def _write_tensors(stem: Path, kind: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:

@@ -95,6 +95,9 @@ def index(
     bank_split: Annotated[
         list[str] | None, typer.Option(help="Clips of this split may serve; train by default. Repeatable.")
     ] = None,
+    disjoint: Annotated[
+        bool, typer.Option("--disjoint", help="Split by source: no video is in two splits.")
+    ] = False,
     query_corpus: Annotated[
         list[str] | None, typer.Option(help="Only clips of this corpus get neighbours. Repeatable.")
     ] = None,
@@ -112,7 +115,7 @@ def index(
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
-        scope = Scope(bank_corpus or [], bank_split or ["train"], query_corpus or [])
+        scope = Scope(bank_corpus or [], bank_split or ["train"], query_corpus or [], disjoint)
         say(index_with_progress(opened, retrieval, scope, neighbours, cross_weight, leak_guard), as_json)
 
 

@@ -6,13 +6,14 @@ store. The test split is meant to be read once, here.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from r2scp.jobs.checkpoints import Checkpoint, find
+from r2scp.jobs.checkpoints import Checkpoint, find, find_last
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_stages import Worker
 from r2scp.model.batch import SOURCES, Answer
@@ -73,24 +74,26 @@ class Asked:
 def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[str, object]:
     """Evaluate the best checkpoint of a run and its baselines.
 
-    Reads the store at the versions that the training read. Raises `FingerprintMismatch` for a store of
-    another encoder, `CheckpointError` where the run has no checkpoint.
+    Reads the store at the versions that the training read. `unfinished` in what comes back names trainings
+    that had not ended. Raises `FingerprintMismatch` for a store of another encoder, `CheckpointError` where
+    the run has no checkpoint or its baselines are of other versions of the store.
     """
     checkpoint = find(run)
     opened = open_for(checkpoint, store)
-    test = opened.examples(means.split)
-    answered = evaluate_model(checkpoint, opened, test, means)
-    baselines: dict[str, object] = {"majority": _report(_majority(opened, test))}
-    for folder in sorted((checkpoint.folder / BASELINES).glob("*/best.json")):
-        other = find(folder)
-        if other.store != checkpoint.store:
+    asked = questions_of(opened, means.split)
+    others = {path.parent.name: find(path) for path in (checkpoint.folder / BASELINES).glob("*/best.json")}
+    for other in others.values():
+        if _data(other) != _data(checkpoint):
             raise CheckpointError(
-                f"{folder.parent} was trained on another store or other versions of it than "
-                f"{checkpoint.folder}; train it again to compare"
+                f"{other.folder} was trained on other versions of the store than {checkpoint.folder}; remove "
+                "it and train again to compare"
             )
+    answered = evaluate_model(checkpoint, opened, asked, means)
+    majority = dict.fromkeys(answered, _majority(opened, asked))  # whatever is missing
+    baselines: dict[str, object] = {"majority": _report(majority)}
+    for name, other in sorted(others.items()):
         seen = open_for(other, store)
-        told = replace(means, rates=())
-        baselines[folder.parent.name] = _report(evaluate_model(other, seen, seen.examples(means.split), told))
+        baselines[name] = _report(evaluate_model(other, seen, questions_of(seen, means.split), means))
     return {
         "run": str(checkpoint.folder),
         "split": means.split,
@@ -105,9 +108,11 @@ def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[s
             "seed": checkpoint.config.seed,
             "leak_guard": checkpoint.config.index.leak_guard,
         },
-        "left_out": test.left_out,
-        "answers_unknown": int((test.target_B == NO_ANSWER).sum()),
-        "store": checkpoint.store,
+        "unfinished": [name for name, one in {"r2scp": checkpoint, **others}.items() if not _finished(one)],
+        "left_out": asked.left_out,
+        "answers_unknown": int((asked.target_B == NO_ANSWER).sum()),
+        "store": checkpoint.store | {"uri": store.uri},
+        "trained_on": checkpoint.store["uri"],
         "checkpoint": {"epoch": checkpoint.epoch, "step": checkpoint.step, "sha256": checkpoint.sha256},
         "code": checkpoint.code,
     }
@@ -119,6 +124,14 @@ def open_for(checkpoint: Checkpoint, store: FeatureStore) -> Opened:
     versions = checkpoint.store["versions"]
     assert isinstance(versions, dict)
     return Opened.read(store, Pins(**versions), checkpoint.config, checkpoint.answers)
+
+
+def questions_of(opened: Opened, split: str) -> Examples:
+    """The questions of a split; `val` are those that chose the best checkpoint, also where they were held out
+    from `train`. Raises `StoreError` where there are none."""
+    if split == "val" and opened.config.holdout:
+        return opened.learning()[1]
+    return opened.examples(split)
 
 
 def evaluate_model(
@@ -137,11 +150,12 @@ def evaluate_model(
         prepared = read_ahead(
             lambda rows, missing_N=missing_N: dataset.batch(rows, Ask(missing_B=missing_N[rows])), batches
         )
-        for rows, batch in zip(batches, prepared, strict=True):
-            with torch.no_grad(), worker.autocast():
-                answer = model(batch.to(worker.device))
-            asked.add(examples, rows, answer)
-            means.progress(f"{checkpoint.folder.name} {name}", int(rows[-1]) + 1, len(examples))
+        with closing(prepared):  # also where a batch fails
+            for rows, batch in zip(batches, prepared, strict=True):
+                with torch.no_grad(), worker.autocast():
+                    answer = model(batch.to(worker.device))
+                asked.add(examples, rows, answer)
+                means.progress(f"{checkpoint.folder.name} {name}", int(rows[-1]) + 1, len(examples))
     return answered
 
 
@@ -154,21 +168,33 @@ def _at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
     }
 
 
-def _majority(opened: Opened, examples: Examples) -> dict[str, Asked]:
-    """The most frequent answer of the question's type in training; neither model nor clip is asked."""
+def _majority(opened: Opened, examples: Examples) -> Asked:
+    """The most frequent answer of the question's type in training; neither model nor clip is asked.
+
+    Where questions bring their choices it is the most frequent place. Types that training has not get the
+    most frequent of all.
+    """
     counts: dict[str, Counter[int]] = defaultdict(Counter)
-    train = opened.examples("train")
-    for kind, target in zip(train.types, train.target_B.tolist(), strict=True):
+    overall: Counter[int] = Counter()
+    learned = opened.learning()[0]
+    for kind, target in zip(learned.types, learned.target_B.tolist(), strict=True):
         counts[kind][target] += 1
-        counts[""][target] += 1
-    guess = {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
+        overall[target] += 1
+    guesses = [(counts.get(kind) or overall).most_common(1)[0][0] for kind in examples.types]
     asked = Asked()
-    hits = [
-        guess.get(kind, guess[""]) == target
-        for kind, target in zip(examples.types, examples.target_B, strict=True)
-    ]
-    asked.tally.add(examples.types, hits)
-    return dict.fromkeys(CONDITIONS, asked)
+    asked.tally.add(examples.types, np.equal(guesses, examples.target_B).tolist())
+    return asked
+
+
+def _data(checkpoint: Checkpoint) -> dict[str, object]:
+    """What a training read, wherever it was."""
+    return {name: value for name, value in checkpoint.store.items() if name != "uri"}
+
+
+def _finished(checkpoint: Checkpoint) -> bool:
+    """Whether nothing was left to train; a checkpoint by itself says nothing of it."""
+    last = find_last(checkpoint.folder)
+    return last is None or last.finished
 
 
 def _report(answered: Mapping[str, Asked]) -> dict[str, object]:

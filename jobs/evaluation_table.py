@@ -1,9 +1,10 @@
-"""An evaluation as tables for a person."""
+"""An evaluation as tables for a person; at most 80 columns wide, as long as question types are short."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Group
+from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -11,6 +12,7 @@ from r2scp.jobs.config import printable
 from r2scp.pipelines.dataset import CONDITIONS
 
 HEADINGS = {"A": "A: sound only", "V": "V: picture only", "AV": "AV: both"}
+OURS = "R²ScP"
 TITLES = {
     "majority": "majority of the type",
     "question-only": "question only",
@@ -24,26 +26,20 @@ def tables(report: Mapping[str, Any]) -> Group:
     settings = report["settings"]
     name = " + ".join(part.upper() for part in ("cmr", "cap") if settings[part]) or "no recovery"
     n = report["conditions"]["AV"]["n"]
-    title = (
-        f"Accuracy in %, {report['split']} split, {n:,} questions ({name}, {settings['retrieval']} retrieval)"
+    main = grid(
+        f"Accuracy in %, {printable(report['split'])} split, {n:,} questions\n"
+        f"({name}, {settings['retrieval']} retrieval)",
+        ("model", *(HEADINGS[condition] for condition in CONDITIONS), "mean"),
     )
-    main = Grid(title=title, title_justify="left")
-    main.add_column("model", no_wrap=True)
-    for condition in CONDITIONS:
-        main.add_column(HEADINGS[condition], justify="right", no_wrap=True)
-    main.add_column("mean", justify="right")
-    rows = {
-        "r2scp": report,
-        **dict(sorted(report["baselines"].items(), key=lambda item: -item[1]["average"])),
-    }
-    for key, row in rows.items():
+    for label, row, style in _rows(report):
         cells = [_cell(row["conditions"][condition]) for condition in CONDITIONS]
-        label = "R²ScP" if key == "r2scp" else TITLES.get(key, printable(key))
-        style = "bold" if key == "r2scp" else ""
         main.add_row(Text(label), *map(Text, cells), Text(f"{100 * row['average']:.1f}"), style=style)
-    parts = [main, _types(report)]
+    parts: list[RenderableType] = [main, _types(report)]
     if "missing_rates" in report:
-        parts.append(_rates(report))
+        parts += [_rates(report, modality) for modality in ("audio", "visual")]
+    if report["unfinished"]:
+        names = printable(", ".join(report["unfinished"]))
+        parts.append(Text(f"Not trained to the end yet: {names}; `train` goes on.", style="yellow"))
     if not settings["leak_guard"]:
         parts.append(
             Text("Made WITHOUT the leak guard: a clip may have served as its own neighbour.", style="red")
@@ -51,31 +47,53 @@ def tables(report: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
+def grid(title: str, headings: tuple[str, ...]) -> Grid:
+    """An empty table whose first column gives way where it gets narrow, and no number ever does."""
+    made = Grid(
+        title=Text(title, style="table.title"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for at, heading in enumerate(headings):
+        made.add_column(Text(heading), justify="right" if at else "left", no_wrap=at > 0, overflow="fold")
+    return made
+
+
+def _rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """(label, what it reached, style), the best baseline first."""
+    others = sorted(report["baselines"].items(), key=lambda item: -item[1]["average"])
+    return [
+        (OURS, report, "bold"),
+        *((TITLES[key] if key in TITLES else printable(key), row, "") for key, row in others),
+    ]
+
+
 def _types(report: Mapping[str, Any]) -> Grid:
-    grid = Grid(title="R²ScP by question type", title_justify="left")
-    for heading in ("type", "n", *CONDITIONS):
-        grid.add_column(heading, justify="left" if heading == "type" else "right")
+    made = grid(f"\n{OURS} by question type", ("type", "n", *CONDITIONS))
     both = report["conditions"]["AV"]
     for group, score in both["groups"].items():
         kinds = [kind for kind in both["types"] if kind.split("/", 1)[0] == group]
         cells = [_cell(report["conditions"][c]["groups"][group]) for c in CONDITIONS]
-        grid.add_row(
+        made.add_row(
             Text(printable(group) or "(none)"), Text(str(score["n"])), *map(Text, cells), style="bold"
         )
         for kind in kinds if kinds != [group] else ():
             cells = [_cell(report["conditions"][c]["types"][kind]) for c in CONDITIONS]
-            label = printable(kind.split("/", 1)[1])
-            grid.add_row(Text(f"  {label}"), Text(str(both["types"][kind]["n"])), *map(Text, cells))
-    return grid
+            label = printable(kind.partition("/")[2] or kind)
+            made.add_row(Text(f"  {label}"), Text(str(both["types"][kind]["n"])), *map(Text, cells))
+    return made
 
 
-def _rates(report: Mapping[str, Any]) -> Grid:
-    grid = Grid(title="Where a modality is missing now and then", title_justify="left")
-    grid.add_column("missing")
-    grid.add_column("accuracy", justify="right")
-    for name, score in report["missing_rates"].items():
-        grid.add_row(Text(name), Text(_cell(score)))
-    return grid
+def _rates(report: Mapping[str, Any], modality: str) -> Grid:
+    shares = [name.split()[1] for name in report["missing_rates"] if name.split()[0] == modality]
+    gone = {"audio": "sound", "visual": "picture"}[modality]
+    made = grid(f"\nWhere a share of the questions lacks its {gone}", ("model", *shares))
+    for label, row, style in _rows(report):
+        cells = [_cell(row["missing_rates"][f"{modality} {share}"]) for share in shares]
+        made.add_row(Text(label), *map(Text, cells), style=style)
+    return made
 
 
 def _cell(score: Mapping[str, Any]) -> str:

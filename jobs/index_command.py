@@ -18,6 +18,7 @@ class Scope:
     bank_corpora: list[str]
     bank_splits: list[str]
     query_corpora: list[str]
+    disjoint: bool = False  # splits by source, not the corpora's own
 
 
 def index_with_progress(
@@ -31,7 +32,9 @@ def index_with_progress(
     """`run_index`, seen on stderr. Raises `UsageError` for a way to compare that does not exist."""
     settings = IndexSettings(
         retrieval=tuple(_retrieval(name) for name in retrieval or Retrieval),
-        bank=BankScope(corpora=tuple(scope.bank_corpora), splits=tuple(scope.bank_splits)),
+        bank=BankScope(
+            corpora=tuple(scope.bank_corpora), splits=tuple(scope.bank_splits), disjoint=scope.disjoint
+        ),
         query_corpora=tuple(scope.query_corpora),
         n=neighbours,
         leak_guard=leak_guard,

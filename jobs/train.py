@@ -5,6 +5,7 @@ CPUs, NCCL on GPUs), and starts them anew when one dies; they then go on from th
 The run's folder must be one that all of them see.
 """
 
+import fcntl
 import json
 import signal
 import threading
@@ -89,13 +90,30 @@ def run_training(plan: TrainPlan, means: TrainMeans, told: Told) -> Checkpoint:
     training = _training(plan, Worker(device=torch.device(means.device)), told)
     plan = replace(plan, uri=training.opened.store.uri)
     document = {"config": plan.config.to_json(), "store": plan.uri, "versions": asdict(plan.pins)}
-    replace_file(folder / "config.json", (json.dumps(document, indent=1) + "\n").encode())
-    if means.num_workers == 1:
-        training.run()
-    else:
-        del training
-        _train_on_ray(plan, means, told)
-    return find(folder)
+    with _alone(folder):
+        replace_file(folder / "config.json", (json.dumps(document, indent=1) + "\n").encode())
+        if means.num_workers == 1:
+            training.run()
+        else:
+            del training
+            _train_on_ray(plan, means, told)
+        return find(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder until this one is over, or its process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / "lock").open("ab")
+    except OSError as error:
+        raise R2SCPError(f"cannot write into {folder}: {error.strerror}") from error
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another process is training into {folder}; wait for it, or stop it") from error
+        yield
 
 
 def _going_on(plan: TrainPlan, last: Checkpoint) -> TrainPlan:

@@ -22,6 +22,8 @@ from r2scp.pipelines.flows import Resources
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 
+FEWEST_CLASSES = 2  # what a preset is told before the store was asked
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -73,8 +75,8 @@ def plan_of(store: FeatureStore, folder: Path, wanted: Wanted) -> TrainPlan:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {wanted.preset!r}")
     pins = Pins.latest(store)
     preset = PRESETS[wanted.preset]
-    draft = changed(preset(store.dim, None), wanted.settings)
-    answers = answers_of(store, pins, wanted.preset == "paper_avqa", draft.corpora)
+    draft = changed(preset(store.dim, FEWEST_CLASSES), wanted.settings)
+    answers = answers_of(store, pins, draft)
     config = preset(store.dim, None if answers is None else len(answers))
     return TrainPlan(
         uri=store.uri,

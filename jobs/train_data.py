@@ -1,6 +1,5 @@
 """What a training or an evaluation reads from the store, opened once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -60,7 +59,7 @@ class Opened:
 
     def examples(self, split: str) -> Examples:
         """The questions of a split, as this config may see them."""
-        asked = Asked(split=split, corpora=self.config.corpora)
+        asked = asked_by(self.config, split)
         examples = Examples.read(self.store, self.pins, self.clips, asked, self.answers)
         if self.config.sees == "question":
             return replace(examples, present_BM=np.zeros_like(examples.present_BM))
@@ -104,11 +103,16 @@ class Opened:
         )
 
 
-def answers_of(
-    store: FeatureStore, pins: Pins, config_choices: bool, corpora: Sequence[str]
-) -> list[str] | None:
+def answers_of(store: FeatureStore, pins: Pins, config: TrainConfig) -> list[str] | None:
     """The classes of the train split, or None where questions bring their choices."""
-    return None if config_choices else vocabulary(store, pins, tuple(corpora))
+    if config.model.classes is None:
+        return None
+    return vocabulary(store, pins, Clips.read(store, pins.clips), asked_by(config, "train"))
+
+
+def asked_by(config: TrainConfig, split: str) -> Asked:
+    """The questions of a split, as a config asks for them."""
+    return Asked(split=split, corpora=config.corpora, disjoint=config.index.bank.disjoint)
 
 
 def answerable(examples: Examples) -> Examples:

@@ -3,24 +3,28 @@
 RUN/experts/              stage I, shared
 RUN/                      stage II
 RUN/baselines/NAME/       each baseline
+
+A training of one stage alone shares nothing and rests in RUN/ whole.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 from r2scp.jobs.baselines import baselines, takes_experts
-from r2scp.jobs.checkpoints import Checkpoint
+from r2scp.jobs.checkpoints import Checkpoint, find_last
 from r2scp.jobs.evaluate import BASELINES
 from r2scp.jobs.studies import experts_of
 from r2scp.jobs.train import Following, TrainMeans, TrainPlan, run_training
+from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.flows import fan_out, ray_session
 
 EXPERTS_NAME = "experts"
 OURS = "r2scp"
 
 Told = Callable[[str, dict[str, object]], None]  # which training, an epoch's line of metrics.jsonl
+Plans = dict[str, TrainPlan]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +33,62 @@ class _Task:
     means: TrainMeans
 
 
-def run_together(plan: TrainPlan, means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
+def run_together(
+    plan: TrainPlan, means: TrainMeans, told: Told, with_baselines: bool = True
+) -> dict[str, Checkpoint]:
     """Train `plan` and its baselines; best checkpoints by name, that of `plan` under `OURS`.
 
-    On CPUs with several cores trainings run side by side, each on one core; otherwise one after another.
+    What is finished is left as it is, and all of it reads the store at the versions that the first of it
+    read. On CPUs with several cores trainings run side by side, each on one core; otherwise one after
+    another. Raises what `run_training` raises.
     """
-    experts = replace(plan, config=experts_of(plan.config), folder=plan.folder / EXPERTS_NAME)
-    first, second = {EXPERTS_NAME: experts}, {OURS: replace(plan, experts=experts.folder)}
-    for name, config in baselines(plan.config).items():
-        other = replace(plan, config=config, folder=plan.folder / BASELINES / name)
-        if takes_experts(config):
-            second[name] = replace(other, experts=experts.folder)
-        else:
-            first[name] = other
-    side_by_side = means.device == "cpu" and means.num_workers == 1 and (means.threads or 1) > 1
-    train = _side_by_side if side_by_side else _one_by_one
-    return train(first, means, told) | train(second, means, told)
+    found: dict[str, Checkpoint] = {}
+    for plans in _in_turn(plan, with_baselines):
+        side_by_side = means.device == "cpu" and means.num_workers == 1 and (means.threads or 1) > 1
+        train = _side_by_side if side_by_side and len(plans) > 1 else _one_by_one
+        found |= train(plans, means, told)
+    return found
 
 
-def _one_by_one(plans: Mapping[str, TrainPlan], means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
+def _in_turn(plan: TrainPlan, with_baselines: bool) -> tuple[Plans, Plans]:
+    """What can begin at once, and what needs the experts of it."""
+    shared = bool(plan.config.stage_one.epochs and plan.config.stage_two.epochs)
+    folder = plan.folder / EXPERTS_NAME
+    plans, second = {OURS: plan}, {OURS} if shared else set()
+    if shared:
+        plans = {EXPERTS_NAME: replace(plan, config=experts_of(plan.config), folder=folder)} | plans
+    for name, config in baselines(plan.config).items() if with_baselines else ():
+        plans[name] = replace(plan, config=config, folder=plan.folder / BASELINES / name)
+        if shared and takes_experts(config):
+            second.add(name)
+    plans = _as_begun(plans)
+    return (
+        {name: one for name, one in plans.items() if name not in second},
+        {name: replace(one, experts=folder) for name, one in plans.items() if name in second},
+    )
+
+
+def _as_begun(plans: Plans) -> Plans:
+    """All with the store's versions and the answers of the first that has begun: the store may have grown."""
+    last = next((last for one in plans.values() if (last := find_last(one.folder)) is not None), None)
+    if last is None:
+        return plans
+    versions, begun = last.store["versions"], {}
+    assert isinstance(versions, dict)
+    for name, plan in plans.items():
+        model = plan.config.model
+        if None not in (model.classes, last.config.model.classes):
+            model = replace(model, classes=last.config.model.classes)
+        config = replace(plan.config, model=model)
+        begun[name] = replace(plan, config=config, pins=Pins(**versions), answers=last.answers)
+    return begun
+
+
+def _one_by_one(plans: Plans, means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
     return {name: run_training(plan, means, partial(told, name)) for name, plan in plans.items()}
 
 
-def _side_by_side(plans: Mapping[str, TrainPlan], means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
+def _side_by_side(plans: Plans, means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
     tasks = [_Task(plan=plan, means=replace(means, threads=1)) for plan in plans.values()]
     names, found = list(plans), {}
     with ExitStack() as stack:

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from r2scp.store.bank import BankScope, source_of
+from r2scp.store.bank import source_of
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
+from r2scp.store.splits import disjoint_split
 
 MODALITIES = (Modality.AUDIO, Modality.VISUAL)  # in the order of the model's columns
 NO_ANSWER = -1  # the target of a question whose answer no training question has: always wrong
@@ -66,16 +67,28 @@ class Clips:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """Which questions: of what split, and of which corpora (empty for all)."""
+    """Which questions: of what split, and of which corpora (empty for all).
+
+    With `disjoint` the split is that of `disjoint_split` for the clip's source, not the corpus's own.
+    """
 
     split: str
     corpora: tuple[str, ...] = ()
+    disjoint: bool = False
 
-    def where(self) -> str:
-        """As an SQL condition on `questions`."""
-        where = BankScope(corpora=self.corpora, splits=(self.split,)).where()
-        assert where is not None
-        return where
+    def __str__(self) -> str:
+        protocol = ", disjoint by source" if self.disjoint else ""
+        return f"split {self.split!r}{protocol}, corpora: {', '.join(self.corpora) or 'all'}"
+
+    def rows(self, table: pa.Table, clips: Clips) -> pa.Table:
+        """Those of `table` (columns clip_id, corpus, split) that are asked for."""
+        if self.corpora:
+            table = table.filter(pc.field("corpus").isin(self.corpora))
+        if not self.disjoint:
+            return table.filter(pc.field("split") == self.split)
+        rows = (clips.row_of.get(clip_id) for clip_id in table["clip_id"].to_pylist())
+        splits = [None if row is None else disjoint_split(clips.sources[row]) for row in rows]
+        return table.filter(pa.array([split == self.split for split in splits], pa.bool_()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,14 +132,10 @@ class Examples:
         columns = ["question_id", "clip_id", "corpus", "split", "type", "answer", "choices", "answer_index"]
         table = dataset.to_table(columns=columns, scan_in_order=True)
         table = table.append_column("row", pa.array(np.arange(table.num_rows)))
-        keep = pc.field("split") == asked.split
-        if asked.corpora:
-            keep = keep & pc.field("corpus").isin(asked.corpora)
-        table = table.filter(keep).sort_by("question_id")
+        table = asked.rows(table, clips).sort_by("question_id")
         if not table.num_rows:
             raise StoreError(
-                f"the store at {store.uri} has no question with {asked.where()}; "
-                "`r2scp-pipe status` lists what there is"
+                f"the store at {store.uri} has no question ({asked}); `r2scp-pipe status` lists what there is"
             )
         clip_row_B = np.array([clips.row_of.get(c, -1) for c in table["clip_id"].to_pylist()], dtype=np.int64)
         present_RM = np.vstack([clips.present_RM, np.zeros((1, len(MODALITIES)), dtype=bool)])
@@ -147,19 +156,19 @@ class Examples:
         examples = examples.only(examples.clip_row_B >= 0, "clip not in the store")
         if not len(examples):
             reasons = ", ".join(f"{count} {reason}" for reason, count in examples.left_out.items())
-            raise StoreError(f"no question with {asked.where()} in {store.uri} can be asked: {reasons}")
+            raise StoreError(f"no question ({asked}) in {store.uri} can be asked: {reasons}")
         return examples
 
 
-def vocabulary(store: FeatureStore, pins: Pins, corpora: tuple[str, ...] = ()) -> list[str]:
-    """The answers of the train split, the most frequent first."""
-    asked = Asked(split="train", corpora=corpora)
-    answers = store.questions(["answer"], asked.where(), pins.questions)["answer"].to_pylist()
+def vocabulary(store: FeatureStore, pins: Pins, clips: Clips, asked: Asked) -> list[str]:
+    """The answers to what is asked, of the train split as a rule; the most frequent first."""
+    table = store.questions(["clip_id", "corpus", "split", "answer"], version=pins.questions)
+    answers = asked.rows(table, clips)["answer"].to_pylist()
     counts = Counter(answer for answer in answers if answer)
     if len(counts) < 2:
         raise StoreError(
-            f"training needs at least two different answers; with {asked.where()} the store at {store.uri} "
-            f"has {len(counts)}"
+            f"training needs at least two different answers; the store at {store.uri} has {len(counts)} "
+            f"({asked})"
         )
     return sorted(counts, key=lambda answer: (-counts[answer], answer))
 

@@ -69,6 +69,8 @@ class IndexSettings:
             "n": self.n,
             "leak_guard": self.leak_guard,
         }
+        if self.bank.disjoint:
+            said["disjoint"] = True
         if retrieval is Retrieval.HYBRID:
             said["cross_weight"] = self.cross_weight
         return json.dumps(said, sort_keys=True)

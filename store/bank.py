@@ -24,6 +24,7 @@ from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.nearest import NO_RANK, Best, KeyBlock, Wanted, search
 from r2scp.store.schema import Modality, Retrieval, Table
+from r2scp.store.splits import disjoint_split
 from r2scp.store.transaction import sql_literal
 
 HITS = 15  # neighbours kept a query; a model uses the first few
@@ -37,16 +38,24 @@ OTHER = {Modality.AUDIO: Modality.VISUAL, Modality.VISUAL: Modality.AUDIO}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankScope:
-    """Which clips may serve. `corpora` and `splits`: empty for all."""
+    """Which clips may serve. `corpora` and `splits`: empty for all.
+
+    With `disjoint` the splits are those of `disjoint_split`, not the corpora's own.
+    """
 
     corpora: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train",)
+    disjoint: bool = False
 
     def where(self) -> str | None:
-        """As an SQL condition on `clips`."""
-        named = [("corpus", self.corpora), ("split", self.splits)]
+        """As an SQL condition on `clips`, as far as it is one: a disjoint split is not."""
+        named = [("corpus", self.corpora), ("split", () if self.disjoint else self.splits)]
         parts = [f"{name} IN ({', '.join(map(sql_literal, values))})" for name, values in named if values]
         return " AND ".join(parts) or None
+
+    def holds(self, source: str) -> bool:
+        """The other part of the condition."""
+        return not (self.disjoint and self.splits) or disjoint_split(source) in self.splits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +124,7 @@ class MemoryBank:
         self._source_number: dict[str, int] = {}
         self._own_most = 0
         self._held: list[_Rows] | None = None
+        self._serving: Counter[Modality] = Counter()
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -138,6 +148,7 @@ class MemoryBank:
         for rows in bank._read():
             for at, (clip_id, source) in enumerate(zip(rows.clip_ids, rows.sources, strict=True)):
                 digests[clip_id], sources[clip_id] = rows.digest(at), source
+            bank._serving.update({modality: int(has.sum()) for modality, has in rows.has.items()})
             if keep:
                 held.append(rows)
         bank._held = held if keep else None
@@ -148,9 +159,7 @@ class MemoryBank:
 
     def serving(self, missing: Modality) -> int:
         """How many clips of the bank have the modality."""
-        return self.store.dataset(Table.CLIPS, self.version).count_rows(
-            filter=_and(self.scope.where(), f"{KEY_COLUMNS[missing]} IS NOT NULL")
-        )
+        return self._serving[missing]
 
     def search(self, queries: Queries, how: Search) -> Found:
         """The `how.n` nearest and farthest clips that have the missing modality, for each query.
@@ -216,10 +225,10 @@ class MemoryBank:
             waiting.append(batch)
             count += batch.num_rows
             if count >= BLOCK_KEYS:  # a batch never spans two fragments, and fragments may be small
-                yield _Rows.of(pa.Table.from_batches(waiting), self.store.dim)
+                yield _Rows.of(pa.Table.from_batches(waiting), self.store.dim, self.scope)
                 waiting, count = [], 0
         if waiting:
-            yield _Rows.of(pa.Table.from_batches(waiting), self.store.dim)
+            yield _Rows.of(pa.Table.from_batches(waiting), self.store.dim, self.scope)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,13 +241,12 @@ class _Rows:
     has: dict[Modality, np.ndarray]  # (K,) bool
 
     @classmethod
-    def of(cls, table: pa.Table, dim: int) -> "_Rows":
-        clip_ids = table["clip_id"].to_pylist()
+    def of(cls, table: pa.Table, dim: int, scope: BankScope) -> "_Rows":
+        table = table.filter(pa.array([scope.holds(source) for source in _sources(table)], pa.bool_()))
         keys, has = {}, {}
         for modality, column in KEY_COLUMNS.items():
             keys[modality], has[modality] = unit_keys(table, column, dim)
-        sources = [source_of(*pair) for pair in zip(clip_ids, table["source_id"].to_pylist(), strict=True)]
-        return cls(clip_ids=clip_ids, sources=sources, keys=keys, has=has)
+        return cls(clip_ids=table["clip_id"].to_pylist(), sources=_sources(table), keys=keys, has=has)
 
     def digest(self, at: int) -> bytes:
         """Of all that decides where one clip is a hit."""
@@ -251,6 +259,11 @@ class _Rows:
 def source_of(clip_id: str, source_id: str | None) -> str:
     """What the leak guard compares: the clip's source or, where none is known, the clip itself."""
     return source_id or f"clip:{clip_id}"
+
+
+def _sources(table: pa.Table) -> list[str]:
+    pairs = zip(table["clip_id"].to_pylist(), table["source_id"].to_pylist(), strict=True)
+    return [source_of(*pair) for pair in pairs]
 
 
 def unit_keys(table: pa.Table, column: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -271,7 +284,3 @@ def unit_keys(table: pa.Table, column: str, dim: int) -> tuple[np.ndarray, np.nd
             f"{norms[wrong[0]]:.6g}: extract these clips again"
         )
     return keys, has
-
-
-def _and(*conditions: str | None) -> str:
-    return " AND ".join(f"({condition})" for condition in conditions if condition)

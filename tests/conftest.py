@@ -335,7 +335,7 @@ def quick_plan(learnable_store: FeatureStore) -> Callable[..., TrainPlan]:
             batch_size=8,
         )
         config = replace(config, **changes)
-        answers = answers_of(store, pins, config.model.classes is None, config.corpora)
+        answers = answers_of(store, pins, config)
         places: dict[str, Any] = {"uri": store.uri, "fingerprint": store.fingerprint, "folder": folder}
         return TrainPlan(pins=pins, config=config, answers=answers, **places)
 

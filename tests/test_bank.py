@@ -20,6 +20,7 @@ from r2scp.store.bank import BankScope, Hits, MemoryBank, Queries, Search
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
+from r2scp.store.splits import SHARES, disjoint_split
 
 DIM = 24
 AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL
@@ -290,6 +291,19 @@ def test_scope_is_corpora_and_splits(make_store: Callable[[Sequence[Sample]], Fe
     assert len(nothing) == 0
     how = Search(missing=AUDIO, retrieval=Retrieval.CROSS)
     assert [hits.ids(0) for _, hits in ask(nothing, has(rows, VISUAL)[:1], how)] == [[], []]
+
+
+def test_a_disjoint_scope_goes_by_source(make_store: Callable[[Sequence[Sample]], FeatureStore]) -> None:
+    rows = samples(120)
+    store = make_store(rows)
+    banks = {split: MemoryBank.open(store, BankScope(splits=(split,), disjoint=True)) for split in SHARES}
+    for split, bank in banks.items():
+        wanted = [
+            row for row in rows if disjoint_split(bank_module.source_of(row.clip_id, row.source_id)) == split
+        ]
+        assert bank.clip_ids == sorted(row.clip_id for row in wanted)
+        assert bank.serving(AUDIO) == len(has(wanted, AUDIO))
+    assert sum(map(len, banks.values())) == len(rows)
 
 
 def test_pinned_version_and_fingerprint(make_store: Callable[[Sequence[Sample]], FeatureStore]) -> None:

@@ -11,6 +11,7 @@ from r2scp.pipelines.examples import MODALITIES, NO_ANSWER, Asked, Clips, Exampl
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
+from r2scp.store.splits import SHARES, disjoint_split
 
 Write = Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]
 
@@ -132,15 +133,20 @@ def test_versions_are_pinned(own_store: FeatureStore, write: Write) -> None:
     assert np.array_equal(again.question_row_B, before.question_row_B)
 
 
+def heard(store: FeatureStore, corpora: tuple[str, ...] = ()) -> list[str]:
+    pins = Pins.latest(store)
+    asked = Asked(split="train", corpora=corpora)
+    return vocabulary(store, pins, Clips.read(store, pins.clips), asked)
+
+
 def test_vocabulary_is_the_train_splits(asked_store: FeatureStore) -> None:
-    pins = Pins.latest(asked_store)
     train = [row for row in rows(asked_store, Table.QUESTIONS).values() if row["split"] == "train"]
     counts = Counter(row["answer"] for row in train if row["corpus"] == "music-avqa")
-    answers = vocabulary(asked_store, pins, ("music-avqa",))
+    answers = heard(asked_store, ("music-avqa",))
     assert set(answers) == set(counts)
     assert "bagpipe" not in answers  # only the test split has it
     assert [counts[answer] for answer in answers] == sorted(counts.values(), reverse=True)
-    assert set(vocabulary(asked_store, pins)) == {row["answer"] for row in train}
+    assert set(heard(asked_store)) == {row["answer"] for row in train}
     found = examples(asked_store, "test", ("music-avqa",), answers)
     assert found.target_B[found.question_ids.index("music-avqa/unheard")] == NO_ANSWER
 
@@ -151,18 +157,18 @@ def test_equally_frequent_answers_are_in_alphabetical_order(own_store: FeatureSt
     said = [names[at] if at < len(names) else None for at in range(len(train))]
     assert len(train) >= len(names)
     write(own_store, Table.QUESTIONS, [row | {"answer": name} for row, name in zip(train, said, strict=True)])
-    answers = vocabulary(own_store, Pins.latest(own_store), ("music-avqa",))
+    answers = heard(own_store, ("music-avqa",))
     assert answers == ["bell", "zither", "accordion", "drum"]
 
 
 def test_nothing_to_ask_is_said(own_store: FeatureStore, write: Write) -> None:
     for split, corpora in (("dev", ()), ("train", ("vggsound",))):
-        with pytest.raises(StoreError, match=r"has no question with .*'(dev|vggsound)'.*status"):
+        with pytest.raises(StoreError, match=r"has no question \(.*(dev|vggsound).*status"):
             examples(own_store, split, corpora, ["yes"])
     with pytest.raises(StoreError, match=r"can be asked: \d+ no choices"):
         examples(own_store, "train", ("music-avqa",))
     with pytest.raises(StoreError, match=r"two different answers.*has 0"):
-        vocabulary(own_store, Pins.latest(own_store), ("vggsound",))
+        heard(own_store, ("vggsound",))
     own_store.commit(Table.CLIPS, [], {}, also_delete=own_store.clips(["clip_id"])["clip_id"].to_pylist())
     with pytest.raises(StoreError, match=r"can be asked: \d+ clip not in the store"):
         examples(own_store, "train", (), ["yes"])
@@ -171,3 +177,28 @@ def test_nothing_to_ask_is_said(own_store: FeatureStore, write: Write) -> None:
 def test_a_store_without_an_index_has_no_version_of_it(own_store: FeatureStore) -> None:
     lance.LanceDataset.drop(own_store.address(Table.NEIGHBOURS).uri)
     assert Pins.latest(own_store).neighbours == 0
+
+
+def test_under_a_disjoint_split_no_source_is_in_two(asked_store: FeatureStore) -> None:
+    pins = Pins.latest(asked_store)
+    clips = Clips.read(asked_store, pins.clips)
+    sources, ids = {}, []
+    for split in SHARES:
+        try:
+            found = Examples.read(asked_store, pins, clips, Asked(split=split, disjoint=True), ["yes"])
+        except StoreError:  # none of these few sources falls there
+            continue
+        ids += found.question_ids
+        for row in found.clip_row_B:
+            assert (
+                sources.setdefault(clips.sources[row], split) == split == disjoint_split(clips.sources[row])
+            )
+    asked = [row for row in rows(asked_store, Table.QUESTIONS).values() if row["clip_id"] in clips.row_of]
+    assert sorted(ids) == sorted(row["question_id"] for row in asked)
+    assert len(set(sources.values())) > 1
+
+
+def test_shares_of_the_disjoint_split() -> None:
+    counts = Counter(disjoint_split(f"video{number}") for number in range(20_000))
+    for split, share in SHARES.items():
+        assert counts[split] / 20_000 == pytest.approx(share / 100, abs=0.01)

@@ -102,6 +102,26 @@ def test_means_that_cannot_be(quick_plan: Quick, tmp_path: Path) -> None:
     refused(quick_plan(tmp_path), UsageError, "at least 1 worker; got 0", TrainMeans(num_workers=0))
 
 
+def test_a_folder_that_cannot_be_written(quick_plan: Quick, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    refused(
+        quick_plan(tmp_path / "file" / "run"), R2SCPError, r"cannot write into .*file/run: Not a directory"
+    )
+
+
+def test_a_folder_where_another_training_is_at_work(quick_plan: Quick, tmp_path: Path) -> None:
+    plan, heard = quick_plan(tmp_path / "run"), []
+
+    def told(values: dict[str, object]) -> None:
+        heard.append(values)
+        if len(heard) == 2:
+            refused(plan, UsageError, r"another process is training into .*run")
+
+    run_training(plan, TrainMeans(), told)
+    assert len(heard) == 6
+    assert find(plan.folder).finished
+
+
 def test_a_loss_that_is_no_number(
     learnable_store: FeatureStore, quick_plan: Quick, copy: Copy, write: Callable, tmp_path: Path
 ) -> None:
@@ -143,7 +163,7 @@ def test_the_reader_stops_where_validation_fails(
 
     monkeypatch.setattr("r2scp.pipelines.dataset.Dataset.targets", failing)
     with pytest.raises(RuntimeError, match="no such row") as held:
-        run_training(quick_plan(tmp_path), TrainMeans(), lambda values: None)
+        run_training(quick_plan(tmp_path, evaluate_rows=1), TrainMeans(), lambda values: None)
     assert held.tb is not None
     assert not reading()
 
