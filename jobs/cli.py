@@ -20,6 +20,10 @@ from r2scp.jobs.config import (
     storage_options,
 )
 
+ChangeOption = Annotated[
+    list[str] | None, typer.Option("--set", help="SETTING=VALUE, such as model.k=3. Repeatable.")
+]
+
 app = typer.Typer(
     name="r2scp-pipe",
     help="Features of videos into a store, and answers about recordings whose sound or picture is missing.",
@@ -37,13 +41,21 @@ def demo(
     clips: Annotated[int, typer.Option(min=1, help="How many clips of 10 s to generate.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Which corpus: the same seed, the same clips.")] = 7,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
+    change: ChangeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """The whole journey: generate mp4 files, extract, index, train, answer with a modality missing."""
     with speaking():
         from r2scp.jobs.demo import DemoWanted, run_demo
 
-        wanted = DemoWanted(folder=folder, clips=clips, seed=seed, num_workers=num_workers, as_json=as_json)
+        wanted = DemoWanted(
+            folder=folder,
+            clips=clips,
+            seed=seed,
+            num_workers=num_workers,
+            settings=tuple(change or ()),
+            as_json=as_json,
+        )
         say(run_demo(wanted), as_json)
 
 
@@ -123,9 +135,7 @@ def index(
 def train(
     run: Annotated[Path, typer.Argument(help="Folder of the run; the same again goes on where it stopped.")],
     preset: Annotated[str, typer.Option(help="demo, paper_music_avqa or paper_avqa.")] = "demo",
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="SETTING=VALUE, such as model.k=3. Repeatable.")
-    ] = None,
+    change: ChangeOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything left to chance.")] = 1,
     baselines: Annotated[bool, typer.Option(help="Also train what evaluate compares with.")] = True,
     num_workers: Annotated[int, typer.Option(min=1, help="Processes that train one model together.")] = 1,
@@ -151,7 +161,12 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run that `train` made.")],
     split: Annotated[str, typer.Option(help="The test split is meant to be read once.")] = "test",
-    missing_rates: Annotated[bool, typer.Option(help="Also lose each modality at 30, 50 and 70 %.")] = False,
+    missing_rates: Annotated[
+        bool, typer.Option("--missing-rates", help="Also lose each modality at 30, 50 and 70 %.")
+    ] = False,
+    latest: Annotated[
+        bool, typer.Option("--latest", help="The store as it is now, not as the training read it.")
+    ] = False,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
@@ -160,12 +175,15 @@ def evaluate(
 ) -> None:
     """Accuracy with sound alone, picture alone and both, beside the baselines."""
     with speaking():
+        from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans
         from r2scp.jobs.extract import pick_device
         from r2scp.jobs.train_command import evaluate_with_progress
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
-        report = evaluate_with_progress(opened, run, split, missing_rates, pick_device(device), as_json)
+        rates = MISSING_RATES if missing_rates else ()
+        means = EvaluateMeans(split=split, latest=latest, rates=rates, device=pick_device(device))
+        report = evaluate_with_progress(opened, run, means, as_json)
         if as_json:
             say(report, as_json)
 
@@ -183,9 +201,7 @@ def study(
     ),
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each variant.")] = 3,
     preset: Annotated[str, typer.Option(help="demo, paper_music_avqa or paper_avqa.")] = "demo",
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="SETTING=VALUE, such as model.k=3. Repeatable.")
-    ] = None,
+    change: ChangeOption = None,
     first_seed: Annotated[int, typer.Option(min=0, help="Seeds count up from here.")] = 1,
     split: Annotated[str, typer.Option(help="What is told: test, or val while you still choose.")] = "test",
     num_workers: Annotated[

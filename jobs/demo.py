@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r2scp.jobs.config import absolute, default_workers, tell
+from r2scp.jobs.evaluate import EvaluateMeans
 from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device
 from r2scp.jobs.extract_command import run_with_progress
 from r2scp.jobs.index_command import Scope, index_with_progress
@@ -20,12 +21,13 @@ STEPS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class DemoWanted:
-    """Which corpus, and what to do it with."""
+    """Which corpus, and what to do it with. `settings` of the preset `demo` to change, as for `train`."""
 
     folder: Path
     clips: int
     seed: int
     num_workers: int | None
+    settings: tuple[str, ...] = ()
     as_json: bool = False
 
 
@@ -51,10 +53,11 @@ def run_demo(wanted: DemoWanted) -> dict[str, object]:
     index = index_with_progress(store, None, scope, HITS, IndexSettings().cross_weight, leak_guard=True)
     clock.done("index", f"{index['searched']} searches among {index['bank_clips']} clips")
     tell(f"4/{STEPS} training experts, then the model and what it must beat, in {run}")
-    trained = train_with_progress(store, run, Wanted(preset="demo"), train_means(1, None, None, workers))
+    asked = Wanted(preset="demo", settings=wanted.settings)
+    trained = train_with_progress(store, run, asked, train_means(1, None, None, workers))
     clock.done("train", f"best after epoch {trained['epoch']}")
     tell(f"5/{STEPS} asking the test split's questions with sound alone, picture alone and both")
-    evaluation = evaluate_with_progress(store, run, "test", False, pick_device(None), wanted.as_json)
+    evaluation = evaluate_with_progress(store, run, EvaluateMeans(device=pick_device(None)), wanted.as_json)
     clock.done("evaluate", f"{100 * evaluation['average']:.1f} % on average")
     ended: dict[str, object] = {
         "seconds": clock.seconds,

@@ -7,8 +7,9 @@ store. The test split is meant to be read once, here.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,13 @@ Progress = Callable[[str, int, int], None]  # what, questions done, questions to
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateMeans:
-    """How to evaluate. `rates`: also lose each modality with these probabilities."""
+    """How to evaluate. `rates`: also lose each modality with these probabilities.
+
+    `latest`: read the store as it is now, with whatever the bank has gained since the training.
+    """
 
     split: str = "test"
+    latest: bool = False
     rates: tuple[float, ...] = ()
     device: str = "cpu"
     progress: Progress = lambda *_: None
@@ -71,15 +76,15 @@ class Asked:
         }
 
 
-def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[str, object]:
+def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run and its baselines.
 
-    Reads the store at the versions that the training read. `unfinished` in what comes back names trainings
-    that had not ended. Raises `FingerprintMismatch` for a store of another encoder, `CheckpointError` where
-    the run has no checkpoint or its baselines are of other versions of the store.
+    Reads the store at the versions that the training read, unless `means` say otherwise. `unfinished` in what
+    comes back names trainings that had not ended. Raises `FingerprintMismatch` for another encoder's store,
+    `CheckpointError` where the run has no checkpoint or its baselines are of other versions of the store.
     """
     checkpoint = find(run)
-    opened = open_for(checkpoint, store)
+    opened = open_for(checkpoint, store, means.latest)
     asked = questions_of(opened, means.split)
     others = {path.parent.name: find(path) for path in (checkpoint.folder / BASELINES).glob("*/best.json")}
     for other in others.values():
@@ -92,7 +97,7 @@ def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[s
     majority = dict.fromkeys(answered, _majority(opened, asked))  # whatever is missing
     baselines: dict[str, object] = {"majority": _report(majority)}
     for name, other in sorted(others.items()):
-        seen = open_for(other, store)
+        seen = open_for(other, store, means.latest)
         baselines[name] = _report(evaluate_model(other, seen, questions_of(seen, means.split), means))
     return {
         "run": str(checkpoint.folder),
@@ -107,23 +112,26 @@ def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[s
             "k": checkpoint.config.model.k,
             "seed": checkpoint.config.seed,
             "leak_guard": checkpoint.config.index.leak_guard,
+            "disjoint": checkpoint.config.index.bank.disjoint,
         },
         "unfinished": [name for name, one in {"r2scp": checkpoint, **others}.items() if not _finished(one)],
         "left_out": asked.left_out,
         "answers_unknown": int((asked.target_B == NO_ANSWER).sum()),
-        "store": checkpoint.store | {"uri": store.uri},
+        "store": checkpoint.store | {"uri": store.uri, "versions": asdict(opened.pins)},
+        "latest": means.latest,
         "trained_on": checkpoint.store["uri"],
         "checkpoint": {"epoch": checkpoint.epoch, "step": checkpoint.step, "sha256": checkpoint.sha256},
         "code": checkpoint.code,
     }
 
 
-def open_for(checkpoint: Checkpoint, store: FeatureStore) -> Opened:
-    """The store as the checkpoint's training saw it. Raises `FingerprintMismatch`."""
+def open_for(checkpoint: Checkpoint, store: FeatureStore, latest: bool = False) -> Opened:
+    """The store as the checkpoint's training saw it, or as it is now. Raises `FingerprintMismatch`."""
     checkpoint.require_store(store)
     versions = checkpoint.store["versions"]
     assert isinstance(versions, dict)
-    return Opened.read(store, Pins(**versions), checkpoint.config, checkpoint.answers)
+    pins = Pins.latest(store) if latest else Pins(**versions)
+    return Opened.read(store, pins, checkpoint.config, checkpoint.answers)
 
 
 def questions_of(opened: Opened, split: str) -> Examples:
@@ -142,7 +150,7 @@ def evaluate_model(
     model, dataset = checkpoint.model(worker.device), opened.dataset(examples)
     asks = {name: np.full(len(examples), missing) for name, missing in CONDITIONS.items()}
     for rate in means.rates:
-        asks |= _at_rate(len(examples), rate)
+        asks |= at_rate(len(examples), rate)
     answered = {}
     for name, missing_N in asks.items():
         answered[name] = asked = Asked()
@@ -159,8 +167,11 @@ def evaluate_model(
     return answered
 
 
-def _at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
-    """Who loses what, for each modality: those at a lower rate also lose it at a higher one."""
+def at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
+    """Which of `count` questions lose each modality, as `Ask.missing_B`, for every model the same ones.
+
+    Those that lose it at a lower rate also do at a higher one.
+    """
     draw_MN = np.random.default_rng(MISSING_SEED).random((len(MODALITIES), count))
     return {
         f"{modality.value} {rate:.0%}": np.where(draw_MN[column] < rate, column, NOTHING)

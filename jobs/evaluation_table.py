@@ -26,9 +26,9 @@ def tables(report: Mapping[str, Any]) -> Group:
     settings = report["settings"]
     name = " + ".join(part.upper() for part in ("cmr", "cap") if settings[part]) or "no recovery"
     n = report["conditions"]["AV"]["n"]
+    split = printable(report["split"]) + (" split by source" if settings["disjoint"] else " split")
     main = grid(
-        f"Accuracy in %, {printable(report['split'])} split, {n:,} questions\n"
-        f"({name}, {settings['retrieval']} retrieval)",
+        f"Accuracy in %, {split}, {n:,} questions\n({name}, {settings['retrieval']} retrieval)",
         ("model", *(HEADINGS[condition] for condition in CONDITIONS), "mean"),
     )
     for label, row, style in _rows(report):

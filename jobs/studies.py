@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from r2scp.jobs.baselines import NO_RECOVERY, NO_RECOVERY_DROPOUT, baselines
 from r2scp.jobs.train_config import StageConfig, TrainConfig
+from r2scp.model.losses import LossConfig, Rank
 from r2scp.model.settings import ModelConfig
 from r2scp.store.errors import UsageError
 from r2scp.store.schema import Retrieval
@@ -67,6 +68,7 @@ def components(base: TrainConfig) -> Study:
 
 def strategy(base: TrainConfig) -> Study:
     """Table 3."""
+    base = _model(base, cmr=True, cap=True)
     return Study(
         title="Training strategy (Table 3)",
         asks="What do the two stages and the rank loss add?",
@@ -96,10 +98,10 @@ def retrieval(base: TrainConfig) -> Study:
 
 def bank(base: TrainConfig, corpora: tuple[str, ...]) -> Study:
     """Table 4: banks of other corpora. Each needs its own `index --bank-corpus`."""
-    variants = {"no bank": baselines(base)[NO_RECOVERY_DROPOUT], "all": base}
-    for corpus in corpora:
-        scope = replace(base.index.bank, corpora=(corpus,))
-        variants[corpus] = replace(base, index=replace(base.index, bank=scope))
+    variants = {"no bank": baselines(base)[NO_RECOVERY_DROPOUT]}
+    for name, serving in {"all": (), **{corpus: (corpus,) for corpus in corpora}}.items():
+        scope = replace(base.index.bank, corpora=serving)
+        variants[name] = replace(base, index=replace(base.index, bank=scope))
     return Study(
         title="Bank corpus (Table 4)",
         asks="Whose clips should stand in for what is missing?",
@@ -109,12 +111,13 @@ def bank(base: TrainConfig, corpora: tuple[str, ...]) -> Study:
 
 
 def neighbours(base: TrainConfig) -> Study:
-    """Figure 4, left."""
+    """Figure 4, left; as far as the index goes."""
+    amounts = sorted({1, 3, 5, 10, base.model.neighbours})
     return Study(
         title="Neighbours n (Fig. 4)",
         asks="How many clips should stand in for what is missing?",
-        variants={f"n = {n}": _model(base, neighbours=n) for n in (1, 3, 5, 10)},
-        against="n = 3",
+        variants={f"n = {n}": _model(base, neighbours=n) for n in amounts if n <= base.index.n},
+        against=f"n = {base.model.neighbours}",
     )
 
 
@@ -131,6 +134,7 @@ def budget(base: TrainConfig) -> Study:
 
 def saliency(base: TrainConfig) -> Study:
     """What the paper's saliency, a constant, costs; and the other readings of CAP."""
+    base = _model(base, cap=True, cap_gradient="straight_through")
     return Study(
         title="Saliency and gradient of CAP",
         asks="What does the paper's saliency, which is constant, cost? Does W_proj need its gradient?",
@@ -139,7 +143,7 @@ def saliency(base: TrainConfig) -> Study:
             "output_norm": _model(base, saliency="output_norm"),
             "literal (the paper)": _model(base, saliency="literal"),
             "random": _model(base, saliency="random"),
-            "received, no gradient to W_proj": _model(base, cap_gradient="none"),
+            "received, no gradient to W_proj": _model(base, saliency="received", cap_gradient="none"),
         },
         against="received",
     )
@@ -147,13 +151,18 @@ def saliency(base: TrainConfig) -> Study:
 
 def rank(base: TrainConfig) -> Study:
     """The rank loss and its readings."""
+    weight = base.loss.rank_weight or LossConfig().rank_weight
+
+    def ranked(rank: Rank) -> TrainConfig:
+        return replace(base, loss=replace(base.loss, rank=rank, rank_weight=weight))
+
     return Study(
         title="Rank loss",
         asks="Which side of the rank loss may move?",
         variants={
-            "stop-gradient": replace(base, loss=replace(base.loss, rank="stopgrad")),
-            "the paper": replace(base, loss=replace(base.loss, rank="paper")),
-            "the release": replace(base, loss=replace(base.loss, rank="release")),
+            "stop-gradient": ranked("stopgrad"),
+            "the paper": ranked("paper"),
+            "the release": ranked("release"),
             "none": replace(base, loss=replace(base.loss, rank_weight=0.0)),
         },
         against="none",
@@ -162,6 +171,7 @@ def rank(base: TrainConfig) -> Study:
 
 def missing_rate(base: TrainConfig) -> Study:
     """Figure 5."""
+    base = _model(base, cmr=True, cap=True)
     without = baselines(base)
     return Study(
         title="Missing rate (Fig. 5)",
@@ -178,6 +188,7 @@ def missing_rate(base: TrainConfig) -> Study:
 
 def loads(base: TrainConfig) -> Study:
     """Figure 6."""
+    base = _model(base, cmr=True, cap=True)
     return Study(
         title="Expert loads over training (Fig. 6)",
         asks="Whom does the router listen to?",
@@ -187,6 +198,7 @@ def loads(base: TrainConfig) -> Study:
     )
 
 
+#: All but that of banks, which needs to know the corpora.
 STUDIES: dict[str, Callable[[TrainConfig], Study]] = {
     "components": components,
     "strategy": strategy,
@@ -201,16 +213,25 @@ STUDIES: dict[str, Callable[[TrainConfig], Study]] = {
 
 
 def study_of(name: str, base: TrainConfig, corpora: tuple[str, ...]) -> Study:
-    """The study of that name. `corpora`: of the store's clips, for the study of banks."""
-    if name == "bank":
-        return bank(base, corpora)
-    if name not in STUDIES:
+    """The study of that name. `corpora`: of the store's clips, for the study of banks.
+
+    Raises `UsageError` for a name that is none, and for settings under which it cannot be.
+    """
+    if name != "bank" and name not in STUDIES:
         raise UsageError(f"a study is one of {', '.join((*STUDIES, 'bank'))}; got {name!r}")
-    return STUDIES[name](base)
+    if base.sees == "question" or not (base.stage_one.epochs and base.stage_two.epochs):
+        raise UsageError(
+            "a study varies a training of both stages that sees everything: stage_one.epochs and "
+            "stage_two.epochs must be above 0, and sees must be everything"
+        )
+    return bank(base, corpora) if name == "bank" else STUDIES[name](base)
 
 
 def experts_of(config: TrainConfig) -> TrainConfig:
-    """The training of stage I that `config` begins with: the same for all that differ in stage II alone."""
+    """The training of stage I that `config` begins with: the same for all that differ in stage II alone.
+
+    Of the index only the way to split matters here.
+    """
     nothing = StageConfig(epochs=0)
     plain = TrainConfig(model=ModelConfig(), stage_one=config.stage_one, stage_two=nothing)
     ours = {name: getattr(config.model, name) for name in STAGE_ONE_SETTINGS}
@@ -219,7 +240,7 @@ def experts_of(config: TrainConfig) -> TrainConfig:
         model=replace(plain.model, cmr=False, cap=False, **ours),
         stage_two=nothing,
         loss=plain.loss,
-        index=plain.index,
+        index=replace(plain.index, bank=replace(plain.index.bank, disjoint=config.index.bank.disjoint)),
         retrieval=plain.retrieval,
         negatives=plain.negatives,
     )

@@ -1,14 +1,9 @@
 """`study`: many trainings, side by side on Ray, and what they say together.
 
-    FOLDER/experts/KEY     stage I, shared by all variants that begin alike
-    FOLDER/runs/KEY        one training, with its evaluation; shared by all studies that need it
-    FOLDER/NAME.json .md   a study's results
-
-KEY is of the whole config, so a study that is started again, or another that needs the same training, goes
-on from what is there.
+FOLDER/experts/ FOLDER/runs/   the trainings (`r2scp.jobs.study_runs`), shared by all studies
+FOLDER/NAME.json .md           a study's results
 """
 
-import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +11,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from r2scp.jobs.checkpoints import code_version, find, find_last, replace_file
-from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
-from r2scp.jobs.studies import Study, experts_of
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_config import TrainConfig
+from r2scp.jobs.checkpoints import find, replace_file
+from r2scp.jobs.evaluate import questions_of
+from r2scp.jobs.studies import Study
+from r2scp.jobs.study_runs import Contents, Job, experts_job, job_of, work
+from r2scp.jobs.train import TrainPlan
+from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_log import lines
 from r2scp.pipelines.dataset import CONDITIONS
 from r2scp.pipelines.flows import Resources, fan_out, ray_session
+from r2scp.store.errors import R2SCPError
 from r2scp.store.feature_store import FeatureStore
 
 AVERAGE = "average"
 MEASURES = (*CONDITIONS, AVERAGE)
 
 Told = Callable[[str], None]
+Jobs = Mapping[tuple[str, int], Job]  # by variant and seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,137 +44,96 @@ class StudyMeans:
     told: Told = lambda _: None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One training and its evaluation; what a task gets."""
-
-    plan: TrainPlan
-    split: str  # "": do not evaluate
-    rates: bool
-    device: str
-
-
 def run_study(name: str, study: Study, means: StudyMeans) -> dict[str, Any]:
-    """Train what is not trained yet, evaluate, and write `NAME.json`; what it holds."""
-    seeded = {
-        (variant, seed): replace(config, seed=seed)
-        for variant, config in study.variants.items()
-        for seed in means.seeds
-    }
-    jobs = {at: _job(config, means, study.rates) for at, config in seeded.items()}
-    with ray_session(means.resources):
-        begun = [
-            _experts(config, means) for at, config in seeded.items() if jobs[at].plan.experts is not None
-        ]
-        first = {job.plan.folder: job for job in begun if not _trained(job)}
-        _run(list(first.values()), "stage I", means)
-        due = {job.plan.folder: job for job in jobs.values() if not _evaluated(job)}
-        _run(list(due.values()), name, means)
-    report = {
-        "study": name,
-        "title": study.title,
-        "asks": study.asks,
-        "split": means.split,
-        "seeds": list(means.seeds),
-        "against": study.against,
-        "variants": {
-            variant: _variant(study, variant, [jobs[variant, seed] for seed in means.seeds], jobs, means)
-            for variant in study.variants
-        },
-        "store": {
-            "uri": means.plan.uri,
-            "fingerprint": means.plan.fingerprint,
-            "versions": asdict(means.plan.pins),
-        },
-        "code": code_version(),
-    }
+    """Train what is not trained yet, evaluate, and write `NAME.json`; what it holds.
+
+    Raises `StoreError` before anything is trained where the store lacks what a variant or the split needs,
+    and `R2SCPError` at the end where trainings failed: what the others reached stays.
+    """
+    store = FeatureStore.open(means.plan.uri, means.plan.fingerprint, means.plan.storage_options)
+    contents = Contents(store=store, pins=means.plan.pins)
+    plan = replace(means.plan, folder=means.folder.absolute())
+    template = Job(name=name, plan=plan, split=means.split, rates=study.rates, device=means.device)
+    jobs, begun = {}, []
+    for variant, config in study.variants.items():
+        for seed in means.seeds:
+            seeded, named = replace(config, seed=seed), f"{variant}, seed {seed}"
+            jobs[variant, seed] = job = job_of(named, template, contents, seeded)
+            if job.plan.experts is not None:
+                begun.append(experts_job(named, template, contents, seeded))
+    _require_split(store, template)
+    _run(begun, "stage I", means)
+    _run(list(jobs.values()), name, means)
+    report = _report(name, study, jobs, means) | {"store": _described(store, plan)}
     replace_file(means.folder / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 
-def key_of_config(config: TrainConfig) -> str:
-    """Names a training by all of its settings."""
-    return hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+def _require_split(store: FeatureStore, template: Job) -> None:
+    """Raises `StoreError` for a split without questions, before hours are spent."""
+    plain = replace(template.plan.config, sees="question")  # reads no neighbours
+    opened = Opened.read(store, template.plan.pins, plain, template.plan.answers)
+    questions_of(opened, template.split)
 
 
-def _job(config: TrainConfig, means: StudyMeans, rates: bool) -> _Job:
-    """A variant's training; one without a stage II is that of its experts."""
-    if not config.stage_two.epochs:
-        return replace(_experts(config, means), split=means.split, rates=rates)
-    experts = (
-        means.folder / "experts" / key_of_config(experts_of(config)) if config.stage_one.epochs else None
-    )
-    plan = replace(
-        means.plan, config=config, folder=means.folder / "runs" / key_of_config(config), experts=experts
-    )
-    return _Job(plan=plan, split=means.split, rates=rates, device=means.device)
-
-
-def _experts(config: TrainConfig, means: StudyMeans) -> _Job:
-    experts = experts_of(config)
-    plan = replace(means.plan, config=experts, folder=means.folder / "experts" / key_of_config(experts))
-    return _Job(plan=plan, split="", rates=False, device=means.device)
-
-
-def _run(jobs: Sequence[_Job], what: str, means: StudyMeans) -> None:
-    for done, (_, said) in enumerate(fan_out(_work, jobs, gpus=means.gpus), start=1):
-        means.told(f"{what}: {done} of {len(jobs)} trainings; {said}")
-
-
-def _work(job: _Job) -> str:
-    """Runs in a task: train, or go on training, and evaluate."""
-    torch.set_num_threads(1)
-    run_training(job.plan, TrainMeans(device=job.device, threads=1), lambda _: None)
-    best = find(job.plan.folder)
-    if job.split:
-        store = FeatureStore.open(job.plan.uri, job.plan.fingerprint, job.plan.storage_options)
-        rates = MISSING_RATES if job.rates else ()
-        report = run_evaluate(
-            store, job.plan.folder, EvaluateMeans(split=job.split, rates=rates, device=job.device)
+def _run(jobs: Sequence[Job], what: str, means: StudyMeans) -> None:
+    """Those that are not done yet, each once."""
+    due = list({job.plan.folder: job for job in jobs if not job.done}.values())
+    if not due:
+        return
+    failed = []
+    with ray_session(means.resources):
+        for done, (at, outcome) in enumerate(fan_out(work, due, gpus=means.gpus), start=1):
+            means.told(f"{what}: {done} of {len(due)} trainings; {due[at].name}: {outcome.said}")
+            if outcome.failed:
+                failed.append(f"{due[at].name}: {outcome.said}")
+    if failed:
+        raise R2SCPError(
+            f"{len(failed)} of {len(due)} trainings failed: {failed[0]} (the others are kept; the same study "
+            "goes on with what is left)"
         )
-        replace_file(_evaluation(job), (json.dumps(report, indent=1) + "\n").encode())
-    return f"validation {100 * best.metrics['mean']:.1f} % at epoch {best.epoch}"
 
 
-def _evaluation(job: _Job) -> Path:
-    return job.plan.folder / f"evaluation-{job.split}{'-rates' if job.rates else ''}.json"
-
-
-def _trained(job: _Job) -> bool:
-    last = find_last(job.plan.folder)
-    return last is not None and last.epoch == job.plan.config.stage_one.epochs
-
-
-def _evaluated(job: _Job) -> bool:
-    return _evaluation(job).exists()
-
-
-def _variant(
-    study: Study,
-    variant: str,
-    jobs: Sequence[_Job],
-    all_jobs: Mapping[tuple[str, int], _Job],
-    means: StudyMeans,
-) -> dict[str, Any]:
-    """A row: each measure over the seeds, and paired by seed against another variant."""
-    values = [_measures(job) for job in jobs]
-    others = [_measures(all_jobs[study.against, seed]) for seed in means.seeds]
-    row: dict[str, Any] = {
-        "runs": [str(job.plan.folder.relative_to(means.folder)) for job in jobs],
-        "validation": [find(job.plan.folder).metrics["mean"] for job in jobs],
-        "accuracy": {name: _spread([value[name] for value in values]) for name in values[0]},
-        "difference": {
-            name: _spread([value[name] - other[name] for value, other in zip(values, others, strict=True)])
-            for name in values[0]
-        },
+def _report(name: str, study: Study, jobs: Jobs, means: StudyMeans) -> dict[str, Any]:
+    reports = {at: json.loads(job.evaluation.read_bytes()) for at, job in jobs.items()}
+    measures = {at: _measures(report) for at, report in reports.items()}
+    variants = {}
+    for variant in study.variants:
+        mine = [jobs[variant, seed] for seed in means.seeds]
+        variants[variant] = row = _row(
+            [measures[variant, seed] for seed in means.seeds],
+            [measures[study.against, seed] for seed in means.seeds],
+        )
+        row["runs"] = [job.plan.folder.relative_to(means.folder.absolute()).as_posix() for job in mine]
+        row["validation"] = [find(job.plan.folder).metrics["mean"] for job in mine]
+        if study.loads:
+            row["loads"] = [_loads(job) for job in mine]
+    return {
+        "study": name,
+        "title": study.title,
+        "asks": study.asks,
+        "split": means.split,
+        "n": next(iter(reports.values()))["conditions"]["AV"]["n"],
+        "seeds": list(means.seeds),
+        "against": study.against,
+        "variants": variants,
+        "leak_guard": all(report["settings"]["leak_guard"] for report in reports.values()),
+        "disjoint": means.plan.config.index.bank.disjoint,
+        "code": sorted({report["code"] for report in reports.values()}),  # some may be of earlier days
     }
-    if study.loads:
-        row["loads"] = [_loads(job) for job in jobs]
-    return row
 
 
-def _measures(job: _Job) -> dict[str, float]:
-    report = json.loads(_evaluation(job).read_bytes())
+def _row(values: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Each measure over the seeds, and paired by seed against another variant."""
+    accuracy, difference = {}, {}
+    for name in values[0]:
+        accuracy[name] = _spread([value[name] for value in values])
+        pairs = zip(values, others, strict=True)
+        difference[name] = _spread([value[name] - other[name] for value, other in pairs])
+    return {"accuracy": accuracy, "difference": difference}
+
+
+def _measures(report: Mapping[str, Any]) -> dict[str, float]:
     accuracies = {name: report["conditions"][name]["accuracy"] for name in CONDITIONS}
     accuracies[AVERAGE] = report[AVERAGE]
     return accuracies | {name: part["accuracy"] for name, part in report.get("missing_rates", {}).items()}
@@ -190,18 +145,16 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "sd": deviation, "values": list(values)}
 
 
-def _loads(job: _Job) -> list[dict[str, float]]:
+def _loads(job: Job) -> list[dict[str, float]]:
     """The router's mean weights by condition and source, epoch by epoch."""
-    epochs = [line for line in lines(job.plan.folder / "metrics.jsonl") if line["kind"] == "epoch"]
     found = []
-    for line in epochs:
-        train = line["train"]
-        assert isinstance(train, Mapping)
-        found.append(
-            {
-                name.removeprefix("router/"): value
-                for name, value in train.items()
-                if name.startswith("router/")
-            }
-        )
+    for line in lines(job.plan.folder / "metrics.jsonl"):
+        train = line.get("train")
+        if line["kind"] == "epoch" and isinstance(train, Mapping):
+            weights = {name: value for name, value in train.items() if name.startswith("router/")}
+            found.append({name.removeprefix("router/"): value for name, value in weights.items()})
     return found
+
+
+def _described(store: FeatureStore, plan: TrainPlan) -> dict[str, Any]:
+    return {"uri": store.uri, "fingerprint": store.fingerprint, "versions": asdict(plan.pins)}

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from r2scp.jobs.checkpoints import replace_file
 from r2scp.jobs.config import absolute, default_workers, tell
 from r2scp.jobs.extract import pick_device
 from r2scp.jobs.studies import study_of
 from r2scp.jobs.study import StudyMeans, run_study
-from r2scp.jobs.study_table import markdown
+from r2scp.jobs.study_table import markdown, tables
 from r2scp.jobs.train_command import Wanted, plan_of
 from r2scp.pipelines.flows import Resources
 from r2scp.store.errors import UsageError
@@ -60,5 +59,5 @@ def study_with_progress(
 
 
 def show(report: dict[str, Any]) -> None:
-    """The table, on stdout."""
-    Console().print(Markdown(report["markdown"]))
+    """The tables, on stdout."""
+    Console(markup=False, highlight=False, emoji=False).print(tables(report))

@@ -154,7 +154,7 @@ def experts_job(name: str, template: Job, contents: Contents, config: TrainConfi
 
 
 def work(job: Job) -> Outcome:
-    """Runs in a task: train, or go on training, and evaluate. What goes wrong with one leaves others alone."""
+    """Runs in a task: train, or go on training, and evaluate. What goes wrong leaves others alone."""
     torch.set_num_threads(1)
     try:
         run_training(job.plan, TrainMeans(device=job.device, threads=1), lambda _: None)

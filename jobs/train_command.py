@@ -1,25 +1,29 @@
 """How `train` and `evaluate` show themselves, and the command line's options as their settings."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
+from rich.markup import escape
 
 from r2scp.jobs.checkpoints import BEST, find, replace_file
-from r2scp.jobs.config import absolute, default_workers, progress_bar, tell
-from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
+from r2scp.jobs.config import absolute, default_workers, printable, progress_bar, tell
+from r2scp.jobs.evaluate import EvaluateMeans, run_evaluate
 from r2scp.jobs.evaluation_table import tables
 from r2scp.jobs.extract import pick_device
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train import TrainMeans, TrainPlan
 from r2scp.jobs.train_config import PRESETS, TrainConfig
 from r2scp.jobs.train_data import answers_of
 from r2scp.jobs.train_together import OURS, run_together
 from r2scp.model.settings import Stage
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.flows import Resources
-from r2scp.store.errors import UsageError
+from r2scp.store.errors import R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 
 FEWEST_CLASSES = 2  # what a preset is told before the store was asked
@@ -41,10 +45,7 @@ def train_with_progress(
     """Train a model and its baselines into a run's folder, seen on stderr; what came out."""
     folder = absolute(run)
     plan = plan_of(store, folder, wanted)
-    if wanted.with_baselines:
-        trained = run_together(plan, means, tell_epoch)
-    else:
-        trained = {OURS: run_training(plan, means, lambda values: tell_epoch(OURS, values))}
+    trained = run_together(plan, means, tell_epoch, wanted.with_baselines)
     best = trained[OURS]
     return {
         "run": str(folder),
@@ -52,7 +53,7 @@ def train_with_progress(
         "epoch": best.epoch,
         "step": best.step,
         "checkpoint": str(folder / f"{BEST}.json"),
-        "try_next": f"r2scp-pipe evaluate {run} --store {store.uri}",
+        "try_next": shlex.join(["r2scp-pipe", "evaluate", str(run), "--store", store.uri]),
     }
 
 
@@ -73,16 +74,24 @@ def plan_of(store: FeatureStore, folder: Path, wanted: Wanted) -> TrainPlan:
     """The training that is asked for, on the store as it is now. Raises `UsageError`, `StoreError`."""
     if wanted.preset not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {wanted.preset!r}")
+    if any(setting.partition("=")[0] == "seed" for setting in wanted.settings):
+        raise UsageError("--set does not reach the seed; --seed does (--first-seed where there are several)")
     pins = Pins.latest(store)
     preset = PRESETS[wanted.preset]
     draft = changed(preset(store.dim, FEWEST_CLASSES), wanted.settings)
     answers = answers_of(store, pins, draft)
-    config = preset(store.dim, None if answers is None else len(answers))
+    classes = None if answers is None else len(answers)
+    config = changed(preset(store.dim, classes), wanted.settings)
+    if config.model.classes != classes:
+        raise UsageError(
+            f"model.classes must be {classes}, the answers of the train split, or null where questions bring "
+            f"their choices; got {config.model.classes}"
+        )
     return TrainPlan(
         uri=store.uri,
         fingerprint=store.fingerprint,
         pins=pins,
-        config=replace(changed(config, wanted.settings), seed=wanted.seed),
+        config=replace(config, seed=wanted.seed),
         answers=answers,
         folder=folder,
         storage_options=store.storage_options,
@@ -128,22 +137,27 @@ def tell_epoch(name: str, values: Mapping[str, object]) -> None:
 
 
 def evaluate_with_progress(
-    store: FeatureStore, run: Path, split: str, rates: bool, device: str, as_json: bool
-) -> dict[str, object]:
+    store: FeatureStore, run: Path, means: EvaluateMeans, as_json: bool
+) -> dict[str, Any]:
     """`run_evaluate`, seen on stderr, its tables on stdout unless JSON is wanted there; kept in the run."""
     with progress_bar() as bar:
         tasks: dict[str, int] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, note="questions")
+                tasks[what] = bar.add_task(escape(printable(what)), total=total, note="questions")
             bar.update(tasks[what], completed=done)  # pyright: ignore[reportArgumentType]
 
-        means = EvaluateMeans(split=split, rates=MISSING_RATES if rates else (), device=device, progress=show)
-        report = run_evaluate(store, absolute(run), means)
-    kept = find(absolute(run)).folder / f"evaluation-{split}.json"
-    replace_file(kept, (json.dumps(report, indent=1) + "\n").encode())
+        report = run_evaluate(store, absolute(run), replace(means, progress=show))
+    if report["trained_on"] != store.uri:
+        tell(f"note: it was trained on the store at {printable(str(report['trained_on']))}")
     if not as_json:
         Console().print(tables(report))
-    tell(f"kept in {kept}")
+    name = f"evaluation-{quote(means.split, safe='')}{'-latest' if means.latest else ''}.json"
+    kept = find(absolute(run)).folder / name
+    try:
+        replace_file(kept, (json.dumps(report, indent=1) + "\n").encode())
+        tell(f"kept in {kept}")
+    except R2SCPError as error:  # a run of somebody else's
+        tell(f"not kept: {error}")
     return report

@@ -30,6 +30,7 @@ OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
 CORES_PER_EMBED_ACTOR = 4  # on machines without a GPU; each actor holds a copy of the encoder
 CLIPS_PER_TASK = (1, 16)  # least and most that one decode task goes through
 TASKS_PER_CORE = 8  # in small runs, so that no core waits long for the last task
+MAX_RETRIES = 3  # of a task whose process died
 FRAGMENTS_PER_RUN = 32  # small runs commit in about so many steps
 ROWS_PER_FRAGMENT = (8, 64)  # least and most: what a crash can cost in embedding work
 CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray: it must never keep decode tasks from starting
@@ -112,10 +113,10 @@ def fan_out(
 ) -> Iterator[tuple[int, Result]]:
     """`function(item)` for each item as a task of its own; (number of the item, result) as they end.
 
-    A task whose process dies is run again, three times at most. What a task raises is raised here, and the
-    tasks that are left are cancelled. Needs a `ray_session`.
+    A task whose process dies is run again, `MAX_RETRIES` times at most. What a task raises is raised here,
+    and the tasks that are left are cancelled. Needs a `ray_session`.
     """
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(function)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(function)
     waiting = {task.remote(item): at for at, item in enumerate(items)}
     try:
         while waiting:
@@ -127,6 +128,12 @@ def fan_out(
                     if isinstance(error.cause, R2SCPError):
                         raise error.cause from None
                     raise
+                except ray.exceptions.RayError as error:
+                    said = str(error).strip().splitlines()[0]
+                    raise R2SCPError(
+                        f"the process of a task died {1 + MAX_RETRIES} times, for want of memory perhaps; "
+                        f"give fewer --num-workers ({said})"
+                    ) from error
     finally:
         for task_left in waiting:
             ray.cancel(task_left, force=True)

@@ -20,9 +20,10 @@ import torch
 
 from r2scp.jobs.extract import encoder_spec
 from r2scp.jobs.index import run_index
-from r2scp.jobs.train import TrainPlan
+from r2scp.jobs.train import TrainMeans, TrainPlan
 from r2scp.jobs.train_config import StageConfig, TrainConfig
 from r2scp.jobs.train_data import answers_of
+from r2scp.jobs.train_together import run_together
 from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.dataset import Dataset, NeighbourRows
@@ -39,6 +40,9 @@ WIDTH = 12  # of the embeddings in `asked_store`
 INDEX = IndexSettings(retrieval=(Retrieval.PAIRED,), n=4)  # of `asked_store`
 
 LEARNABLE = 16  # width of the embeddings in `learnable_store`
+#: Of questions in `judged`, split `odd`.
+HOSTILE_TYPES = ("[bold]x[/bold]", "a\x1b[2J/b\x1b]0;c\x07", "\u202egpj/exe\r\n", "Audio", "Audio/", "/x", "")
+HOSTILE_TYPES += ("Audio/" + 200 * "long ", "Audio/" + 200 * "x", "Ton/字 | 字")
 
 
 @pytest.fixture(scope="session")
@@ -340,6 +344,43 @@ def quick_plan(learnable_store: FeatureStore) -> Callable[..., TrainPlan]:
         return TrainPlan(pins=pins, config=config, answers=answers, **places)
 
     return plan
+
+
+def odd_questions(clips: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+    """Train and test questions of other types than `telling_question` gives, on its 26 clips of MUSIC-AVQA.
+
+    Split `test`: 30 about clips 16 (deaf) to 25, some of types that training has not, and 3 of them with an
+    answer that it never saw; 2 about clips that are not there. Split `odd`: hostile types.
+    """
+    rng, asked = np.random.default_rng(10), []
+    counting, place = "Audio-Visual/Counting", "Visual/Location"
+    for at in range(6):  # the most frequent of `place` is none: it must not count as an answer
+        asked.append(telling_question(clips[at], at % 2, rng) | {"type": ("type 0", place)[at % 2]})
+        asked[-1] |= {"question_id": f"more/{at}", "answer": ("no", "")[at in (1, 3)]}
+    for at in range(30):
+        kind = ("type 0", "type 1", counting, place, "Audio-Visual/Existential")[at % 5]
+        asked.append(telling_question(clips[16 + at // 3], at % 2, rng) | {"type": kind, "split": "test"})
+        asked[-1] |= {"question_id": f"test/{at}"} | ({"answer": "bagpipe"} if at in (3, 7, 13) else {})
+    asked += [asked[-1] | {"question_id": f"gone/{at}", "clip_id": "gone"} for at in range(2)]
+    for at, kind in enumerate(HOSTILE_TYPES):
+        asked.append(telling_question(clips[18 + at % 8], 0, rng) | {"type": kind, "split": "odd"})
+        asked[-1] |= {"question_id": f"odd/{at}"}
+    return asked
+
+
+@pytest.fixture(scope="session")
+def judged(
+    learnable_store: FeatureStore,
+    quick_plan: Callable[..., TrainPlan],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[FeatureStore, Path]:
+    """`learnable_store` with `odd_questions`, and a run on it with its baselines. Only to be read."""
+    folder = tmp_path_factory.mktemp("judged")
+    store = FeatureStore.open(shutil.copytree(learnable_store.uri, folder / "store").as_posix())
+    clips = {row["clip_id"]: row for row in store.clips(["clip_id", "corpus", "split", "labels"]).to_pylist()}
+    write_rows(store, Table.QUESTIONS, odd_questions([clips[f"music-avqa/{at}"] for at in range(26)]))
+    run_together(quick_plan(folder / "run", store), TrainMeans(threads=1), lambda *_: None)
+    return store, folder / "run"
 
 
 @pytest.fixture

@@ -285,6 +285,24 @@ def test_validation_does_not_depend_on_how_many_go_together(
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_the_rate_is_what_moves(quick_plan: Callable[..., TrainPlan], tmp_path: Path) -> None:
+    """Nothing moves any more where it has fallen to nothing."""
+    falling = StageConfig(epochs=2, lr=1e-2, step_epochs=1, decay=1e-12)
+    seen: list[dict[str, Tensor]] = []
+    plan = quick_plan(tmp_path, stage_one=falling, stage_two=falling)
+    train(plan, lambda values: seen.append(tensors(tmp_path, LAST)))
+    for stage, first in (("experts.", 0), ("router.", 2)):
+        names = [name for name in seen[0] if name.startswith(stage)]
+        assert names
+        before = dict(R2SCP(plan.config.model).state_dict()) if first == 0 else seen[first - 1]
+        moves = [
+            max(float((one[name] - other[name]).abs().max()) for name in names)
+            for one, other in ((before, seen[first]), (seen[first], seen[first + 1]))
+        ]
+        assert moves[0] > 5e-3, "Adam moves by about the rate in each step"
+        assert moves[1] < 1e-9
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
 def test_expert_dropout_takes_one_modality_at_its_rate(
     rate: float, quick_plan: Callable[..., TrainPlan], tmp_path: Path

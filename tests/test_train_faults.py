@@ -17,6 +17,8 @@ from r2scp.jobs.checkpoints import EXPERTS, find
 from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
 from r2scp.jobs.train_config import StageConfig
 from r2scp.jobs.train_data import Opened
+from r2scp.model.batch import Answer, Batch
+from r2scp.model.r2scp import R2SCP
 from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.retrieve import IndexSettings
@@ -53,8 +55,8 @@ def reading() -> list[threading.Thread]:
         ({"retrieval": Retrieval.CROSS}, StoreError, r'no neighbours for .*"cross".*run `r2scp-pipe index`'),
         ({"index": IndexSettings(n=5)}, StoreError, r"no neighbours for .*run `r2scp-pipe index`"),
         ({"model": replace(MODEL, encoder_dim=32)}, UsageError, "encoder_dim must be 16, the width"),
-        ({"corpora": ("avqa",)}, StoreError, r"no question with .*'avqa'.*'val'.*set holdout"),
-        ({"corpora": ("kinetics",)}, StoreError, r"no question with .*'kinetics'"),
+        ({"corpora": ("avqa",)}, StoreError, r"no question .*'val'.*avqa.*set holdout"),
+        ({"corpora": ("kinetics",)}, StoreError, r"no question .*'train'.*kinetics"),
         ({"holdout": 1e-9}, StoreError, "leaves nothing to choose by: .* about 17 videos"),
         ({"holdout": 1 - 1e-9}, StoreError, "leaves nothing to learn from"),
     ],
@@ -158,11 +160,14 @@ def test_the_reader_stops_where_a_step_fails(
 def test_the_reader_stops_where_validation_fails(
     quick_plan: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(self: object, rows: object) -> None:
-        raise RuntimeError("no such row")
+    def failing(self: R2SCP, batch: Batch) -> Answer:
+        if self.training:
+            return forward(self, batch)
+        raise RuntimeError("out of patience")
 
-    monkeypatch.setattr("r2scp.pipelines.dataset.Dataset.targets", failing)
-    with pytest.raises(RuntimeError, match="no such row") as held:
+    forward = R2SCP.forward
+    monkeypatch.setattr(R2SCP, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of patience") as held:
         run_training(quick_plan(tmp_path, evaluate_rows=1), TrainMeans(), lambda values: None)
     assert held.tb is not None
     assert not reading()

@@ -1,0 +1,340 @@
+"""Accuracies are those of a count by hand, question by question, under every condition and missing rate.
+
+What is missing never enters the model: with NaN in its place nothing changes. Numbers are the same in another
+process, and those that training told. What cannot be compared is refused.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from r2scp.jobs.checkpoints import Checkpoint, find
+from r2scp.jobs.evaluate import (
+    MISSING_RATES,
+    Asked,
+    EvaluateMeans,
+    at_rate,
+    evaluate_model,
+    open_for,
+    questions_of,
+    run_evaluate,
+)
+from r2scp.jobs.index import run_index
+from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_config import StageConfig
+from r2scp.jobs.train_data import Opened
+from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Answer
+from r2scp.model.settings import ModelConfig
+from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.pipelines.examples import Examples, Pins
+from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.store.errors import CheckpointError, FingerprintMismatch, StoreError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Retrieval, Table
+
+Z = 1.959963984540054  # standard deviations around the mean that hold 95 % of a normal distribution
+BASELINES = ("no-recovery", "no-recovery-dropout", "question-only")
+Judged = tuple[FeatureStore, Path]
+TEST = EvaluateMeans(rates=MISSING_RATES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def report(judged: Judged) -> dict[str, Any]:
+    return json.loads(json.dumps(run_evaluate(*judged, TEST), allow_nan=False))
+
+
+@pytest.fixture(scope="module")
+def rows(judged: Judged) -> dict[str, dict[str, Any]]:
+    """What the store says of each test question that can be asked, in the order of their ids."""
+    store = judged[0]
+    columns = ["question_id", "clip_id", "type", "answer"]
+    found = store.questions(columns, "split = 'test' AND clip_id != 'gone'").to_pylist()
+    assert len(found) == 32
+    return {row["question_id"]: row for row in sorted(found, key=lambda row: row["question_id"])}
+
+
+def answered(checkpoint: Checkpoint, opened: Opened, examples: Examples, missing: int) -> list[tuple]:
+    """Of each question, asked alone: its answer's text, and what the router listened to."""
+    model, dataset, said = checkpoint.model(), opened.dataset(examples), []
+    assert checkpoint.answers is not None
+    for row in range(len(examples)):
+        with torch.no_grad():
+            answer = model(dataset.batch(np.array([row]), Ask.all(1, missing)))
+        assert answer.logits_BK.isfinite().all()
+        evidence = answer.evidence
+        counts = [bool(part.any()) for part in (evidence.recovered_BM, evidence.fallback_BM)]
+        said.append((checkpoint.answers[int(answer.logits_BK.argmax())], evidence.router_BS[0], *counts))
+    return said
+
+
+def check_score(score: dict[str, Any], hits: list[bool]) -> None:
+    """The interval's ends are where the true share would lie Z standard deviations away."""
+    n, share = len(hits), sum(hits) / len(hits)
+    ends = np.roots([1 + Z * Z / n, -2 * share - Z * Z / n, share * share]).real
+    assert (score["n"], score["accuracy"]) == (n, pytest.approx(share, abs=1e-12))
+    assert score["interval"] == pytest.approx(sorted(ends), abs=1e-7)
+
+
+def check_all(said: dict[str, Any], hits: dict[str, bool], rows: dict[str, dict]) -> None:
+    """The overall score, groups and types, of hits by question."""
+    check_score(said, list(hits.values()))
+    types, groups = defaultdict(list), defaultdict(list)
+    for question, hit in hits.items():
+        kind = rows[question]["type"]
+        types[kind].append(hit)
+        groups[kind.split("/")[0]].append(hit)
+    for part, expected in (("types", types), ("groups", groups)):
+        assert said[part].keys() == expected.keys()
+        for name, parts in expected.items():
+            check_score(said[part][name], parts)
+
+
+@pytest.mark.parametrize("name", ["r2scp", *BASELINES])
+def test_every_condition_is_a_count_by_hand(
+    judged: Judged, report: dict[str, Any], rows: dict[str, dict], name: str
+) -> None:
+    checkpoint = find(judged[1] if name == "r2scp" else judged[1] / "baselines" / name)
+    opened = open_for(checkpoint, judged[0])
+    told = report if name == "r2scp" else report["baselines"][name]
+    examples = opened.examples("test")
+    assert examples.question_ids == list(rows), "clips that lack a modality are asked about in each condition"
+    hits = {}
+    for condition, missing in CONDITIONS.items():
+        said = answered(checkpoint, opened, examples, missing)
+        pairs = zip(rows.items(), said, strict=True)
+        hits[condition] = {question: text == row["answer"] for (question, row), (text, *_) in pairs}
+        check_all(told["conditions"][condition], hits[condition], rows)
+        weights = torch.stack([router_S for _, router_S, *_ in said]).mean(dim=0)
+        router = told["conditions"][condition]["router"]
+        assert [router[source] for source in SOURCES] == pytest.approx(weights.tolist(), abs=1e-4)
+        for at, counted in enumerate(("recovered", "fallbacks"), start=2):
+            assert told["conditions"][condition][counted] == sum(one[at] for one in said)
+    accuracies = [np.mean(list(one.values())) for one in hits.values()]
+    assert told["average"] == pytest.approx(np.mean(accuracies), abs=1e-12)
+    assert told["conditions"].keys() == {"A", "V", "AV"}
+    for rate in MISSING_RATES:
+        for modality, lacking in (("audio", "V"), ("visual", "A")):
+            lost = at_rate(len(rows), rate)[f"{modality} {rate:.0%}"] != NOTHING
+            mixed = {q: hits[lacking if gone else "AV"][q] for q, gone in zip(rows, lost, strict=True)}
+            check_all(told["missing_rates"][f"{modality} {rate:.0%}"], mixed, rows)
+
+
+def test_the_model_has_learned_and_recovers(report: dict[str, Any]) -> None:
+    """Else much of this file would compare nothing with nothing."""
+    accuracy = {name: score["accuracy"] for name, score in report["conditions"].items()}
+    assert min(accuracy.values()) > 0.6
+    assert report["baselines"]["question-only"]["average"] < 0.5
+    recovered = {name: score["recovered"] for name, score in report["conditions"].items()}
+    assert recovered == {"A": 29, "V": 28, "AV": 4 + 2}, "32, less those that have nothing left to go by"
+    assert all(one["recovered"] == 0 for one in report["baselines"]["no-recovery"]["conditions"].values())
+
+
+def test_majority_is_a_count_by_hand(judged: Judged, report: dict[str, Any], rows: dict[str, dict]) -> None:
+    """Per type of training; a type that training has not gets the most frequent answer of all."""
+    columns = ["type", "answer", "corpus"]
+    trained = judged[0].questions(columns, "split = 'train' AND corpus = 'music-avqa'").to_pylist()
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in trained:
+        for kind in (row["type"], "all types"):
+            counts[kind].update([row["answer"]] if row["answer"] else [])
+    assert {row["type"] for row in rows.values()} - counts.keys(), "types that training has not"
+    assert any(not row["answer"] for row in trained), "answers that are none"
+    for kind, count in counts.items():
+        (_, first), *rest = count.most_common()
+        assert not rest or first > rest[0][1], f"a draw in {kind}: any would do"
+    best = {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
+    hits = {q: best.get(row["type"], best["all types"]) == row["answer"] for q, row in rows.items()}
+    assert 0 < sum(hits.values()) < len(hits)
+    majority = report["baselines"]["majority"]
+    for said in [*majority["conditions"].values(), *majority["missing_rates"].values()]:
+        check_all(said, hits, rows)
+    assert majority["average"] == pytest.approx(np.mean(list(hits.values())))
+
+
+def test_what_cannot_be_right_is_told(report: dict[str, Any], rows: dict[str, dict]) -> None:
+    assert report["answers_unknown"] == sum(row["answer"] == "bagpipe" for row in rows.values()) == 3
+    assert report["left_out"] == {"clip not in the store": 2}
+    assert report["conditions"]["AV"]["n"] == 32
+    assert report["unfinished"] == []
+
+
+@pytest.mark.parametrize(("condition", "gone"), [("A", "visual"), ("V", "audio")])
+@pytest.mark.parametrize("name", ["r2scp", "no-recovery-dropout"])
+def test_what_is_missing_never_enters(
+    judged: Judged, copy: Callable, write: Callable, condition: str, gone: str, name: str
+) -> None:
+    """Features of the clips asked about are NaN in the missing modality; their keys are as they were."""
+    checkpoint = find(judged[1] if name == "r2scp" else judged[1] / "baselines" / name)
+    clean = open_for(checkpoint, judged[0])
+    store = copy(judged[0])
+    # those of the train split may stand in for what is missing
+    spoilt = [row for row in store.clips().to_pylist() if row["split"] != "train"]
+    for row in spoilt:
+        row[gone] = None if row[gone] is None else [np.full(16, np.nan, np.float16)] * len(row[gone])
+    write(store, Table.CLIPS, spoilt)
+    pins = replace(clean.pins, clips=Pins.latest(store).clips)
+    poisoned = Opened.read(store, pins, checkpoint.config, checkpoint.answers)
+
+    def told(opened: Opened) -> dict[str, tuple[dict[str, object], torch.Tensor]]:
+        logits, real = [], Asked.add
+
+        def add(self: Asked, examples: Examples, rows: np.ndarray, answer: Answer) -> None:
+            logits.append(answer.logits_BK)
+            real(self, examples, rows, answer)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Asked, "add", add)
+            found = evaluate_model(checkpoint, opened, opened.examples("test"), EvaluateMeans())
+        return {name: (one.to_json(), part) for (name, one), part in zip(found.items(), logits, strict=True)}
+
+    found, expected = told(poisoned), told(clean)
+    assert found[condition][0] == expected[condition][0]
+    assert torch.equal(found[condition][1], expected[condition][1])
+    assert found[condition][1].isfinite().all()
+    assert not found["AV"][1].isfinite().all(), "where it is not missing it does enter"
+
+
+def test_who_loses_what_is_drawn_once() -> None:
+    count = 20_000
+    lost = {rate: at_rate(count, rate) for rate in (0.0, *MISSING_RATES, 1.0)}
+    for modality, number in (("audio", AUDIO), ("visual", VISUAL)):
+        gone = {rate: found[f"{modality} {rate:.0%}"] == number for rate, found in lost.items()}
+        for rate, found in gone.items():
+            assert np.mean(found) == pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / count))
+            assert set(lost[rate][f"{modality} {rate:.0%}"]) <= {number, NOTHING}, "one modality at a time"
+        assert (gone[0.3] <= gone[0.5]).all()
+        assert (gone[0.5] <= gone[0.7]).all()
+    both = (lost[0.5]["audio 50%"] == AUDIO) & (lost[0.5]["visual 50%"] == VISUAL)
+    assert np.mean(both) == pytest.approx(0.25, abs=0.02), "drawn apart"
+    assert all((at_rate(count, 0.5)[name] == found).all() for name, found in lost[0.5].items())
+
+
+def test_every_model_is_asked_the_same(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    real = Dataset.batch
+
+    def noted(self: Dataset, rows: np.ndarray, ask: Ask) -> Any:
+        assert ask.hide
+        asked.append(ask.missing_B.tolist())
+        return real(self, rows, ask)
+
+    monkeypatch.setattr(Dataset, "batch", noted)
+    run_evaluate(*judged, TEST)
+    assert len(asked) == 4 * 9, "four models, three conditions and six rates, in one batch each"
+    assert asked[:9] == asked[9:18] == asked[18:27] == asked[27:]
+    assert len({tuple(one) for one in asked}) == 9
+
+
+def test_another_process_gives_identical_numbers(judged: Judged, report: dict[str, Any]) -> None:
+    store, run = judged
+    words = ["evaluate", str(run), "--store", store.uri, "--missing-rates", "--json", "--device", "cpu"]
+    code = "import sys; from r2scp.jobs.cli import app; app(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout) == report
+    kept = run / "evaluation-test.json"
+    assert json.loads(kept.read_text()) == report
+    kept.unlink()
+
+
+def test_validation_is_what_training_told(judged: Judged) -> None:
+    report = run_evaluate(*judged, EvaluateMeans(split="val"))
+    for name, told in {"r2scp": report, **report["baselines"]}.items():
+        if name != "majority":
+            metrics = find(judged[1] if name == "r2scp" else judged[1] / "baselines" / name).metrics
+            accuracies = {condition: told["conditions"][condition]["accuracy"] for condition in CONDITIONS}
+            assert metrics.pop("mean") == (accuracies["AV"] if name == "question-only" else told["average"])
+            assert metrics == {condition: accuracies[condition] for condition in metrics}
+
+
+def test_choices_and_the_questions_held_out(
+    learnable_store: FeatureStore, quick_plan: Callable[..., TrainPlan], tmp_path: Path
+) -> None:
+    """AVQA: `val` are the questions held out from training; the majority's answer is a place."""
+    model = ModelConfig(encoder_dim=16, classes=None, dim=16, heads=2)
+    plan = quick_plan(tmp_path, model=model, corpora=("avqa",), holdout=0.3)
+    best = run_training(plan, TrainMeans(), lambda _: None)
+    report = run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="val"))
+    assert report["average"] == best.metrics["mean"]
+    asked = questions_of(open_for(best, learnable_store), "val")
+    whole = {row["question_id"]: row for row in learnable_store.questions().to_pylist()}
+    held = [whole[question] for question in asked.question_ids]
+    learned = [row for row in whole.values() if row["corpus"] == "avqa" and row not in held]
+    assert len(learned) + len(held) == 24
+    assert report["conditions"]["A"]["n"] == len(held) >= 2
+    places = Counter(row["answer_index"] for row in learned).most_common()
+    shares = [np.mean([row["answer_index"] == at for row in held]) for at, n in places if n == places[0][1]]
+    assert any(report["baselines"]["majority"]["average"] == pytest.approx(share) for share in shares)
+    with pytest.raises(StoreError, match="no question"):
+        run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="test"))
+
+
+def test_what_cannot_be_compared_is_refused(judged: Judged, tmp_path: Path) -> None:
+    store, run = judged[0], shutil.copytree(judged[1], tmp_path / "run")
+    other = FeatureStore.create(str(tmp_path / "other"), "another-encoder", 16)
+    with pytest.raises(FingerprintMismatch, match=r"encoder learnable; .* another-encoder: use"):
+        run_evaluate(other, run, TEST)
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*holds: none"):
+        run_evaluate(store, tmp_path, TEST)
+    document = run / "baselines" / "no-recovery" / "best.json"
+    values = json.loads(document.read_text())
+    values["store"]["versions"]["clips"] += 1
+    document.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"no-recovery was trained on other versions") as refused:
+        run_evaluate(store, run, TEST)
+    assert "\n" not in str(refused.value)
+    shutil.rmtree(run / "baselines")
+    assert list(run_evaluate(store, run, EvaluateMeans())["baselines"]) == ["majority"]
+
+
+def test_a_store_may_move_and_a_training_may_go_on(
+    judged: Judged, report: dict[str, Any], copy: Callable, tmp_path: Path
+) -> None:
+    run, moved = shutil.copytree(judged[1], tmp_path / "run"), copy(judged[0])
+    last = run / "baselines" / "no-recovery" / "last.json"
+    values = json.loads(last.read_text())
+    last.write_text(json.dumps(values | {"epoch": values["epoch"] - 1}))
+    again = run_evaluate(moved, run, TEST)
+    assert again["unfinished"] == ["no-recovery"]
+    assert (again["store"]["uri"], again["trained_on"]) == (moved.uri, judged[0].uri)
+    where = {"run": report["run"], "unfinished": [], "store": report["store"]}
+    assert json.loads(json.dumps(again)) | where == report
+
+
+def test_without_the_leak_guard_it_is_said(
+    judged: Judged, quick_plan: Callable[..., TrainPlan], tmp_path: Path, copy: Callable
+) -> None:
+    store, unguarded = copy(judged[0]), IndexSettings(retrieval=(Retrieval.PAIRED,), n=4, leak_guard=False)
+    run_index(store, unguarded, lambda *_: None)
+    once = StageConfig(epochs=1, lr=1e-3)
+    plan = quick_plan(tmp_path / "run", store, index=unguarded, stage_one=once, stage_two=once)
+    run_training(plan, TrainMeans(), lambda _: None)
+    assert run_evaluate(store, tmp_path / "run", EvaluateMeans())["settings"]["leak_guard"] is False

@@ -1,0 +1,349 @@
+"""A study trains what is not there, once, whatever happens to it, and says what its runs reached.
+
+Compared with numpy, with `run_evaluate` on the single runs, and with a study that was killed in the middle
+and started again. On real Ray; kills are SIGKILL to the driver, by number.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from r2scp.jobs import study as study_module
+from r2scp.jobs.checkpoints import find
+from r2scp.jobs.cli import app
+from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
+from r2scp.jobs.studies import FULL, Study, study_of
+from r2scp.jobs.study import MEASURES, StudyMeans, run_study
+from r2scp.jobs.study_runs import Contents, Job
+from r2scp.jobs.study_table import markdown
+from r2scp.jobs.train_command import Wanted, plan_of
+from r2scp.jobs.train_config import StageConfig, TrainConfig
+from r2scp.jobs.train_log import lines
+from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.store.bank import BankScope
+from r2scp.store.errors import R2SCPError, StoreError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Retrieval, Table
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+SEEDS = (4, 5)
+SETTINGS = ("model.dim=16", "model.heads=2", "index.n=4", 'corpora=["music-avqa"]', "batch_size=8")
+SETTINGS += (
+    "stage_one.epochs=2",
+    "stage_two.epochs=2",
+    "stage_one.warmup_steps=2",
+    "stage_two.warmup_steps=2",
+)
+WITHOUT_RANK = "without rank loss"
+PATIENCE_S = 240  # for anything waited for; far beyond what a busy machine needs
+
+Judged = tuple[FeatureStore, Path]
+Studied = tuple[StudyMeans, dict[str, Any]]
+
+
+def means_of(store: FeatureStore, folder: Path, **changes: Any) -> StudyMeans:
+    plan = plan_of(store, folder, Wanted(preset="demo", settings=SETTINGS))
+    return replace(StudyMeans(plan=plan, folder=folder, seeds=SEEDS), **changes)
+
+
+@pytest.fixture(scope="module")
+def studied(judged: Judged, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Studied:
+    """`strategy` with two seeds, undisturbed; what it gave. Only to be read."""
+    told: list[str] = []
+    means = means_of(judged[0], tmp_path_factory.mktemp("studied"), told=told.append)
+    report = run_study("strategy", study_of("strategy", means.plan.config, ()), means)
+    assert len([line for line in told if line.startswith("stage I: ")]) == 2
+    assert (
+        len([line for line in told if re.match(r"strategy: \d of 8 trainings; .+, seed [45]: val", line)])
+        == 8
+    )
+    return means, report
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """When each file below was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_stage_one_is_trained_once_for_each_seed(studied: Studied) -> None:
+    means, report = studied
+    experts, runs = (sorted((means.folder / kind).iterdir()) for kind in ("experts", "runs"))
+    assert len(experts) == len(SEEDS)
+    assert len(runs) == 3 * len(SEEDS), "stage I alone is a run of experts"
+    for run in runs:
+        config, stages = find(run).config, {line["stage"] for line in lines(run / "metrics.jsonl")}
+        assert stages == {"mixing"}
+        begun = [one for one in experts if find(one, "experts").sha256 == find(run).experts]
+        assert len(begun) == (config.stage_one.epochs > 0)
+        assert all(find(one).config.seed == config.seed for one in begun)
+    named = {run for row in report["variants"].values() for run in row["runs"]}
+    assert named == {path.relative_to(means.folder).as_posix() for path in [*experts, *runs]}
+
+
+def test_numbers_are_those_of_the_runs(studied: Studied, judged: Judged) -> None:
+    means, report = studied
+    assert json.loads((means.folder / "strategy.json").read_text()) == report
+    reached: dict[str, np.ndarray] = {}
+    for variant, row in report["variants"].items():
+        folders = [means.folder / run for run in row["runs"]]
+        assert [find(folder).config.seed for folder in folders] == list(SEEDS)
+        assert row["validation"] == [find(folder).metrics["mean"] for folder in folders]
+        said = [run_evaluate(judged[0], folder, EvaluateMeans()) for folder in folders]
+        reached[variant] = np.array(
+            [
+                [one["conditions"][name]["accuracy"] for name in ("A", "V", "AV")] + [one["average"]]
+                for one in said
+            ]
+        )
+    assert np.ptp(np.stack(list(reached.values()))[..., 3]) > 0, "they are not all alike"
+    for variant, row in report["variants"].items():
+        for at, measure in enumerate(MEASURES):
+            apart = reached[variant][:, at] - reached[report["against"]][:, at]
+            for kind, values in (("accuracy", reached[variant][:, at]), ("difference", apart)):
+                told = row[kind][measure]
+                assert told["values"] == pytest.approx(values.tolist(), abs=1e-12)
+                assert told["mean"] == pytest.approx(np.mean(values), abs=1e-12)
+                assert told["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+    assert report["seeds"] == list(SEEDS)
+    assert report["n"] == 32
+    assert report["leak_guard"] is True
+
+
+def test_the_markdown_table_holds_the_same_numbers(studied: Studied) -> None:
+    report = studied[1]
+    table = [line for line in markdown(report).splitlines() if line.startswith("|")]
+    heading, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert heading == ["variant", *MEASURES]
+    assert rule == ["---", *["---:"] * 4]
+    assert [row[0] for row in rows] == list(report["variants"])
+    for name, *cells in rows:
+        row = report["variants"][name]
+        for measure, cell in zip(MEASURES, cells, strict=True):
+            told = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
+            expected = [row["accuracy"][measure][part] for part in ("mean", "sd")]
+            if name != report["against"]:
+                expected += [row["difference"][measure][part] for part in ("mean", "sd")]
+            assert told == pytest.approx([100 * value for value in expected], abs=0.0501)
+    assert "seeds 4, 5" in markdown(report)
+    assert f"from “{FULL}”" in markdown(report)
+
+
+def test_another_study_trains_nothing_that_is_there(
+    studied: Studied, judged: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    means = studied[0]
+    before = files(means.folder)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("there is nothing to train")
+
+    monkeypatch.setattr(study_module, "fan_out", never)
+    monkeypatch.setattr(study_module, "ray_session", never)
+    report = run_study("loads", study_of("loads", means.plan.config, ()), means)
+    assert report["variants"][FULL]["accuracy"] == studied[1]["variants"][FULL]["accuracy"]
+    assert files(means.folder) == before | {
+        means.folder / "loads.json": files(means.folder)[means.folder / "loads.json"]
+    }
+    for run, said in zip(report["variants"][FULL]["runs"], report["variants"][FULL]["loads"], strict=True):
+        epochs = [
+            line["train"] for line in lines(means.folder / run / "metrics.jsonl") if line["kind"] == "epoch"
+        ]
+        assert len(epochs) == len(said) == 2
+        for train, weights in zip(epochs, said, strict=True):
+            assert {f"router/{name}": value for name, value in weights.items()}.items() <= train.items()
+            assert len(weights) == sum(name.startswith("router/") for name in train) >= 6
+            for condition in {name.split("/")[0] for name in weights}:
+                shares = [value for name, value in weights.items() if name.split("/")[0] == condition]
+                assert sum(shares) == pytest.approx(1, abs=1e-5)
+
+
+def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, judged: Judged) -> None:
+    means = studied[0]
+    before = files(means.folder)
+    study = Study(title="Rates", asks="?", variants={FULL: means.plan.config}, against=FULL, rates=True)
+    report = run_study("rates", study, means)
+    new = {path for path, at in files(means.folder).items() if before.get(path) != at}
+    runs = [means.folder / run for run in report["variants"][FULL]["runs"]]
+    kept = {run / "evaluation-test-rates.json" for run in runs}
+    assert {path for path in new if path.name not in ("rates.json", "lock")} == kept
+    said = [run_evaluate(judged[0], run, EvaluateMeans(rates=MISSING_RATES))["missing_rates"] for run in runs]
+    told = report["variants"][FULL]["accuracy"]
+    assert list(told) == [*MEASURES, *said[0]]
+    assert len(said[0]) == 6
+    for name in said[0]:
+        assert told[name]["values"] == [one[name]["accuracy"] for one in said]
+
+
+@pytest.fixture
+def start_study(judged: Judged, tmp_path: Path) -> Iterator[Callable[[], psutil.Popen]]:
+    """Start `r2scp-pipe study strategy`; what is left of it when the test is over is ended, by number."""
+    words = ["study", "strategy", "--store", judged[0].uri, "--folder", str(tmp_path), "--seeds", "2"]
+    words += ["--first-seed", str(SEEDS[0]), "--num-workers", "2", "--device", "cpu", "--json"]
+    words += [word for setting in SETTINGS for word in ("--set", setting)]
+    code = "import sys; from r2scp.jobs.cli import app; app(sys.argv[1:])"
+    started: list[psutil.Popen] = []
+
+    def start() -> psutil.Popen:
+        driver = psutil.Popen(
+            [sys.executable, "-c", code, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        started.append(driver)
+        return driver
+
+    yield start
+    for driver in started:
+        if driver.is_running():
+            for process in [*driver.children(recursive=True), driver]:
+                process.kill()
+        driver.wait(PATIENCE_S)
+        driver.stdout.close()
+        driver.stderr.close()
+
+
+def test_a_killed_study_goes_on(studied: Studied, start_study: Callable, tmp_path: Path) -> None:
+    """SIGKILL to the driver once some runs are done; finished ones are not touched by the next."""
+    driver = start_study()
+    said = ""
+    while not said.startswith("strategy: 2 of 8"):
+        said = driver.stderr.readline().decode()
+        assert said, "it ended by itself"
+    children = driver.children(recursive=True)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait(PATIENCE_S)
+    assert psutil.wait_procs(children, PATIENCE_S)[1] == [], "something of it lives on"
+    finished = [path.parent for path in tmp_path.glob("*/*/evaluation-test.json")]
+    assert 2 <= len(finished) < 8
+    before = {folder: files(folder) for folder in finished}
+    assert not (tmp_path / "strategy.json").exists()
+
+    driver = start_study()
+    out, err = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 0, err.decode()
+    left = 8 - len(finished)
+    assert f"strategy: {left} of {left} trainings" in err.decode()
+    assert "stage I:" not in err.decode()
+    report = json.loads(out)
+    assert out.count(b"\n") == 1
+    assert report["variants"] == studied[1]["variants"], "as if nothing had happened"
+    assert {folder: files(folder) for folder in finished} == before
+    assert (tmp_path / "strategy.md").read_text() == report["markdown"] == markdown(studied[1])
+
+
+def test_one_training_that_fails_leaves_the_others(judged: Judged, tmp_path: Path) -> None:
+    means = means_of(judged[0], tmp_path, seeds=(4,))
+    base = means.plan.config
+    broken = replace(base, stage_two=replace(base.stage_two, lr=1e30, warmup_steps=0))
+    study = Study(title="One breaks", asks="?", variants={"broken": broken, FULL: base}, against=FULL)
+    with pytest.raises(
+        R2SCPError, match=r"1 of 2 trainings failed: broken, seed 4: the loss became"
+    ) as failed:
+        run_study("one", study, means)
+    assert "\n" not in str(failed.value)
+    assert not (tmp_path / "one.json").exists()
+    done = [path.parent for path in tmp_path.glob("runs/*/evaluation-test.json")]
+    assert [find(folder).config for folder in done] == [replace(base, seed=4)]
+    before = files(done[0])
+    mended = replace(study, variants=study.variants | {"broken": replace(base, batch_size=6)})
+    assert run_study("one", mended, means)["variants"].keys() == {"broken", FULL}
+    assert files(done[0]) == before
+
+
+def test_what_the_store_lacks_is_said_before_anything_is_trained(judged: Judged, tmp_path: Path) -> None:
+    means = means_of(judged[0], tmp_path / "studies")
+    strategy = study_of("strategy", means.plan.config, ())
+    with pytest.raises(StoreError, match=r"no question .*weather"):
+        run_study("strategy", strategy, replace(means, split="weather"))
+    with pytest.raises(StoreError, match=r"run `r2scp-pipe index --retrieval cross --neighbours 4`"):
+        run_study("components", study_of("components", means.plan.config, ()), means)
+    assert not (tmp_path / "studies").exists()
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "settings"),
+    [
+        (Retrieval.CROSS, {}),
+        (Retrieval.HYBRID, {"cross_weight": 0.25, "n": 3}),
+        (Retrieval.PAIRED, {"bank": BankScope(corpora=("avqa", "music-avqa")), "leak_guard": False}),
+        (Retrieval.PAIRED, {"bank": BankScope(splits=("train", "val"))}),
+        (Retrieval.PAIRED, {"bank": BankScope(disjoint=True)}),
+    ],
+)
+def test_the_index_that_is_asked_for_is_the_one_that_helps(
+    judged: Judged, copy: Callable, retrieval: Retrieval, settings: dict[str, Any]
+) -> None:
+    store = copy(judged[0])
+    base = means_of(store, Path("unused")).plan.config
+    config = replace(base, retrieval=retrieval, index=IndexSettings(**settings))
+    with pytest.raises(StoreError, match="lacks neighbours") as lacking:
+        Contents(store=store, pins=Pins.latest(store)).key(config)
+    command = str(lacking.value).split("`")[1].split()
+    assert command[0] == "r2scp-pipe"
+    result = CliRunner().invoke(app, [*command[1:], "--store", store.uri])
+    assert result.exit_code == 0, result.output
+    assert Contents(store=store, pins=Pins.latest(store)).key(config)
+
+
+def test_trainings_are_named_by_settings_and_data(judged: Judged, copy: Callable, write: Callable) -> None:
+    def key(store: FeatureStore, config: TrainConfig) -> str:
+        return Contents(store=store, pins=Pins.latest(store)).key(config)
+
+    store, moved = judged[0], copy(judged[0])
+    config = means_of(store, Path("unused")).plan.config
+    known = key(store, config)
+    assert key(store, replace(config)) == known
+    assert key(moved, config) == known, "wherever the store is"
+    others = [
+        replace(config, seed=9),
+        replace(config, model=replace(config.model, k=3)),
+        replace(config, stage_two=StageConfig(epochs=7)),
+    ]
+    assert len({known, *(key(store, other) for other in others)}) == 4
+    CliRunner().invoke(app, ["index", "--retrieval", "cross", "--neighbours", "4", "--store", moved.uri])
+    assert Pins.latest(moved).neighbours > Pins.latest(store).neighbours
+    assert key(moved, config) == known, "another index changes nothing for this training"
+    assert key(moved, replace(config, retrieval=Retrieval.CROSS)) != known
+    row = moved.questions(where="question_id = 'test/0'").to_pylist()[0]
+    write(moved, Table.QUESTIONS, [row | {"answer": "another"}])
+    changed = key(moved, config)
+    assert changed != known
+    clip = moved.clips(where="clip_id = 'music-avqa/3'").to_pylist()[0]
+    write(moved, Table.CLIPS, [clip | {"split": "val"}])
+    assert key(moved, config) not in (known, changed)
+    blind = replace(config, sees="question", stage_two=StageConfig(epochs=0))
+    assert key(store, blind) == key(store, replace(blind, retrieval=blind.retrieval)), "needs no index"
+
+
+def test_a_run_is_done_when_it_is_trained_and_evaluated_as_it_is(studied: Studied, tmp_path: Path) -> None:
+    means, report = studied
+    source = means.folder / report["variants"][FULL]["runs"][0]
+    for path in source.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    job = Job(name="x", plan=replace(means.plan, folder=tmp_path), split="test")
+    assert job.done
+    assert not replace(job, split="val").done
+    assert replace(job, split="").done
+    assert "/" not in replace(job, split="../../up").evaluation.name
+    kept = job.evaluation.read_text()
+    job.evaluation.write_text(kept.replace(find(tmp_path).sha256, "0" * 64))
+    assert not job.done, "evaluated when another checkpoint was the best"
+    job.evaluation.write_text(kept)
+    last = json.loads((tmp_path / "last.json").read_text())
+    (tmp_path / "last.json").write_text(json.dumps(last | {"epoch": 1}))
+    assert not job.done, "evaluated in the middle of the training"

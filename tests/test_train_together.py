@@ -1,0 +1,170 @@
+"""A model and its baselines begin with the same experts, side by side or one by one, to the bit."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from r2scp.jobs.baselines import baselines
+from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
+from r2scp.jobs.evaluate import EvaluateMeans, run_evaluate
+from r2scp.jobs.studies import experts_of
+from r2scp.jobs.train import TrainMeans, TrainPlan
+from r2scp.jobs.train_config import StageConfig
+from r2scp.jobs.train_log import lines
+from r2scp.jobs.train_together import OURS, run_together
+from r2scp.pipelines.examples import Pins
+from r2scp.store.errors import CheckpointError, R2SCPError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Table
+
+ONCE = StageConfig(epochs=1, lr=1e-2, schedule="constant")
+Quick = Callable[..., TrainPlan]
+ALONE = TrainMeans(threads=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quiet(name: str, values: dict[str, object]) -> None: ...
+
+
+def folders(run: Path) -> dict[str, Path]:
+    below = {
+        name: run / "baselines" / name for name in ("question-only", "no-recovery", "no-recovery-dropout")
+    }
+    return {OURS: run, "experts": run / "experts", **below}
+
+
+def hashes(run: Path) -> dict[str, tuple[str, ...]]:
+    """Of all tensors of all checkpoints, by training."""
+    found = {}
+    for name, folder in folders(run).items():
+        there = [find(folder, kind) for kind in (LAST, BEST, EXPERTS) if (folder / f"{kind}.json").exists()]
+        found[name] = tuple(part for one in there for part in (one.sha256, one.optimiser_sha256))
+    return found
+
+
+def stages(folder: Path) -> set[object]:
+    return {line["stage"] for line in lines(folder / "metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def one_by_one(quick_plan: Quick, tmp_path_factory: pytest.TempPathFactory) -> TrainPlan:
+    plan = quick_plan(tmp_path_factory.mktemp("together") / "run", stage_one=ONCE, stage_two=ONCE)
+    heard: list[tuple[str, object]] = []
+    trained = run_together(plan, ALONE, lambda name, values: heard.append((name, values["stage"])))
+    assert trained.keys() == folders(plan.folder).keys()
+    for name, folder in folders(plan.folder).items():
+        assert trained[name] == find(folder)
+        assert {stage for told, stage in heard if told == name} == stages(folder)
+    return plan
+
+
+def test_all_begin_with_the_same_experts(one_by_one: TrainPlan) -> None:
+    found = {name: find(folder) for name, folder in folders(one_by_one.folder).items()}
+    experts = find(folders(one_by_one.folder)["experts"], EXPERTS).sha256
+    assert {name for name, one in found.items() if one.experts == experts} == {
+        OURS,
+        "no-recovery",
+        "no-recovery-dropout",
+    }
+    assert stages(one_by_one.folder) == stages(one_by_one.folder / "baselines" / "no-recovery") == {"mixing"}
+    assert stages(one_by_one.folder / "experts") == {"experts"}
+    assert found[OURS].config == one_by_one.config
+    assert found["experts"].config == experts_of(one_by_one.config)
+    expected = baselines(one_by_one.config)
+    assert {name: found[name].config for name in expected} == expected
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_side_by_side_gives_the_same_bits(one_by_one: TrainPlan, tmp_path: Path) -> None:
+    heard: list[str] = []
+    plan = replace(one_by_one, folder=tmp_path)
+    trained = run_together(plan, TrainMeans(threads=2), lambda name, values: heard.append(name))
+    assert hashes(tmp_path) == hashes(one_by_one.folder)
+    assert sorted(heard) == sorted(trained), "each one's epoch is told"
+
+
+def test_again_trains_nothing(one_by_one: TrainPlan) -> None:
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in one_by_one.folder.rglob("*") if path.is_file()}
+
+    before, heard = files(), []
+    for with_baselines in (True, False):
+        found = run_together(one_by_one, ALONE, lambda *told: heard.append(told), with_baselines)
+        assert found[OURS] == find(one_by_one.folder)
+    assert heard == []
+    assert files() == before
+
+
+def test_baselines_can_come_later(one_by_one: TrainPlan, tmp_path: Path) -> None:
+    plan = replace(one_by_one, folder=tmp_path)
+    assert run_together(plan, ALONE, quiet, with_baselines=False).keys() == {"experts", OURS}
+    assert not (tmp_path / "baselines").exists()
+    run_together(plan, ALONE, quiet)
+    assert hashes(tmp_path) == hashes(one_by_one.folder)
+
+
+def test_what_comes_later_reads_what_the_first_read(
+    one_by_one: TrainPlan, tmp_path: Path, copy: Callable, write: Callable, learnable_store: FeatureStore
+) -> None:
+    """The store grew between two starts, by an answer too; all of a run are of one version of it."""
+    store = copy(learnable_store)
+    plan = replace(one_by_one, folder=tmp_path / "run", uri=store.uri)
+    run_together(plan, ALONE, quiet, with_baselines=False)
+    row = store.questions(where="question_id = 'music-avqa/1/0'").to_pylist()[0]
+    write(store, Table.QUESTIONS, [row | {"question_id": "new", "answer": "a new answer"}])
+    assert plan.answers is not None
+    answers = [*plan.answers, "a new answer"]
+    model = replace(plan.config.model, classes=7)
+    grown = replace(plan, pins=Pins.latest(store), answers=answers, config=replace(plan.config, model=model))
+    assert grown.pins != plan.pins
+    run_together(grown, ALONE, quiet)
+    assert hashes(tmp_path / "run") == hashes(one_by_one.folder)
+    assert (
+        run_evaluate(store, tmp_path / "run", EvaluateMeans(split="val"))["store"]["versions"]["questions"]
+        == plan.pins.questions
+    )
+
+
+@pytest.mark.parametrize("left_out", ["stage_one", "stage_two"])
+def test_one_stage_alone(
+    one_by_one: TrainPlan, tmp_path: Path, left_out: str, learnable_store: FeatureStore
+) -> None:
+    config = replace(one_by_one.config, **{left_out: StageConfig(epochs=0)})
+    plan = replace(one_by_one, folder=tmp_path, config=config)
+    trained = run_together(plan, ALONE, quiet)
+    assert trained.keys() == folders(tmp_path).keys() - {"experts"}
+    stage = "mixing" if left_out == "stage_one" else "experts"
+    assert stages(tmp_path) == {stage}
+    assert stages(tmp_path / "baselines" / "question-only") == {"experts"}
+    report = run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="val"))
+    assert len(report["baselines"]) == 4
+
+
+def test_other_settings_in_the_same_folder_are_refused(one_by_one: TrainPlan) -> None:
+    document = (one_by_one.folder / "experts" / "last.json").read_text()
+    other = replace(one_by_one, config=replace(one_by_one.config, seed=9))
+    with pytest.raises(CheckpointError, match=r"other settings .*seed: 1, 9"):
+        run_together(other, ALONE, quiet)
+    assert json.loads((one_by_one.folder / "experts" / "last.json").read_text()) == json.loads(document)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_errors_come_out_of_tasks_in_one_line(one_by_one: TrainPlan, tmp_path: Path) -> None:
+    broken = replace(one_by_one.config, stage_one=replace(ONCE, lr=1e30))
+    plan = replace(one_by_one, folder=tmp_path, config=broken)
+    with pytest.raises(R2SCPError, match="the loss became") as failed:
+        run_together(plan, TrainMeans(threads=2), quiet)
+    assert type(failed.value) is R2SCPError
+    assert "\n" not in str(failed.value)
