@@ -87,6 +87,11 @@ def plan_of(store: FeatureStore, folder: Path, wanted: Wanted) -> TrainPlan:
             f"model.classes must be {classes}, the answers of the train split, or null where questions bring "
             f"their choices; got {config.model.classes}"
         )
+    if config.model.encoder_dim != store.dim:
+        raise UsageError(
+            f"model.encoder_dim must be {store.dim}, the width of the store's encoder; got "
+            f"{config.model.encoder_dim}"
+        )
     return TrainPlan(
         uri=store.uri,
         fingerprint=store.fingerprint,

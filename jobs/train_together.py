@@ -17,8 +17,10 @@ from r2scp.jobs.checkpoints import Checkpoint, find_last
 from r2scp.jobs.evaluate import BASELINES
 from r2scp.jobs.studies import experts_of
 from r2scp.jobs.train import Following, TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_data import Opened, complete
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.flows import fan_out, ray_session
+from r2scp.store.feature_store import FeatureStore
 
 EXPERTS_NAME = "experts"
 OURS = "r2scp"
@@ -43,7 +45,11 @@ def run_together(
     another. Raises what `run_training` raises.
     """
     found: dict[str, Checkpoint] = {}
-    for plans in _in_turn(plan, with_baselines):
+    turns = _in_turn(plan, with_baselines)
+    for plans in turns:
+        if OURS in plans:
+            _require_inputs(plans[OURS])
+    for plans in turns:
         side_by_side = means.device == "cpu" and means.num_workers == 1 and (means.threads or 1) > 1
         train = _side_by_side if side_by_side and len(plans) > 1 else _one_by_one
         found |= train(plans, means, told)
@@ -82,6 +88,16 @@ def _as_begun(plans: Plans) -> Plans:
         config = replace(plan.config, model=model)
         begun[name] = replace(plan, config=config, pins=Pins(**versions), answers=last.answers)
     return begun
+
+
+def _require_inputs(plan: TrainPlan) -> None:
+    """Raises what its training would raise of the store, before the experts are trained in vain."""
+    last = find_last(plan.folder)
+    if last is None or not last.finished:
+        store = FeatureStore.open(plan.uri, plan.fingerprint, plan.storage_options)
+        learned = Opened.read(store, plan.pins, plan.config, plan.answers).learning()[0]
+        if plan.config.stage_two.epochs:
+            complete(learned)
 
 
 def _one_by_one(plans: Plans, means: TrainMeans, told: Told) -> dict[str, Checkpoint]:

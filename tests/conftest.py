@@ -379,7 +379,7 @@ def judged(
     store = FeatureStore.open(shutil.copytree(learnable_store.uri, folder / "store").as_posix())
     clips = {row["clip_id"]: row for row in store.clips(["clip_id", "corpus", "split", "labels"]).to_pylist()}
     write_rows(store, Table.QUESTIONS, odd_questions([clips[f"music-avqa/{at}"] for at in range(26)]))
-    run_together(quick_plan(folder / "run", store), TrainMeans(threads=1), lambda *_: None)
+    run_together(quick_plan(folder / "run", store, evaluate_rows=7), TrainMeans(threads=1), lambda *_: None)
     return store, folder / "run"
 
 

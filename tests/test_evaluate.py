@@ -13,6 +13,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -197,16 +198,17 @@ def test_what_is_missing_never_enters(
     poisoned = Opened.read(store, pins, checkpoint.config, checkpoint.answers)
 
     def told(opened: Opened) -> dict[str, tuple[dict[str, object], torch.Tensor]]:
-        logits, real = [], Asked.add
+        logits: dict[int, list[torch.Tensor]] = {}
+        real = Asked.add
 
         def add(self: Asked, examples: Examples, rows: np.ndarray, answer: Answer) -> None:
-            logits.append(answer.logits_BK)
+            logits.setdefault(id(self), []).append(answer.logits_BK)
             real(self, examples, rows, answer)
 
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(Asked, "add", add)
             found = evaluate_model(checkpoint, opened, opened.examples("test"), EvaluateMeans())
-        return {name: (one.to_json(), part) for (name, one), part in zip(found.items(), logits, strict=True)}
+        return {name: (one.to_json(), torch.cat(logits[id(one)])) for name, one in found.items()}
 
     found, expected = told(poisoned), told(clean)
     assert found[condition][0] == expected[condition][0]
@@ -241,9 +243,10 @@ def test_every_model_is_asked_the_same(judged: Judged, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Dataset, "batch", noted)
     run_evaluate(*judged, TEST)
-    assert len(asked) == 4 * 9, "four models, three conditions and six rates, in one batch each"
-    assert asked[:9] == asked[9:18] == asked[18:27] == asked[27:]
-    assert len({tuple(one) for one in asked}) == 9
+    assert len(asked) == 4 * 9 * 5, "four models, three conditions and six rates, in batches of 7"
+    whole = [tuple(chain(*asked[at : at + 5])) for at in range(0, len(asked), 5)]
+    assert whole[:9] == whole[9:18] == whole[18:27] == whole[27:]
+    assert len(set(whole)) == 9
 
 
 def test_another_process_gives_identical_numbers(judged: Judged, report: dict[str, Any]) -> None:

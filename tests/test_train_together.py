@@ -17,9 +17,9 @@ from r2scp.jobs.train_config import StageConfig
 from r2scp.jobs.train_log import lines
 from r2scp.jobs.train_together import OURS, run_together
 from r2scp.pipelines.examples import Pins
-from r2scp.store.errors import CheckpointError, R2SCPError
+from r2scp.store.errors import CheckpointError, R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import Table
+from r2scp.store.schema import Retrieval, Table
 
 ONCE = StageConfig(epochs=1, lr=1e-2, schedule="constant")
 Quick = Callable[..., TrainPlan]
@@ -150,6 +150,15 @@ def test_one_stage_alone(
     assert stages(tmp_path / "baselines" / "question-only") == {"experts"}
     report = run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="val"))
     assert len(report["baselines"]) == 4
+
+
+def test_what_the_store_lacks_is_said_before_experts_are_trained(
+    one_by_one: TrainPlan, tmp_path: Path
+) -> None:
+    config = replace(one_by_one.config, retrieval=Retrieval.CROSS)
+    with pytest.raises(StoreError, match="no neighbours"):
+        run_together(replace(one_by_one, folder=tmp_path / "run", config=config), ALONE, quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_settings_in_the_same_folder_are_refused(one_by_one: TrainPlan) -> None:
