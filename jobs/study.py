@@ -71,7 +71,8 @@ def run_study(name: str, study: Study, means: StudyMeans) -> dict[str, Any]:
 
 def _require_split(store: FeatureStore, template: Job) -> None:
     """Raises `StoreError` for a split without questions, before hours are spent."""
-    plain = replace(template.plan.config, sees="question")  # reads no neighbours
+    config = template.plan.config
+    plain = replace(config, model=replace(config.model, cmr=False))  # reads no neighbours
     opened = Opened.read(store, template.plan.pins, plain, template.plan.answers)
     questions_of(opened, template.split)
 

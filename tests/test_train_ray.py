@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -27,42 +28,44 @@ from r2scp.store.errors import R2SCPError, UsageError
 pytestmark = pytest.mark.usefixtures("local_ray")
 TWO = TrainMeans(num_workers=2, threads=1)
 Worker = Callable[[dict], None]
+PATIENCE_S = 240  # for what stands still; it is ended long before
 
 
-def watched(diaries: Path, fatal: int = 0) -> Worker:
-    """What runs in a worker, with a diary; the second kills itself once, at the given step of stage II."""
+def watched(diaries: Path, stage: str = "", step: int = 0, then: str = "") -> Worker:
+    """What runs in a worker, with a diary. At a step of a stage the second one, once, does what `then` says:
+    "kill" itself, or "stand" still.
+    """
     diaries.mkdir()
 
     def work(settings: dict) -> None:
         from r2scp.jobs import train, train_stages
 
-        rank = ray.train.get_context().get_world_rank()
-        taken = 0
+        rank, taken = ray.train.get_context().get_world_rank(), Counter()
+        stages: list[Any] = [train_stages.ExpertsStage, train_stages.MixingStage]
 
         def note(**words: object) -> None:
             with (diaries / f"{rank}.jsonl").open("a") as file:
                 file.write(json.dumps(words) + "\n")
 
         note(pid=os.getpid())
-        for stage in (train_stages.ExpertsStage, train_stages.MixingStage):
+        for each in stages:
 
-            def prepare(self: Any, rows: Any, missing: int, real: Any = stage.prepare) -> Any:
+            def prepare(self: Any, rows: Any, missing: int, real: Any = each.prepare) -> Any:
                 note(stage=self.stage.value, rows=rows.tolist())
                 return real(self, rows, missing)
 
-            stage.prepare = prepare
+            def learn(self: Any, *arguments: Any, real: Any = each.learn) -> Any:
+                taken[self.stage.value] += 1
+                if (rank, self.stage.value, taken[stage]) == (1, stage, step) and not (
+                    diaries / then
+                ).exists():
+                    (diaries / then).touch()
+                    if then == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    threading.Event().wait(PATIENCE_S)
+                return real(self, *arguments)
 
-        mixing: Any = train_stages.MixingStage
-
-        def learn(self: Any, *arguments: Any, real: Any = mixing.learn) -> Any:
-            nonlocal taken
-            taken += 1
-            if rank == 1 and taken == fatal and not (diaries / "killed").exists():
-                (diaries / "killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, *arguments)
-
-        mixing.learn = learn
+            each.prepare, each.learn = prepare, learn
         train._in_worker(settings)
 
     return work
@@ -132,17 +135,17 @@ def test_a_worker_may_die_and_the_training_be_stopped(
         if len(heard) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "stopped"))
+    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "stopped", "experts", 8, "stand"))
     with pytest.raises(KeyboardInterrupt):
         run_training(plan, TWO, stop)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert heard[0] == ("experts", 1)
-    assert find(plan.folder, LAST).stage.value == "experts"
+    assert heard == [("experts", 1)]
+    assert (find(plan.folder, LAST).stage.value, find(plan.folder, LAST).epoch) == ("experts", 1)
 
-    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "killed", fatal=6))
+    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "killed", "mixing", 6, "kill"))
     run_training(plan, TWO, lambda values: None)
 
-    assert (tmp_path / "killed" / "killed").exists()
+    assert (tmp_path / "killed" / "kill").exists()
     pids = {line["pid"] for rank in (0, 1) for line in diary(tmp_path / "killed", rank) if "pid" in line}
     assert len(pids) == 4, "both workers were started anew, once"
     assert said(plan.folder) == said(undisturbed.folder)
