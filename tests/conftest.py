@@ -41,7 +41,7 @@ INDEX = IndexSettings(retrieval=(Retrieval.PAIRED,), n=4)  # of `asked_store`
 
 LEARNABLE = 16  # width of the embeddings in `learnable_store`
 #: Of questions in `judged`, split `odd`.
-HOSTILE_TYPES = ("[bold]x[/bold]", "a\x1b[2J/b\x1b]0;c\x07", "\u202egpj/exe\r\n", "Audio", "Audio/", "/x", "")
+HOSTILE_TYPES = ("[bold]x[bold]", "a\x1b[2J/b\x1b]0;c\x07", "\u202egpj/exe\r\n", "Audio", "Audio/", "/x", "")
 HOSTILE_TYPES += ("Audio/" + 200 * "long ", "Audio/" + 200 * "x", "Ton/字 | 字")
 
 
