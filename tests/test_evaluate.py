@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -45,19 +45,12 @@ from r2scp.store.errors import CheckpointError, FingerprintMismatch, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Z = 1.959963984540054  # standard deviations around the mean that hold 95 % of a normal distribution
 BASELINES = ("no-recovery", "no-recovery-dropout", "question-only")
 Judged = tuple[FeatureStore, Path]
 TEST = EvaluateMeans(rates=MISSING_RATES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_what_a_result_was_made_without_is_said(report: dict[str, Any]) -> None:
 
 def test_types_from_outside_steer_nothing(odd: dict[str, Any]) -> None:
     text = rendered(tables(odd))
-    for shown in ("[bold]x[", "\\x1b[2J", "\\x07", "\\u202egpj", "exe\\r\\n", "(none)", "字 | 字"):
+    for shown in ("[bold]x[bold]", "\\x1b[2J", "\\x07", "\\u202egpj", "exe\\r\\n", "(none)", "字 | 字"):
         assert shown in text
     n = odd["conditions"]["AV"]["n"]
     rows = text[text.index("by question type") :]

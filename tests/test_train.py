@@ -4,7 +4,7 @@ What a stage must not move is compared bit for bit; accuracies are counted again
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,13 @@ from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = ModelConfig(encoder_dim=16, classes=6, dim=16, heads=2)
 ONCE = {
     "stage_one": StageConfig(epochs=1, lr=1e-2, schedule="constant"),
     "stage_two": StageConfig(epochs=1, lr=1e-2, schedule="constant"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(plan: TrainPlan, told: Callable[[dict[str, object]], None] = lambda _: None) -> Checkpoint:

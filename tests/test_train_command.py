@@ -120,7 +120,7 @@ def test_evaluate_for_people(judged: Judged, tmp_path: Path) -> None:
     assert "R²ScP" in result.stdout
     for title in ("question only", "no recovery, dropout", "majority of the type"):
         assert title in result.stdout
-    assert "[bold]x[" in result.stdout, "outside text is not markup"
+    assert "[bold]x[bold]" in result.stdout, "outside text is not markup"
     assert not STEERING.search(result.output)
     assert max(map(len, result.stdout.splitlines())) <= 80
 

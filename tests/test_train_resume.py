@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.errors import CheckpointError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOG_EVERY = 2  # steps; an epoch of stage I has 5, of stage II 4
 SEED = 4  # with it neither stage is best at its end
@@ -60,15 +62,6 @@ places = {{"pins": Pins(**values.pop("pins")), "folder": Path(values.pop("folder
 plan = TrainPlan(config=TrainConfig.from_json(values.pop("config")), **places, **values)
 run_training(plan, TrainMeans(threads=1), lambda line: None)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

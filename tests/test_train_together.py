@@ -1,12 +1,11 @@
 """A model and its baselines begin with the same experts, side by side or one by one, to the bit."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from r2scp.jobs.baselines import baselines
 from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
@@ -21,18 +20,11 @@ from r2scp.store.errors import CheckpointError, R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONCE = StageConfig(epochs=1, lr=1e-2, schedule="constant")
 Quick = Callable[..., TrainPlan]
 ALONE = TrainMeans(threads=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quiet(name: str, values: dict[str, object]) -> None: ...
