@@ -7,6 +7,7 @@ FOLDER/NAME.json .md           a study's results
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,11 @@ def run_study(name: str, study: Study, means: StudyMeans) -> dict[str, Any]:
             if job.plan.experts is not None:
                 begun.append(experts_job(named, template, contents, seeded))
     _require_split(store, template)
-    _run(begun, "stage I", means)
-    _run(list(jobs.values()), name, means)
+    with ExitStack() as stack:
+        if not all(job.done for job in [*begun, *jobs.values()]):
+            stack.enter_context(ray_session(means.resources))
+        _run(begun, "stage I", means)
+        _run(list(jobs.values()), name, means)
     report = _report(name, study, jobs, means) | {"store": _described(store, plan)}
     replace_file(means.folder / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
@@ -80,14 +84,11 @@ def _require_split(store: FeatureStore, template: Job) -> None:
 def _run(jobs: Sequence[Job], what: str, means: StudyMeans) -> None:
     """Those that are not done yet, each once."""
     due = list({job.plan.folder: job for job in jobs if not job.done}.values())
-    if not due:
-        return
     failed = []
-    with ray_session(means.resources):
-        for done, (at, outcome) in enumerate(fan_out(work, due, gpus=means.gpus), start=1):
-            means.told(f"{what}: {done} of {len(due)} trainings; {due[at].name}: {outcome.said}")
-            if outcome.failed:
-                failed.append(f"{due[at].name}: {outcome.said}")
+    for done, (at, outcome) in enumerate(fan_out(work, due, gpus=means.gpus) if due else (), start=1):
+        means.told(f"{what}: {done} of {len(due)} trainings; {due[at].name}: {outcome.said}")
+        if outcome.failed:
+            failed.append(f"{due[at].name}: {outcome.said}")
     if failed:
         raise R2SCPError(
             f"{len(failed)} of {len(due)} trainings failed: {failed[0]} (the others are kept; the same study "

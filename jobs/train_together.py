@@ -8,7 +8,7 @@ A training of one stage alone shares nothing and rests in RUN/ whole.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,10 +49,13 @@ def run_together(
     for plans in turns:
         if OURS in plans:
             _require_inputs(plans[OURS])
-    for plans in turns:
-        side_by_side = means.device == "cpu" and means.num_workers == 1 and (means.threads or 1) > 1
-        train = _side_by_side if side_by_side and len(plans) > 1 else _one_by_one
-        found |= train(plans, means, told)
+    most = max(sum(not _over(one) for one in plans.values()) for plans in turns)  # that could go side by side
+    cores = means.threads or 1 if means.device == "cpu" and means.num_workers == 1 else 1
+    side_by_side = cores > 1 and most > 1
+    with ray_session(means.resources) if side_by_side else nullcontext():
+        for plans in turns:
+            train = _side_by_side if side_by_side and len(plans) > 1 else _one_by_one
+            found |= train(plans, means, told)
     return found
 
 
@@ -92,12 +95,16 @@ def _as_begun(plans: Plans) -> Plans:
 
 def _require_inputs(plan: TrainPlan) -> None:
     """Raises what its training would raise of the store, before the experts are trained in vain."""
-    last = find_last(plan.folder)
-    if last is None or not last.finished:
+    if not _over(plan):
         store = FeatureStore.open(plan.uri, plan.fingerprint, plan.storage_options)
         learned = Opened.read(store, plan.pins, plan.config, plan.answers).learning()[0]
         if plan.config.stage_two.epochs:
             complete(learned)
+
+
+def _over(plan: TrainPlan) -> bool:
+    last = find_last(plan.folder)
+    return last is not None and last.finished
 
 
 def _one_by_one(plans: Plans, means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
@@ -108,7 +115,6 @@ def _side_by_side(plans: Plans, means: TrainMeans, told: Told) -> dict[str, Chec
     tasks = [_Task(plan=plan, means=replace(means, threads=1)) for plan in plans.values()]
     names, found = list(plans), {}
     with ExitStack() as stack:
-        stack.enter_context(ray_session(means.resources))
         for name, plan in plans.items():
             following = Following(plan.folder / "metrics.jsonl", partial(told, name))
             stack.enter_context(following)
