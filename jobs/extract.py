@@ -6,30 +6,32 @@ no lease, no run. A run that is killed leaves what it had committed; the next on
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from r2scp.jobs.weights import describe_encoder, resolve_encoder
+from r2scp.jobs.writing import Intent, Writer, writing
 from r2scp.model.imagebind import DTYPE_NAMES
 from r2scp.pipelines.corpora import Corpus, open_corpus
 from r2scp.pipelines.decode import decode_fingerprint
 from r2scp.pipelines.embed import EncoderSpec
 from r2scp.pipelines.flows import Resources, extract, ray_session
 from r2scp.pipelines.plan import Plan, Scope, make_plan
-from r2scp.pipelines.questions import commit_questions
+from r2scp.pipelines.questions import QuestionPlan, plan_questions, write_questions
 from r2scp.pipelines.stages import Provenance
 from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import Lease, new_run_id, now
+from r2scp.store.runs import Lease
 from r2scp.store.schema import Table
 from r2scp.store.transaction import Staged
+from r2scp.store.upkeep import compact
 
 COMMIT_EVERY_S = 5.0  # what a crash can cost in finished work
 COMMIT_EVERY_FRAGMENTS = 16
+GONE_NAMED = 20  # clips named one by one in the account
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class Source:
     annotations: tuple[Path, ...] = ()
     split: str = ""
     limit: int | None = None
-    retry_failed: bool = False
+    retry_failed: bool = False  # all dead letters of untouched files
+    attempts: int = 0  # else those that may pass, up to so many attempts
+    remove_gone: bool = False  # clips and questions that are no longer there leave the store
+    name: str = ""  # of the corpus in the store; its kind's where none is given
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ class Report:
     corpus: str = ""
     encoder: str = ""
     inputs: int = 0
+    new: int = 0  # of those to be done; the other three likewise
+    changed: int = 0
+    other_fingerprint: int = 0
+    retried: int = 0
     stored: int = 0
     unchanged: int = 0
     dead: int = 0
@@ -122,116 +131,126 @@ def run_extract(
 ) -> Report:
     """Extract one corpus. Raises `R2SCPError` with one clear line where it cannot go on."""
     started = time.monotonic()
-    corpus = open_corpus(source.corpus, source.root, source.annotations, source.split)
-    decode_fingerprint(resources.ffmpeg)  # an ffmpeg that cannot serve is told before anything is written
-    store = FeatureStore.create(
-        destination.uri, encoder.fingerprint, encoder.dim, destination.storage_options
-    )
-    run = _Run(store=store, encoder=encoder, resources=resources, corpus=corpus)
-    plan = run.plan(source)
-    report = run.report
-    if plan.pending or plan.redescribed:
-        with run.writing(source):
-            store.redescribe(plan.redescribed, {"run": report.run_id, "sequence": "redescribe"})
-            if plan.pending:
-                run.clips(plan, progress)
-            report.questions = commit_questions(corpus, store, encoder, report.run_id)
-            store.compact(Table.CLIPS)
-    else:
-        report.questions = _questions_alone(run, source)
+    extraction = Extraction.open(source, destination, encoder, resources)
+    report, store = extraction.report, extraction.store
+    if extraction.due:
+        intent = Intent(
+            kind="extract",
+            purpose=f"extract --corpus {report.corpus}",
+            config=asdict(source) | {"encoder": encoder.fingerprint},
+            account=report.to_json,
+        )
+        with writing(store, intent) as writer:
+            extraction.write(writer, progress)
+            compact(store)
     report.clips_version = store.dataset(Table.CLIPS).version
     report.seconds = round(time.monotonic() - started, 3)
     report.clips_per_second = round(report.decoded / report.seconds, 3)
-    if report.inputs != report.stored + report.unchanged + report.dead:
-        raise R2SCPError(
-            f"inputs are unaccounted for: {report.inputs} inputs, but {report.stored} stored, "
-            f"{report.unchanged} unchanged, {report.dead} dead; run the same command again and report this"
-        )
     return report
 
 
-def _questions_alone(run: "_Run", source: Source) -> dict[str, int]:
-    """Questions, where no clip is to be done: new annotations of known videos, or nothing at all."""
-    counts = commit_questions(run.corpus, run.store, run.encoder, "", dry_run=True)
-    if not counts["stored"]:
-        return counts
-    with run.writing(source):
-        return commit_questions(run.corpus, run.store, run.encoder, run.report.run_id)
-
-
 @dataclass(kw_only=True)
-class _Run:
-    """One run of extraction on one store."""
+class Extraction:
+    """One corpus on its way into one store: `open` plans, `write` does what is planned."""
 
+    source: Source
     store: FeatureStore
     encoder: EncoderSpec
     resources: Resources
     corpus: Corpus
+    plan: Plan = field(default_factory=Plan)
+    questions: QuestionPlan | None = None
     report: Report = field(default_factory=Report)
     _sequence: int = 0
-    _lease: Lease | None = None
 
-    def plan(self, source: Source) -> Plan:
+    @classmethod
+    def open(
+        cls, source: Source, destination: Destination, encoder: EncoderSpec, resources: Resources
+    ) -> "Extraction":
+        """Compare the corpus with the store; makes the store's tables, and writes nothing else."""
+        corpus = open_corpus(source.corpus, source.root, source.annotations, source.split, source.name)
+        decode_fingerprint(resources.ffmpeg)  # an ffmpeg that cannot serve is told before anything is written
+        store = FeatureStore.create(
+            destination.uri, encoder.fingerprint, encoder.dim, destination.storage_options
+        )
+        extraction = cls(source=source, store=store, encoder=encoder, resources=resources, corpus=corpus)
+        extraction.make_plan()
+        return extraction
+
+    @property
+    def due(self) -> bool:
+        """Whether there is anything to write."""
+        plan = self.plan
+        gone = bool(plan.gone) and self.source.remove_gone
+        return bool(plan.pending or plan.redescribed or gone) or bool(self.questions and self.questions.due)
+
+    def make_plan(self) -> None:
+        """Compare the corpus with the store as it is now, and begin the account anew."""
+        source, corpus = self.source, self.corpus
         scope = Scope(
             decode_fingerprint=decode_fingerprint(self.resources.ffmpeg),
             limit=source.limit,
             retry_failed=source.retry_failed,
+            attempts=source.attempts,
         )
-        plan = make_plan(self.corpus, self.store.known(self.corpus.name), scope)
-        tally = self.corpus.clip_tally
-        self.report = Report(
-            corpus=self.corpus.name,
+        plan = self.plan = make_plan(corpus, self.store.known(corpus.name), scope)
+        self.questions = plan_questions(corpus, self.store, drop=source.remove_gone)
+        tally = corpus.clip_tally
+        fresh = Report(
+            corpus=corpus.name,
             encoder=self.encoder.fingerprint,
             inputs=plan.inputs,
+            new=plan.new,
+            changed=plan.changed,
+            other_fingerprint=plan.other_fingerprint,
+            retried=plan.retried,
             unchanged=plan.unchanged,
             dead=plan.dead_before,
             dead_before=plan.dead_before,
             redescribed=len(plan.redescribed),
             missing_files=plan.missing_files,
-            gone=plan.gone,
-            gone_first=plan.gone_first,
+            gone=len(plan.gone),
+            gone_first=plan.gone[:GONE_NAMED],
             rejects={reason.value: count for reason, count in tally.rejects.items()},
             duplicates=tally.duplicates,
             ambiguous_files=tally.ambiguous_files,
-            ignored_files=self.corpus.ignored.count,
-            unusable_names=self.corpus.tree.unusable.count,
-            unreadable_folders=self.corpus.tree.unreadable.count,
-            annotations=[str(file.path) for file in self.corpus.files],
+            ignored_files=corpus.ignored.count,
+            unusable_names=corpus.tree.unusable.count,
+            unreadable_folders=corpus.tree.unreadable.count,
+            questions=self.questions.counts,
+            annotations=[str(file.path) for file in corpus.files],
         )
-        return plan
+        vars(self.report).update(vars(fresh))  # who asked for the account keeps it
 
-    @contextmanager
-    def writing(self, source: Source) -> Iterator[None]:
-        """Hold the lease, keep a row in `runs`, and put right what a crash between two tables left."""
+    def write(self, writer: Writer, progress: Progress) -> None:
+        """Do what is planned, commit by commit. Raises `R2SCPError` where an input is unaccounted for."""
+        self.report.run_id = writer.run_id
+        self._reconcile()
+        self.store.redescribe(self.plan.redescribed, self._properties("redescribe"))
+        if self.source.remove_gone and self.plan.gone:
+            writer.lease.require()
+            for table in (Table.CLIPS, Table.FAILURES):
+                self.store.commit(table, [], self._properties("gone"), also_delete=self.plan.gone)
+        if self.plan.pending:
+            self._clips(writer, progress)
+        questions = plan_questions(self.corpus, self.store, drop=self.source.remove_gone)
+        writer.lease.require()
+        write_questions(questions, self.store, self.encoder, writer.run_id)
+        self.report.questions = questions.counts
+        self._reconcile()
         report = self.report
-        report.run_id = new_run_id("extract")
-        row: dict[str, object] = {
-            "run_id": report.run_id,
-            "kind": "extract",
-            "config": json.dumps(asdict(source) | {"encoder": self.encoder.fingerprint}, default=str),
-            "status": "running",
-            "started_at": now(),
-            "versions_before": json.dumps(self.store.versions()),
-        }
-        with self.store.lease(f"extract --corpus {report.corpus}").hold() as self._lease:
-            self.store.interrupt_runs()
-            self.store.record_run(row)
-            status = "interrupted"
-            try:
-                self._reconcile()
-                yield
-                self._reconcile()
-                status = "done"
-            except Exception:
-                status = "failed"
-                raise
-            finally:
-                counts, versions = json.dumps(report.to_json()), json.dumps(self.store.versions())
-                ended = {"status": status, "ended_at": now(), "counts": counts, "versions_after": versions}
-                self.store.record_run(row | ended)
+        if report.inputs != report.stored + report.unchanged + report.dead:
+            raise R2SCPError(
+                f"inputs are unaccounted for: {report.inputs} inputs, but {report.stored} stored, "
+                f"{report.unchanged} unchanged, {report.dead} dead; run it again and report this"
+            )
 
-    def clips(self, plan: Plan, progress: Progress) -> None:
+    def _properties(self, sequence: str) -> dict[str, str]:
+        return {"run": self.report.run_id, "sequence": sequence}
+
+    def _clips(self, writer: Writer, progress: Progress) -> None:
         """Run the flow over the plan's sources and commit what it stages."""
+        plan = self.plan
         tables = (self.store.address(Table.CLIPS), self.store.address(Table.FAILURES))
         provenance = Provenance.of(self.report.run_id, self.encoder.fingerprint, self.resources.ffmpeg)
         total, waiting = len(plan.pending), []
@@ -241,21 +260,20 @@ class _Run:
             for batch in extract(plan.sources, self.encoder, tables, provenance, self.resources):
                 waiting.append(batch)
                 if len(waiting) >= COMMIT_EVERY_FRAGMENTS or time.monotonic() >= due:
-                    self._commit(waiting, plan)
+                    self._commit(waiting, writer.lease)
                     waiting, due = [], time.monotonic() + COMMIT_EVERY_S
                     progress(self.report, total)
-            self._commit(waiting, plan)
+            self._commit(waiting, writer.lease)
         progress(self.report, total)
         if plan.pending:
             first = next(iter(plan.pending))
             raise R2SCPError(f"{len(plan.pending)} clips went into the flow and did not come out: {first}")
 
-    def _commit(self, batches: list[dict], plan: Plan) -> None:
+    def _commit(self, batches: list[dict], lease: Lease) -> None:
         """Make staged rows visible: new clips first, then dead letters and what is no longer true."""
         if not batches:
             return
-        assert self._lease is not None
-        self._lease.require()
+        lease.require()
         stored = [Staged.from_json(batch["stored"]) for batch in batches]
         dead = [Staged.from_json(batch["dead"]) for batch in batches]
         stored_ids = [clip_id for staged in stored for clip_id in staged.ids]
@@ -263,9 +281,9 @@ class _Run:
         reasons = [reason for batch in batches for reason in json.loads(batch["reasons"])]
         unchanged = [clip_id for batch in batches for clip_id in batch["unchanged"]]
         for clip_id in (*stored_ids, *dead_ids, *unchanged):
-            del plan.pending[clip_id]  # KeyError: a clip came out that did not go in, or came out twice
+            del self.plan.pending[clip_id]  # KeyError: a clip came out that did not go in, or came out twice
         self._sequence += 1
-        properties = {"run": self.report.run_id, "sequence": str(self._sequence)}
+        properties = self._properties(str(self._sequence))
         lasting = [i for i, why in zip(dead_ids, reasons, strict=True) if why not in TRANSIENT_REASONS]
         self.store.commit(Table.CLIPS, stored, properties, also_delete=lasting)
         self.store.commit(Table.FAILURES, dead, properties, also_delete=stored_ids)
@@ -280,6 +298,6 @@ class _Run:
 
     def _reconcile(self) -> None:
         stale_clips, stale_failures = self.store.superseded()
-        properties = {"run": self.report.run_id, "sequence": "reconcile"}
+        properties = self._properties("reconcile")
         self.store.commit(Table.CLIPS, [], properties, also_delete=stale_clips)
         self.store.commit(Table.FAILURES, [], properties, also_delete=stale_failures)

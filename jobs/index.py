@@ -4,22 +4,17 @@ Where nothing has changed nothing is written: no version, no lease, no run. Each
 a run that is killed leaves the modes it had committed, and the next one goes on from there.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from r2scp.pipelines.retrieve import (
-    IndexSettings,
-    ModePlan,
-    Writing,
-    plan_neighbours,
-    write_neighbours,
-)
+from r2scp.jobs.writing import Intent, Writer, writing
+from r2scp.pipelines.neighbour_plan import ModePlan, plan_neighbours
+from r2scp.pipelines.neighbour_rows import Writing, note_valid, write_neighbours
+from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.bank import MemoryBank
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import new_run_id, now
 from r2scp.store.schema import Modality, Table
 
 
@@ -54,71 +49,79 @@ def run_index(store: FeatureStore, settings: IndexSettings, progress: Progress) 
     Raises `StoreError` where the bank is empty, `LeaseHeld` where another writer is at work.
     """
     started = time.monotonic()
-    bank = MemoryBank.open(store, settings.bank)
-    if not len(bank):
-        raise StoreError(
-            f"no clip of {store.uri} is in the bank (corpora: {_named(settings.bank.corpora)}, "
-            f"splits: {_named(settings.bank.splits)}); `r2scp-pipe status` lists what there is"
+    index = Index.open(store, settings)
+    if index.due:
+        intent = Intent(
+            kind="index",
+            purpose="index",
+            config=asdict(settings),
+            account=lambda: index.report().modes,
         )
-    report = IndexReport(
-        bank_clips=len(bank),
-        bank_serving={modality.value: bank.serving(modality) for modality in Modality},
-        bank_version=bank.version,
-        bank_fingerprint=bank.fingerprint,
-        bank_corpora=list(settings.bank.corpora),
-        bank_splits=list(settings.bank.splits),
-        leak_guard=settings.leak_guard,
-    )
-    plans = plan_neighbours(bank, settings)
-    if any(plan.due for plan in plans):
-        store.make_tables()
-        _write(bank, settings, plans, report, progress)
-    report.modes = {plan.retrieval.value: plan.counts.to_json() for plan in plans}
-    report.searched = sum(plan.counts.searched for plan in plans)
-    report.neighbours_version = store.versions().get(Table.NEIGHBOURS.value, 0)
+        with writing(store, intent) as writer:
+            index.write(writer, progress)
+    report = index.report()
     report.seconds = round(time.monotonic() - started, 3)
     return report
 
 
-def _write(
-    bank: MemoryBank,
-    settings: IndexSettings,
-    plans: list[ModePlan],
-    report: IndexReport,
-    progress: Progress,
-) -> None:
-    """Search and commit what is due, mode by mode, under the lease and with a row in `runs`."""
-    store = bank.store
-    report.run_id = new_run_id("index")
-    row: dict[str, object] = {
-        "run_id": report.run_id,
-        "kind": "index",
-        "config": json.dumps(asdict(settings)),
-        "status": "running",
-        "started_at": now(),
-        "versions_before": json.dumps(store.versions()),
-    }
-    with store.lease("index").hold() as lease:
-        store.record_run(row)
-        status = "interrupted"
-        try:
-            for plan in (plan for plan in plans if plan.due):
-                total, name = sum(map(len, plan.pending.values())), plan.retrieval.value
+@dataclass(kw_only=True)
+class Index:
+    """What is to do to bring `neighbours` up to date with one version of `clips`; made by `open`."""
 
-                def told(done: int, name: str = name, total: int = total) -> None:
-                    progress(name, done, total)
+    bank: MemoryBank
+    settings: IndexSettings
+    plans: list[ModePlan]
+    run_id: str = ""
 
-                told(0)
-                writing = Writing(run_id=report.run_id, before_commit=lease.require, progress=told)
-                write_neighbours(bank, settings, plan, writing)
-            status = "done"
-        except Exception:
-            status = "failed"
-            raise
-        finally:
-            counts = {plan.retrieval.value: plan.counts.to_json() for plan in plans}
-            ended = {"status": status, "ended_at": now(), "counts": json.dumps(counts)}
-            store.record_run(row | ended | {"versions_after": json.dumps(store.versions())})
+    @classmethod
+    def open(cls, store: FeatureStore, settings: IndexSettings) -> "Index":
+        """Plan; reads only. Raises `StoreError` where the bank is empty."""
+        bank = MemoryBank.open(store, settings.bank)
+        if not len(bank):
+            raise StoreError(
+                f"no clip of {store.uri} is in the bank (corpora: {_named(settings.bank.corpora)}, "
+                f"splits: {_named(settings.bank.splits)}); `r2scp-pipe status` lists what there is"
+            )
+        return cls(bank=bank, settings=settings, plans=plan_neighbours(bank, settings))
+
+    @property
+    def due(self) -> bool:
+        """Whether a search is missing or a row stale."""
+        return any(plan.due for plan in self.plans)
+
+    def write(self, writer: Writer, progress: Progress) -> None:
+        """Search and commit what is due, mode by mode; note of each that it is right at this version."""
+        self.run_id = writer.run_id
+        self.bank.store.make_tables()
+        for plan in self.plans:
+            if not plan.due:
+                note_valid(self.bank, self.settings, plan, writer.run_id)
+                continue
+            total, name = sum(map(len, plan.pending.values())), plan.retrieval.value
+
+            def told(done: int, name: str = name, total: int = total) -> None:
+                progress(name, done, total)
+
+            told(0)
+            about = Writing(run_id=writer.run_id, before_commit=writer.lease.require, progress=told)
+            write_neighbours(self.bank, self.settings, plan, about)
+
+    def report(self) -> IndexReport:
+        """The account so far."""
+        bank, scope = self.bank, self.settings.bank
+        return IndexReport(
+            bank_clips=len(bank),
+            bank_serving={modality.value: bank.serving(modality) for modality in Modality},
+            bank_version=bank.version,
+            bank_fingerprint=bank.fingerprint,
+            bank_corpora=list(scope.corpora),
+            bank_splits=list(scope.splits),
+            leak_guard=self.settings.leak_guard,
+            modes={plan.retrieval.value: plan.counts.to_json() for plan in self.plans},
+            searched=sum(plan.counts.searched for plan in self.plans),
+            neighbours_version=bank.store.versions().get(Table.NEIGHBOURS.value, 0),
+            run_id=self.run_id,
+        )
 
 
 def _named(values: tuple[str, ...]) -> str:

@@ -4,16 +4,18 @@ Legend: Q queries, D their width.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.bank import KEY_COLUMNS, OTHER, BankScope, MemoryBank, Queries, source_of, unit_keys
+from r2scp.store.bank import KEY_COLUMNS, OTHER, MemoryBank, Queries, source_of, unit_keys
 from r2scp.store.schema import Modality, Table
+from r2scp.store.transaction import sql_literal
 
 QUERY_CHUNK = 16_384  # queries searched together: 67 MB at D = 1024
+FEW = 2_000  # clips that are asked for by name; of more, all keys are read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,34 +44,29 @@ class Chunk:
         )
 
 
-def query_ids(bank: MemoryBank, missing: Modality) -> set[str]:
-    """All clips that have the modality that is not `missing`."""
+def query_table(bank: MemoryBank, missing: Modality) -> pa.Table:
+    """clip_id, source_id, corpus of all clips that have the modality that is not `missing`."""
     where = f"{KEY_COLUMNS[OTHER[missing]]} IS NOT NULL"
-    return set(bank.store.clips(["clip_id"], where, bank.version)["clip_id"].to_pylist())
-
-
-def fingerprints(bank: MemoryBank, missing: Modality, corpora: tuple[str, ...]) -> dict[str, str]:
-    """clip_id -> fingerprint of its query, of the corpora that are asked for."""
-    chunks = _read(bank, missing, corpora)
-    return {clip_id: chunk.fingerprint(at) for chunk in chunks for at, clip_id in enumerate(chunk.clip_ids)}
+    return bank.store.clips(["clip_id", "source_id", "corpus"], where, bank.version)
 
 
 def chunks_of(bank: MemoryBank, missing: Modality, pending: set[str]) -> Iterator[Chunk]:
     """The queries of `pending`."""
     if not pending:
         return
-    for chunk in _read(bank, missing, ()):
+    for chunk in _read(bank, missing, pending):
         due = chunk.only(pending)
         if due.clip_ids:
             yield due
 
 
-def _read(bank: MemoryBank, missing: Modality, corpora: tuple[str, ...]) -> Iterator[Chunk]:
-    """Queries for the `missing` modality at the bank's version, about `QUERY_CHUNK` at a time."""
+def _read(bank: MemoryBank, missing: Modality, pending: Collection[str]) -> Iterator[Chunk]:
+    """Queries for the `missing` modality at the bank's version, about `QUERY_CHUNK` at a time; of few that
+    are pending, theirs alone."""
     column = KEY_COLUMNS[OTHER[missing]]
     where = f"{column} IS NOT NULL"
-    if corpora:
-        where = f"{where} AND {BankScope(corpora=corpora, splits=()).where()}"
+    if len(pending) <= FEW:
+        where = f"{where} AND clip_id IN ({', '.join(map(sql_literal, sorted(pending)))})"
     dataset = bank.store.dataset(Table.CLIPS, bank.version)
     batches = dataset.to_batches(
         columns=["clip_id", "source_id", column], filter=where, batch_size=QUERY_CHUNK

@@ -39,6 +39,7 @@ from r2scp.store.errors import CorpusError, UsageError
 __all__ = ["CORPORA", "ClipRow", "Corpus", "QuestionRow", "Reject", "RejectReason", "Tally", "open_corpus"]
 
 SEARCH_DEPTH = 2  # levels of folders below a root in which annotation files are looked for unasked
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 
 
@@ -113,8 +114,11 @@ _FORMATS = {
 CORPORA = tuple(_FORMATS)
 
 
-def open_corpus(name: str, root: Path, annotations: Sequence[Path] = (), split: str = "") -> Corpus:
-    """The corpus `name` with its media below `root`.
+def open_corpus(
+    kind: str, root: Path, annotations: Sequence[Path] = (), split: str = "", name: str = ""
+) -> Corpus:
+    """A corpus of a `kind` with its media below `root`. `name`: what its clips' ids begin with; the kind's
+    own where none is given. Two folders in one store need a name each.
 
     `annotations` are files, or folders in which the dataset's usual files are looked for; without any
     they are looked for below `root` (a folder corpus needs none). `split` is what rows and files that
@@ -123,21 +127,26 @@ def open_corpus(name: str, root: Path, annotations: Sequence[Path] = (), split: 
     Raises `UsageError` for a name or split that cannot be, `CorpusError` where the root holds no media,
     an annotation file is not there, or its beginning is something else altogether.
     """
-    if name not in _FORMATS:
-        raise UsageError(f"corpus must be one of {', '.join(CORPORA)}; got {inert(name)}")
+    if kind not in _FORMATS:
+        raise UsageError(f"corpus must be one of {', '.join(CORPORA)}; got {inert(kind)}")
+    name = name or kind
+    if not NAME.fullmatch(name) or (name != kind and name in _FORMATS):
+        raise UsageError(
+            f"the name of a corpus must be letters, digits, '.', '_', '-', and no other kind's; got {name!a}"
+        )
     if split:
         try:
             split = split_named(split, strict=False)
         except RowFault as fault:
             raise UsageError(f"split {fault.detail}") from fault
-    layout = _FORMATS[name]
+    layout = _FORMATS[kind]
     files = []
-    for path in _annotation_files(name, layout, root, annotations):
+    for path in _annotation_files(kind, layout, root, annotations):
         next(iter(layout.read(path, layout.expects)), None)  # a wrong file is told before a long walk
-        file_split = (split or "train") if name == "folder" else (split or layout.split_of(path))
+        file_split = (split or "train") if kind == "folder" else (split or layout.split_of(path))
         files.append(AnnotationFile(path=path, split=file_split))
     tree = walk(root)
-    if name == "folder":
+    if kind == "folder":
         return FolderCorpus(name, layout, files, tree, split or "train")
     return Corpus(name, layout, files, tree)
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from r2scp.pipelines.corpus import ClipRow, Corpus
 from r2scp.pipelines.stages import SOURCE_SCHEMA
+from r2scp.store.errors import TRANSIENT_REASONS
 from r2scp.store.feature_store import DESCRIBED, Known, describe
 
 
@@ -24,8 +25,11 @@ class Plan:
     unchanged: int = 0
     dead_before: int = 0  # failed before, same file, not worth another try
     missing_files: int = 0  # named by annotations, not on the disk
-    gone: int = 0  # in the store, no longer on the disk or no longer named
-    gone_first: list[str] = field(default_factory=list)
+    new: int = 0  # of those to be done: the store knows nothing of them
+    changed: int = 0  # touched since: maybe with the same content
+    other_fingerprint: int = 0  # decoded in a way that is no longer ours
+    retried: int = 0  # dead letters of untouched files
+    gone: list[str] = field(default_factory=list)  # in the store, no longer on the disk or no longer named
     redescribed: list[dict[str, object]] = field(
         default_factory=list
     )  # same file, other annotations or place
@@ -39,10 +43,15 @@ class Scope:
 
     decode_fingerprint: str
     limit: int | None = None  # at most so many clips that are on the disk
-    retry_failed: bool = False  # dead letters as well
+    retry_failed: bool = False  # all dead letters of untouched files
+    attempts: int = 0  # else those whose reason may go away by itself, up to so many attempts in all
+
+    def tries_again(self, before: Known) -> bool:
+        """Whether a dead letter of an untouched file is worth another look."""
+        passing = before.failure in TRANSIENT_REASONS and before.attempts < self.attempts
+        return self.retry_failed or passing
 
 
-GONE_NAMED = 20  # clips named one by one in the report
 ROWS_PER_BLOCK = 1_024  # as Python objects at a time
 
 
@@ -53,8 +62,7 @@ def make_plan(corpus: Corpus, known: Mapping[str, Known], scope: Scope) -> Plan:
     rows = _pending(corpus, known, scope, plan, seen)
     plan.sources = pa.concat_tables([plan.sources, *_blocks(rows)])
     if scope.limit is None:
-        absent = [clip_id for clip_id in known if clip_id not in seen]
-        plan.gone, plan.gone_first = len(absent), absent[:GONE_NAMED]
+        plan.gone = [clip_id for clip_id in known if clip_id not in seen]
     return plan
 
 
@@ -75,9 +83,16 @@ def _pending(
                 plan.unchanged += 1
                 _redescribe(clip, before, plan)
                 continue
-            if not scope.retry_failed:
+            if not scope.tries_again(before):
                 plan.dead_before += 1
                 continue
+            plan.retried += 1
+        elif before is None:
+            plan.new += 1
+        elif before.decode_fingerprint != scope.decode_fingerprint:
+            plan.other_fingerprint += 1
+        else:
+            plan.changed += 1
         plan.pending[clip.clip_id] = None
         yield _source(clip, before, scope.decode_fingerprint)
 

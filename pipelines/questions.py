@@ -5,6 +5,7 @@ of 32,000 questions from 33 templates has far fewer texts than questions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -21,36 +22,61 @@ ROWS_PER_FRAGMENT = 4_096
 TEXTS_AT_ONCE = 1_024  # words in memory: 80 MB of twenty each at D = 1024, float32
 
 
-def commit_questions(
-    corpus: Corpus, store: FeatureStore, encoder: EncoderSpec, run_id: str, dry_run: bool = False
-) -> dict[str, int]:
-    """Store what is new or changed among the corpus's questions; the account of all of them.
+@dataclass(kw_only=True)
+class QuestionPlan:
+    """What is to do about the questions of one corpus, and the account of all of them.
 
     Counts: `inputs` (well-formed questions), `stored`, `unchanged`, `without_clip` (their clip is not in the
-    store), `rejects`, `duplicates`. With `dry_run` nothing is embedded or written.
+    store), `rejects`, `duplicates`, `dropped` (in the store, and no longer asked or without their clip).
     """
+
+    wanted: list[QuestionRow]
+    dropped: list[str]  # question ids
+    counts: dict[str, int]
+
+    @property
+    def due(self) -> bool:
+        return bool(self.wanted or self.dropped)
+
+
+def plan_questions(corpus: Corpus, store: FeatureStore, drop: bool = False) -> QuestionPlan:
+    """Compare a corpus's questions with the store's. Without `drop` what is no longer asked stays."""
     counts = {"inputs": 0, "stored": 0, "unchanged": 0, "without_clip": 0}
     where = f"corpus = {sql_literal(corpus.name)}"
     clips = set(store.clips(columns=["clip_id"], where=where)["clip_id"].to_pylist())
     held = store.questions(columns=["question_id", *COMPARED], where=where).to_pylist()
     known = {row["question_id"]: _content(row) for row in held}
-    wanted: list[QuestionRow] = []
+    plan = QuestionPlan(wanted=[], dropped=[], counts=counts)
+    asked: set[str] = set()
     for question in corpus.questions():
         counts["inputs"] += 1
         if question.clip_id not in clips:
             counts["without_clip"] += 1
-        elif known.get(question.question_id) == _content(_plain(question)):
+            continue
+        asked.add(question.question_id)
+        if known.get(question.question_id) == _content(_plain(question)):
             counts["unchanged"] += 1
         else:
             counts["stored"] += 1
-            wanted.append(question)
+            plan.wanted.append(question)
     counts["rejects"] = corpus.question_tally.rejects.total()
     counts["duplicates"] = corpus.question_tally.duplicates
-    if wanted and not dry_run:
+    if drop:
+        plan.dropped = [question_id for question_id in known if question_id not in asked]
+    counts["dropped"] = len(plan.dropped)
+    return plan
+
+
+def write_questions(plan: QuestionPlan, store: FeatureStore, encoder: EncoderSpec, run_id: str) -> None:
+    """Embed and store what is wanted and remove what is dropped, in one new version."""
+    staged = []
+    if plan.wanted:
         loaded = encoder.load()
-        staged = [store.stage(Table.QUESTIONS, table) for table in _tables(wanted, loaded, store, run_id)]
-        store.commit(Table.QUESTIONS, staged, {"run": run_id, "sequence": "questions"})
-    return counts
+        staged = [
+            store.stage(Table.QUESTIONS, table) for table in _tables(plan.wanted, loaded, store, run_id)
+        ]
+    properties = {"run": run_id, "sequence": "questions"}
+    store.commit(Table.QUESTIONS, staged, properties, also_delete=plan.dropped)
 
 
 def _plain(question: QuestionRow) -> dict[str, object]:

@@ -14,7 +14,7 @@ Legend: Q queries, K keys, D their width, N hits a query.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +52,13 @@ class BankScope:
         named = [("corpus", self.corpora), ("split", () if self.disjoint else self.splits)]
         parts = [f"{name} IN ({', '.join(map(sql_literal, values))})" for name, values in named if values]
         return " AND ".join(parts) or None
+
+    def takes(self, corpus: str, split: str, source: str) -> bool:
+        """Whether a clip with these may serve."""
+        named = (not self.corpora or corpus in self.corpora) and (
+            self.disjoint or not self.splits or split in self.splits
+        )
+        return named and self.holds(source)
 
     def holds(self, source: str) -> bool:
         """The other part of the condition."""
@@ -179,6 +186,12 @@ class MemoryBank:
             raise ValueError(f"query keys must be {must}; got {wanted.queries_QD.shape}")
         near, far = search(self._blocks(how), wanted)
         return Found(nearest=self._hits(near, how, 1), farthest=self._hits(far, how, -1))
+
+    def compared_keys(self, how: Search, clip_ids: Collection[str]) -> np.ndarray:
+        """(K, D): what a query is compared with, of those of `clip_ids` that serve."""
+        ranks = np.array([self._rank[clip_id] for clip_id in clip_ids if clip_id in self._rank], np.int64)
+        keys = [block.keys_KD[np.isin(block.ranks_K, ranks)] for block in self._blocks(how)]
+        return np.concatenate([np.zeros((0, self.store.dim), np.float32), *keys])
 
     def _hits(self, best: Best, how: Search, sign: int) -> Hits:
         unguarded, own_source = best.others.merged(best.own)

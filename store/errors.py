@@ -8,6 +8,7 @@
     ├── MediaError                 one media file that cannot be used; carries a `FailureReason`
     ├── EncoderError               weights that are missing, foreign or damaged
     ├── CheckpointError            a trained model that is missing, damaged or of another program
+    ├── GateFailed                 a re-index did well, but what it made is not fit to serve
     └── StoreError                 the store cannot be opened, read or written
         ├── FingerprintMismatch    features of another encoder or decoder
         └── LeaseHeld              another writer is at work
@@ -83,6 +84,10 @@ class EncoderError(R2SCPError):
 
 class CheckpointError(R2SCPError):
     """A trained model that is missing, damaged or of another program."""
+
+
+class GateFailed(R2SCPError):
+    """What a re-index made is not fit to serve; what served before still does."""
 
 
 class StoreError(R2SCPError):

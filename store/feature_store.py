@@ -9,7 +9,8 @@ Layout: `encoders.lance` names the encoders, and each encoder has a folder of it
 that embeddings of two encoders never meet::
 
     store/encoders.lance
-    store/{encoder fingerprint}/clips.lance questions.lance failures.lance runs.lance leases.lance
+    store/{encoder fingerprint}/clips.lance questions.lance neighbours.lance indexes.lance
+                                failures.lance runs.lance snapshots.lance leases.lance
 
 The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store.database)` opens it.
 """
@@ -17,7 +18,6 @@ The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import lance
@@ -25,14 +25,12 @@ import pyarrow as pa
 
 from r2scp.store import schema
 from r2scp.store.errors import TRANSIENT_REASONS, FingerprintMismatch, StoreError
-from r2scp.store.runs import LEASE_SCHEMA, Lease, record_run
-from r2scp.store.schema import PRIMARY_KEY, SCHEMA_VERSION, Table
+from r2scp.store.runs import LEASE_SCHEMA, Lease, put_row
+from r2scp.store.schema import LATER_TABLES, PRIMARY_KEY, SCHEMA_VERSION, SNAPSHOT_TABLES, Table
+from r2scp.store.snapshots import Snapshot, name_moment, protect, publish, read_snapshots, rollback
 from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage, told
 
 REDESCRIBED_AT_ONCE = 512  # rows in memory, features included
-SMALL_FRAGMENT_ROWS = 1_024  # fragments below this are worth merging
-SMALL_FRAGMENTS = 32  # once there are this many of them
-TARGET_FRAGMENT_ROWS = 16_384  # about 0.7 GB of 10 s clips at D = 1024
 
 ENCODERS_SCHEMA = pa.schema(
     [
@@ -77,9 +75,12 @@ class FeatureStore:
             Table.CLIPS: schema.clips_schema(dim),
             Table.QUESTIONS: schema.questions_schema(dim),
             Table.NEIGHBOURS: schema.neighbours_schema(),
+            Table.INDEXES: schema.indexes_schema(),
             Table.FAILURES: schema.failures_schema(),
             Table.RUNS: schema.runs_schema(),
+            Table.SNAPSHOTS: schema.snapshots_schema(),
         }
+        self._pinned: dict[Table, int] = {}
 
     def __repr__(self) -> str:
         return f"FeatureStore({self.uri!r}, encoder={self.fingerprint!r}, D={self.dim})"
@@ -156,7 +157,11 @@ class FeatureStore:
 
     def dataset(self, table: Table, version: int | str | None = None) -> lance.LanceDataset:
         """The Lance dataset behind a table, at a version or tag."""
-        return self.address(table).open(version)
+        return self.address(table).open(self._pinned.get(table) if version is None else version)
+
+    def tables(self) -> list[Table]:
+        """The tables that are there: a store of an earlier version lacks some until it is written to."""
+        return [t for t in self._schemas if t not in LATER_TABLES or self.address(t).exists()]
 
     def clips(
         self, columns: Sequence[str] | None = None, where: str | None = None, version: int | str | None = None
@@ -201,8 +206,8 @@ class FeatureStore:
         return [clip_id for clip_id in clip_ids if clip_id not in have]
 
     def versions(self) -> dict[str, int]:
-        """Table -> latest version."""
-        return {table.value: self.dataset(table).version for table in self._tables()}
+        """Table -> version that is read: the latest, or the snapshot's."""
+        return {table.value: self.dataset(table).version for table in self.tables()}
 
     def status(self) -> dict[str, object]:
         """Rows, statuses, failures by reason, versions and tags: plain values, ready for JSON."""
@@ -223,8 +228,52 @@ class FeatureStore:
             "questions": {"rows": questions.num_rows, "by_split": _counts(questions["split"])},
             "failures": {"rows": failures.num_rows, "by_reason": _counts(failures["reason"])},
             "versions": self.versions(),
-            "tags": self.tags(),
+            "snapshots": {name: snapshot.to_json() for name, snapshot in self.snapshots().items()},
         }
+
+    # -- snapshots
+
+    def snapshots(self) -> dict[str, Snapshot]:
+        """Named moments of the store: `serving`, `previous`, and those with names of your own."""
+        return read_snapshots(self.address(Table.SNAPSHOTS))
+
+    def at(self, name: str) -> "FeatureStore":
+        """The same store for reading, as it was at a snapshot: clips, questions and neighbours fit together,
+        whatever is written meanwhile. Raises `StoreError` where there is no such snapshot."""
+        found = self.snapshots()
+        if name not in found:
+            there = ", ".join(sorted(found)) or "none; a re-index job publishes `serving`"
+            raise StoreError(f"the store at {self.uri} has no snapshot {name!a}; there is: {there}")
+        pinned = FeatureStore(self.uri, self.fingerprint, self.dim, self.storage_options)
+        pinned._pinned = dict(found[name].versions)
+        return pinned
+
+    def name_snapshot(self, name: str) -> Snapshot:
+        """Give the present moment a name and keep it from being cleaned away. Raises `UsageError`."""
+        named = name_moment(self.address(Table.SNAPSHOTS), name, self.read_together())
+        self.protect()
+        return named
+
+    def publish(self, run_id: str) -> Snapshot:
+        """Let the latest versions serve; what served is `previous`. For the holder of the lease only."""
+        published = publish(self.address(Table.SNAPSHOTS), self.read_together(), run_id)
+        self.protect()
+        return published
+
+    def rollback(self) -> Snapshot:
+        """Let `previous` serve again. For the holder of the lease only. Raises `StoreError`."""
+        published = rollback(self.address(Table.SNAPSHOTS))
+        self.protect()
+        return published
+
+    def read_together(self) -> dict[Table, int]:
+        """The versions of the tables that a snapshot names."""
+        return {table: self.dataset(table).version for table in SNAPSHOT_TABLES if table in self.tables()}
+
+    def protect(self) -> None:
+        """Keep what snapshots name from being cleaned away; also what a crash left undone."""
+        present = [(table, self.address(table)) for table in SNAPSHOT_TABLES if table in self.tables()]
+        protect(present, self.snapshots())
 
     # -- writing
 
@@ -246,6 +295,8 @@ class FeatureStore:
         also_delete: Iterable[str] = (),
     ) -> int:
         """Make staged rows visible in one new version, in place of rows with the same key; its number."""
+        if self._pinned:
+            raise StoreError("this store is read at a snapshot; open it without one to write")
         return commit(self.address(table), staged, properties, also_delete)
 
     def superseded(self) -> tuple[list[str], list[str]]:
@@ -288,36 +339,6 @@ class FeatureStore:
             staged.append(self.stage(Table.CLIPS, table))
         self.commit(Table.CLIPS, staged, properties)
 
-    def compact(self, table: Table) -> int:
-        """Merge many small fragments into few; no row changes. Returns the version the table then has."""
-        dataset = self.dataset(table)
-        small = sum(f.count_rows() < SMALL_FRAGMENT_ROWS for f in dataset.get_fragments())
-        if small >= SMALL_FRAGMENTS:
-            dataset.optimize.compact_files(target_rows_per_fragment=TARGET_FRAGMENT_ROWS)
-        return self.dataset(table).version
-
-    def clean(self, older_than: timedelta = timedelta(days=7)) -> int:
-        """Remove files that no version names and versions that no tag names; bytes won."""
-        tables = [self.dataset(table) for table in self._tables()]
-        return sum(
-            t.cleanup_old_versions(older_than=older_than, error_if_tagged_old_versions=False).bytes_removed
-            for t in tables
-        )
-
-    def tag(self, name: str, version: int | None = None) -> None:
-        """Name a version of `clips` (None: the latest); an existing tag moves."""
-        dataset = self.dataset(Table.CLIPS)
-        version = version or dataset.version
-        with told(f"set tag {name!r} on", self.uri):
-            if name in dataset.tags.list():
-                dataset.tags.update(name, version)
-            else:
-                dataset.tags.create(name, version)
-
-    def tags(self) -> dict[str, int]:
-        """Tag -> version of `clips`."""
-        return {name: tag["version"] for name, tag in self.dataset(Table.CLIPS).tags.list().items()}
-
     def lease(self, purpose: str) -> Lease:
         """The right to write, not acquired yet: `with store.lease("extract").hold() as lease: ...`."""
         address = TableAddress(
@@ -327,18 +348,17 @@ class FeatureStore:
 
     def record_run(self, row: Mapping[str, object]) -> None:
         """Insert or update one row of `runs`."""
-        record_run(self.address(Table.RUNS), row)
+        put_row(self.address(Table.RUNS), row)
+
+    def record_index(self, row: Mapping[str, object]) -> None:
+        """Insert or update one row of `indexes`."""
+        put_row(self.address(Table.INDEXES), row)
 
     def interrupt_runs(self) -> None:
         """Runs that never told their end were killed: say so. For the holder of the lease only."""
         runs, killed = self.dataset(Table.RUNS), "status = 'running'"
         if runs.count_rows(killed):
             runs.update({"status": "'interrupted'"}, where=killed)
-
-    def _tables(self) -> list[Table]:
-        """The tables that are there: a store of an earlier version has no `neighbours` until written to."""
-        optional = {Table.NEIGHBOURS}
-        return [t for t in self._schemas if t not in optional or self.address(t).exists()]
 
     def _read(
         self, table: Table, columns: Sequence[str] | None, where: str | None, version: int | str | None

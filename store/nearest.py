@@ -103,14 +103,22 @@ def search(blocks: Iterable[KeyBlock], wanted: Wanted) -> tuple[Best, Best]:
         if not len(whole.keys_KD):
             continue
         block = _without_surplus(whole, wanted.n + wanted.own_most)
-        # 2 * n * u * |q||k| bounds the error of any way to sum n products, u being the unit roundoff, for
-        # the n-th best and for the key compared with it together; 2 more for rounding the exact score
-        terms = wanted.queries_QD.shape[1] + 2
-        margin = np.float32(2 * terms * UNIT_ROUNDOFF * longest_query * _longest(block.keys_KD))
+        margin = _margin(wanted.queries_QD.shape[1], longest_query, _longest(block.keys_KD))
         by_source = np.argsort(block.sources_K, kind="stable")
         for start in range(0, count, QUERY_ROWS):
             _search_block(block, by_source, wanted, start, (near, far), _Tile(scores, margin))
     return near, far
+
+
+def product_error(queries_QD: np.ndarray, keys_KD: np.ndarray) -> np.float32:
+    """How far a float32 product of two of these may be from the score it is compared with."""
+    return _margin(queries_QD.shape[1], _longest(queries_QD), _longest(keys_KD))
+
+
+def _margin(dim: int, longest_query: float, longest_key: float) -> np.float32:
+    """2 * n * u * |q||k| bounds the error of any way to sum n products, u being the unit roundoff, for the
+    n-th best and for the key compared with it together; 2 more for rounding the exact score."""
+    return np.float32(2 * (dim + 2) * UNIT_ROUNDOFF * longest_query * longest_key)
 
 
 def exact_scores(

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -44,12 +44,17 @@ def new_run_id(kind: str) -> str:
     return f"{kind}-{now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
 
 
-def record_run(address: TableAddress, row: Mapping[str, object]) -> None:
-    """Insert or update the row of one run."""
-    rows = pa.Table.from_pylist([dict(row)], schema=address.schema)
+def put_row(address: TableAddress, row: Mapping[str, object]) -> None:
+    """Insert one row, or update the row of the same key."""
+    put_rows(address, [row])
+
+
+def put_rows(address: TableAddress, rows: Sequence[Mapping[str, object]]) -> None:
+    """Insert rows, or update those of the same keys, in one new version."""
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=address.schema)
     upsert = address.open().merge_insert(address.key)
     with told("write to", address.uri):
-        upsert.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        upsert.when_matched_update_all().when_not_matched_insert_all().execute(table)
 
 
 class Lease:
@@ -120,6 +125,12 @@ class Lease:
     def hold(self) -> Iterator["Lease"]:
         """Acquire, keep alive from a thread, release at the end."""
         self.acquire()
+        with self.hold_acquired():
+            yield self
+
+    @contextmanager
+    def hold_acquired(self) -> Iterator["Lease"]:
+        """Keep alive from a thread what has been acquired, release it at the end."""
         beat = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
         beat.start()
         try:

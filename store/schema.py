@@ -1,4 +1,4 @@
-"""What a datum is: modalities, statuses, the Arrow schemas of the five tables, fingerprints.
+"""What a datum is: modalities, statuses, the Arrow schemas of the tables, fingerprints.
 
 Legend: D is the encoder's width (1024 for imagebind-huge), T the number of one-second tokens of a
 clip, W the number of real tokens of a question.
@@ -46,8 +46,16 @@ class Table(StrEnum):
     CLIPS = "clips"
     QUESTIONS = "questions"
     NEIGHBOURS = "neighbours"
+    INDEXES = "indexes"
     FAILURES = "failures"
     RUNS = "runs"
+    SNAPSHOTS = "snapshots"
+
+
+#: What a reader sees together.
+SNAPSHOT_TABLES = (Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS)
+#: Tables that a store of an earlier version may lack until it is written to.
+LATER_TABLES = frozenset({Table.NEIGHBOURS, Table.INDEXES, Table.SNAPSHOTS})
 
 
 def sequence(dim: int) -> pa.DataType:
@@ -144,10 +152,26 @@ def neighbours_schema() -> pa.Schema:
             pa.field("nearest_own_source", pa.int32()),
             pa.field("farthest_own_source", pa.int32()),
             pa.field("settings", pa.string()),  # JSON: bank corpora and splits, n, weight, guard
-            pa.field("index", pa.string()),  # of settings and bank; equal: the same search
-            pa.field("bank_fingerprint", pa.string()),  # of ids, sources and keys
-            pa.field("bank_version", pa.int64()),  # of `clips`
+            pa.field("index", pa.string()),  # of `indexes`: up to which version of `clips` this row is right
+            pa.field("bank_fingerprint", pa.string()),  # of ids, sources and keys, when it was searched
+            pa.field("bank_version", pa.int64()),  # of `clips`, when it was searched
             pa.field("query_fingerprint", pa.string()),  # of source and key
+            pa.field("run_id", pa.string()),
+            pa.field("at", pa.timestamp("us", tz="UTC")),
+        ]
+    )
+
+
+def indexes_schema() -> pa.Schema:
+    """One row a way to search a bank: up to which version of `clips` its rows in `neighbours` are right."""
+    return pa.schema(
+        [
+            _key("index"),  # of settings and program
+            pa.field("retrieval", pa.string()),  # a Retrieval
+            pa.field("settings", pa.string()),
+            pa.field("query_corpora", pa.list_(pa.string())),  # whose clips have rows; empty: all
+            pa.field("bank_fingerprint", pa.string()),
+            pa.field("bank_version", pa.int64()),  # of `clips`
             pa.field("run_id", pa.string()),
             pa.field("at", pa.timestamp("us", tz="UTC")),
         ]
@@ -183,11 +207,24 @@ def runs_schema() -> pa.Schema:
             _key("run_id"),
             pa.field("kind", pa.string()),
             pa.field("config", pa.string()),  # JSON
-            pa.field("status", pa.string()),  # running | done | failed | interrupted
+            pa.field("status", pa.string()),  # running | done | refused | failed | interrupted
             pa.field("started_at", pa.timestamp("us", tz="UTC")),
             pa.field("ended_at", pa.timestamp("us", tz="UTC")),
             pa.field("counts", pa.string()),  # JSON
             pa.field("versions_before", pa.string()),  # JSON, table -> version
             pa.field("versions_after", pa.string()),
+        ]
+    )
+
+
+def snapshots_schema() -> pa.Schema:
+    """One row a named moment of the store: which versions of the tables belong together."""
+    return pa.schema(
+        [
+            _key("name"),
+            pa.field("versions", pa.string()),  # JSON, table -> version
+            pa.field("run_id", pa.string()),  # that made it
+            pa.field("rolled_back", pa.bool_()),
+            pa.field("at", pa.timestamp("us", tz="UTC")),
         ]
     )

@@ -5,18 +5,20 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import boto3
 import imageio_ffmpeg
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
 import torch
+from moto.server import ThreadedMotoServer
 
 from r2scp.jobs.extract import encoder_spec
 from r2scp.jobs.index import run_index
@@ -51,6 +53,45 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no real media or reference tensors beside the repository (../shared)")
     return SHARED
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a store may rest."""
+
+    uri: str
+    options: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[Callable[[str], Place]]:
+    """An S3 of our own on loopback; makes a bucket and gives its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+    )
+    options = {
+        "aws_endpoint": endpoint,
+        "allow_http": "true",
+        "aws_region": "us-east-1",
+        "aws_access_key_id": "testing",
+        "aws_secret_access_key": "testing",
+    }
+
+    def make(bucket: str) -> Place:
+        client.create_bucket(Bucket=bucket)
+        return Place(f"s3://{bucket}/deep/store", options)
+
+    yield make
+    client.close()
+    server.stop()
 
 
 @pytest.fixture(scope="session")

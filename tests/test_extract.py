@@ -222,6 +222,7 @@ def test_questions_are_stored_once_and_replaced_when_changed(
     report = bench.extract(corpus="music-avqa", annotations=(path,))
     assert (report.inputs, report.stored, report.dead, report.missing_files) == (3, 2, 1, 1)
     counts = {"inputs": 5, "stored": 3, "unchanged": 0, "without_clip": 2, "rejects": 0, "duplicates": 0}
+    counts |= {"dropped": 0}
     assert report.questions == counts
     rows = {row["question_id"]: row for row in bench.store.questions().to_pylist()}
     assert rows["music-avqa/2"]["answer"] == "flute"

@@ -3,70 +3,30 @@
 The same journey runs on a folder and, through a server on loopback, on an object store.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import boto3
 import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from r2scp.store import feature_store
 from r2scp.store.errors import FailureReason, FingerprintMismatch, LeaseHeld, StoreError
 from r2scp.store.feature_store import FeatureStore, Known
 from r2scp.store.schema import SCHEMA_VERSION, Table
+from r2scp.store.upkeep import clean
 
 DIM = 4
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a store may rest."""
-
-    uri: str
-    options: dict[str, str]
-
-
-@pytest.fixture(scope="module")
-def object_store() -> Iterator[Callable[[str], Place]]:
-    """An S3 of our own on loopback; makes a bucket and gives its address."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="testing",
-        aws_secret_access_key="testing",
-    )
-    options = {
-        "aws_endpoint": endpoint,
-        "allow_http": "true",
-        "aws_region": "us-east-1",
-        "aws_access_key_id": "testing",
-        "aws_secret_access_key": "testing",
-    }
-
-    def make(bucket: str) -> Place:
-        client.create_bucket(Bucket=bucket)
-        return Place(f"s3://{bucket}/deep/store", options)
-
-    yield make
-    client.close()
-    server.stop()
-
-
 @pytest.fixture(params=["folder", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "folder":
-        return Place(str(tmp_path / "store"), {})
+        return SimpleNamespace(uri=str(tmp_path / "store"), options={})
     return request.getfixturevalue("object_store")("features")
 
 
@@ -115,7 +75,7 @@ def put(store: FeatureStore, table: Table, *rows: dict[str, object]) -> int:
     return store.commit(table, [store.stage(table, given)], {"run": "test"})
 
 
-def test_the_whole_journey(place: Place) -> None:
+def test_the_whole_journey(place: Any) -> None:
     """Create, lease, stage, commit, replace, tag, compact, clean, on any kind of store."""
     store = FeatureStore.create(place.uri, "encoder-a", DIM, place.options)
     with store.lease("test").hold() as lease:
@@ -123,7 +83,7 @@ def test_the_whole_journey(place: Place) -> None:
         with pytest.raises(LeaseHeld):
             store.lease("another").acquire()
         put(store, Table.CLIPS, *(clip(f"c/{i}") for i in range(5)))
-        store.tag("serving")
+        store.publish("r")
         put(store, Table.CLIPS, clip("c/3", split="test"))
         store.record_run({"run_id": "r", "status": "done"})
     with store.lease("next").hold():
@@ -132,9 +92,9 @@ def test_the_whole_journey(place: Place) -> None:
     assert (opened.fingerprint, opened.dim) == ("encoder-a", DIM)
     assert opened.clips(columns=["clip_id"]).num_rows == 5
     assert opened.clips(where="split = 'test'")["clip_id"].to_pylist() == ["c/3"]
-    assert opened.clips(where="split = 'test'", version="serving").num_rows == 0
-    opened.clean(older_than=timedelta(0))
-    assert opened.clips(version="serving").num_rows == 5
+    assert opened.at("serving").clips(where="split = 'test'").num_rows == 0
+    clean(opened, older_than=timedelta(0))
+    assert opened.at("serving").clips().num_rows == opened.clips(version="serving").num_rows == 5
     assert opened.dataset(Table.RUNS).count_rows() == 1
 
 
@@ -224,7 +184,7 @@ def test_status_counts_what_is_there(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/1"), clip("c/2", split="test", visual_status="partial"), clip("d/1"))
     put(store, Table.FAILURES, failure("c/9"))
     put(store, Table.QUESTIONS, {"question_id": "c/q", "corpus": "c", "split": "val"})
-    store.tag("serving")
+    store.publish("r")
     status = store.status()
     assert status["clips"] == {
         "rows": 3,
@@ -236,7 +196,9 @@ def test_status_counts_what_is_there(store: FeatureStore) -> None:
     assert status["questions"] == {"rows": 1, "by_split": {"val": 1}}
     assert status["failures"] == {"rows": 1, "by_reason": {"corrupt": 1}}
     assert status["versions"].items() >= {"clips": 2, "questions": 2, "failures": 2, "runs": 1}.items()
-    assert status["tags"] == {"serving": 2}
+    [(name, snapshot)] = status["snapshots"].items()
+    assert (name, snapshot["run_id"]) == ("serving", "r")
+    assert snapshot["versions"] == {"clips": 2, "questions": 2, "neighbours": 1}
     assert (status["encoder"], status["dim"]) == ("encoder-a", DIM)
 
 
@@ -251,19 +213,6 @@ def test_what_goes_in_comes_out(store: FeatureStore) -> None:
     assert np.linalg.norm(row["visual_key"]) == pytest.approx(1, abs=1e-6)
 
 
-def test_tags_name_versions_and_move(store: FeatureStore) -> None:
-    put(store, Table.CLIPS, clip("c/1"))
-    store.tag("serving")
-    put(store, Table.CLIPS, clip("c/2"))
-    assert store.clips(version="serving").num_rows == 1
-    store.tag("serving")
-    store.tag("first", 2)
-    assert store.tags() == {"serving": 3, "first": 2}
-    for name, version in (("no such", None), ("late", 99)):
-        with pytest.raises(StoreError, match=f"cannot set tag '{name}'"):
-            store.tag(name, version)
-
-
 def test_errors_of_reading_are_clear(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match=r"colour.*its columns: clip_id, corpus"):
         store.clips(columns=["colour"])
@@ -271,26 +220,6 @@ def test_errors_of_reading_are_clear(store: FeatureStore) -> None:
         store.clips(where="split = = 'x'")
     with pytest.raises(StoreError, match="no-such-tag"):
         store.clips(version="no-such-tag")
-
-
-def test_compaction_keeps_every_row(store: FeatureStore) -> None:
-    for number in range(40):
-        put(store, Table.CLIPS, clip(f"c/{number}"), clip(f"d/{number}"))
-    store.tag("before")
-    store.commit(Table.CLIPS, [], {}, also_delete=[f"c/{i}" for i in range(0, 40, 3)])
-    rows = sorted(store.clips(columns=["clip_id", "visual"]).to_pylist(), key=lambda row: row["clip_id"])
-    many = len(store.dataset(Table.CLIPS).get_fragments())
-    version = store.compact(Table.CLIPS)
-    assert len(store.dataset(Table.CLIPS).get_fragments()) < many
-    after = sorted(store.clips(columns=["clip_id", "visual"]).to_pylist(), key=lambda row: row["clip_id"])
-    assert after == rows
-    assert store.compact(Table.CLIPS) == version, "compacting what is compact writes nothing"
-    put(store, Table.CLIPS, clip("c/1", split="test"), clip("c/new"))
-    assert store.clips(where="clip_id = 'c/1'")["split"].to_pylist() == ["test"]
-    assert store.clips().num_rows == len(rows) + 1
-    assert store.clean(older_than=timedelta(0)) > 0
-    assert store.clips(version="before").num_rows == 80, "a tagged version outlives the cleaning"
-    assert store.clips().num_rows == len(rows) + 1
 
 
 def test_a_notebook_opens_the_database_with_lancedb(store: FeatureStore) -> None:

@@ -26,6 +26,7 @@ DOORS = {
         "pipelines/supervise.py",
         "pipelines/probe.py",
         "pipelines/demo_corpus.py",
+        "jobs/schedule.py",
     },
     "ffmpeg": {"pipelines/ffmpeg_program.py"},
     "imageio_ffmpeg": {"pipelines/ffmpeg_program.py", "pipelines/demo_corpus.py"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from r2scp.pipelines.corpora import Corpus, open_corpus
-from r2scp.pipelines.plan import GONE_NAMED, Scope, make_plan
+from r2scp.pipelines.plan import Scope, make_plan
 from r2scp.store.feature_store import DESCRIBED, Known, describe
 
 FINGERPRINT = "grid1"
@@ -35,7 +35,7 @@ def remembered(corpus: Corpus, **changes: object) -> dict[str, Known]:
 
 def test_an_empty_store_needs_all(corpus: Corpus) -> None:
     plan = make_plan(corpus, {}, SCOPE)
-    assert (plan.inputs, plan.unchanged, plan.gone, plan.missing_files) == (4, 0, 0, 0)
+    assert (plan.inputs, plan.unchanged, plan.gone, plan.missing_files) == (4, 0, [], 0)
     assert list(plan.pending) == [f"folder/{n}.mp4" for n in range(4)]
     assert plan.sources["clip_id"].to_pylist() == list(plan.pending)
     assert plan.sources["known_sha256"].to_pylist() == [""] * 4
@@ -99,14 +99,13 @@ def test_a_limit_counts_clips_on_the_disk(corpus: Corpus) -> None:
     assert plan.inputs == len(plan.pending) == 3
     known = remembered(corpus) | {"folder/old.mp4": Known(1, 1, "", FINGERPRINT)}
     limited = make_plan(corpus, known, Scope(decode_fingerprint=FINGERPRINT, limit=2))
-    assert (limited.unchanged, limited.gone) == (2, 0), "beyond the limit nobody looked"
+    assert (limited.unchanged, limited.gone) == (2, []), "beyond the limit nobody looked"
 
 
-def test_what_is_gone_is_counted_and_named(corpus: Corpus) -> None:
-    lost = {f"folder/old{n:02}.mp4": Known(1, 1, "", FINGERPRINT) for n in range(GONE_NAMED + 5)}
+def test_what_is_gone_is_named(corpus: Corpus) -> None:
+    lost = {f"folder/old{n:02}.mp4": Known(1, 1, "", FINGERPRINT) for n in range(25)}
     plan = make_plan(corpus, remembered(corpus) | lost, SCOPE)
-    assert plan.gone == GONE_NAMED + 5
-    assert plan.gone_first == list(lost)[:GONE_NAMED]
+    assert plan.gone == list(lost)
 
 
 def test_annotated_files_that_are_not_there(tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_annotated_files_that_are_not_there(tmp_path: Path) -> None:
     known = {"folder/nowhere": Known(1, 1, "ab", FINGERPRINT)}
     plan = make_plan(corpus, known, SCOPE)
     assert (plan.inputs, plan.missing_files) == (1, 1)
-    assert plan.gone_first == ["folder/nowhere"]
+    assert plan.gone == ["folder/nowhere"]
 
 
 def test_a_file_that_vanishes_after_it_was_listed_goes_into_the_flow(corpus: Corpus) -> None:
@@ -150,3 +149,28 @@ def test_a_large_corpus_is_planned_in_one_pass(corpus: Corpus, monkeypatch: pyte
     plan = make_plan(corpus, {}, SCOPE)
     assert plan.sources.num_rows == len(plan.pending) == plan.inputs == 3_000
     assert len(passes) == 1
+
+
+def test_dead_letters_that_may_pass_are_tried_again_and_not_for_ever(corpus: Corpus) -> None:
+    known = remembered(corpus)
+    ids = sorted(known)
+    failed = {
+        ids[0]: replace(known[ids[0]], failure="timeout", attempts=2),
+        ids[1]: replace(known[ids[1]], failure="timeout", attempts=3),
+        ids[2]: replace(known[ids[2]], failure="corrupt", attempts=1),
+    }
+    plan = make_plan(corpus, known | failed, Scope(decode_fingerprint=FINGERPRINT, attempts=3))
+    assert (list(plan.pending), plan.retried, plan.dead_before) == ([ids[0]], 1, 2)
+    assert make_plan(corpus, known | failed, SCOPE).dead_before == 3
+
+
+def test_why_a_clip_is_to_be_done(corpus: Corpus) -> None:
+    known = remembered(corpus)
+    ids = sorted(known)
+    held = {
+        ids[0]: replace(known[ids[0]], mtime_ns=1),
+        ids[1]: replace(known[ids[1]], decode_fingerprint="older"),
+        ids[2]: known[ids[2]],
+    }
+    plan = make_plan(corpus, held, SCOPE)
+    assert (plan.changed, plan.other_fingerprint, plan.unchanged, plan.new) == (1, 1, 1, 1)

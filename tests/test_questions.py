@@ -15,7 +15,7 @@ from r2scp.pipelines import questions
 from r2scp.pipelines.corpora import open_corpus
 from r2scp.pipelines.corpus import Corpus
 from r2scp.pipelines.embed import Encoder, EncoderSpec
-from r2scp.pipelines.questions import commit_questions
+from r2scp.pipelines.questions import plan_questions, write_questions
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
@@ -62,6 +62,12 @@ def corpus(folder: Path, asked: list[tuple[str, list[str | None], object]]) -> C
     return open_corpus("avqa", folder, [folder / "train_qa.json"])
 
 
+def commit(asked: Corpus, store: FeatureStore, encoder: EncoderSpec, run_id: str) -> dict[str, int]:
+    plan = plan_questions(asked, store, drop=run_id == "dropping")
+    write_questions(plan, store, encoder, run_id)
+    return plan.counts
+
+
 def test_each_choice_is_embedded_behind_its_question(
     tmp_path: Path, store: FeatureStore, tiny_encoder: EncoderSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +81,7 @@ def test_each_choice_is_embedded_behind_its_question(
         ("What sounds?", [], "a bell"),
     ]
     seen: list[str] = []
-    counts = commit_questions(corpus(tmp_path / "media", asked), store, counting(tiny_encoder, seen), "run")
+    counts = commit(corpus(tmp_path / "media", asked), store, counting(tiny_encoder, seen), "run")
     assert (counts["inputs"], counts["stored"], counts["rejects"]) == (5, 5, 0)
     assert len(store.dataset(Table.QUESTIONS).get_fragments()) == 3
     encoder, allowed = tiny_encoder.load(), TOLERANCE[tiny_encoder.dtype]
@@ -106,11 +112,11 @@ def test_a_changed_choice_is_embedded_again_and_alone(
         ("What sounds?", ["a dog", "a cat"], 0),
         ("What is seen?", ["a dog", "a cat"], 1),
     ]
-    commit_questions(corpus(tmp_path / "media", asked), store, tiny_encoder, "one")
+    commit(corpus(tmp_path / "media", asked), store, tiny_encoder, "one")
     before = {row["question_id"]: row for row in store.questions().to_pylist()}
     seen: list[str] = []
     asked[1] = ("What is seen?", ["a dog", "a cow"], 1)
-    counts = commit_questions(corpus(tmp_path / "media", asked), store, counting(tiny_encoder, seen), "two")
+    counts = commit(corpus(tmp_path / "media", asked), store, counting(tiny_encoder, seen), "two")
     assert (counts["stored"], counts["unchanged"]) == (1, 1)
     assert sorted(seen) == ["What is seen?", "What is seen? a cow", "What is seen? a dog"]
     after = {row["question_id"]: row for row in store.questions().to_pylist()}
@@ -118,3 +124,21 @@ def test_a_changed_choice_is_embedded_again_and_alone(
     one, two = (np.array(rows["avqa/1"]["choice_sentences"]) for rows in (before, after))
     assert np.abs(one[0] - two[0]).max() < TOLERANCE[tiny_encoder.dtype]
     assert np.abs(one[1] - two[1]).max() > 1e-3
+
+
+def test_what_is_no_longer_asked_stays_unless_it_is_to_go(
+    tmp_path: Path, store: FeatureStore, tiny_encoder: EncoderSpec
+) -> None:
+    asked: list[tuple[str, list[str | None], object]] = [
+        ("What sounds?", [], "rain"),
+        ("What is seen?", [], "it"),
+    ]
+    commit(corpus(tmp_path / "media", asked), store, tiny_encoder, "one")
+    fewer = corpus(tmp_path / "media", asked[:1])
+    assert not plan_questions(fewer, store).due
+    assert plan_questions(fewer, store, drop=True).dropped == ["avqa/1"]
+    assert commit(fewer, store, tiny_encoder, "dropping")["dropped"] == 1
+    assert store.questions()["question_id"].to_pylist() == ["avqa/0"]
+    store.commit(Table.CLIPS, [], {}, also_delete=[f"avqa/{CLIP}"])
+    without = plan_questions(fewer, store, drop=True)
+    assert (without.dropped, without.counts["without_clip"]) == (["avqa/0"], 1)

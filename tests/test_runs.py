@@ -18,7 +18,7 @@ import pytest
 
 from r2scp.store import runs
 from r2scp.store.errors import LeaseHeld, StoreError
-from r2scp.store.runs import LEASE_SCHEMA, LEASE_SECONDS, Lease, new_run_id, record_run
+from r2scp.store.runs import LEASE_SCHEMA, LEASE_SECONDS, Lease, new_run_id, put_row
 from r2scp.store.schema import runs_schema
 from r2scp.store.transaction import TableAddress
 
@@ -255,9 +255,9 @@ def test_a_run_is_one_row_however_often_it_is_recorded(tmp_path: Path) -> None:
     address.create()
     started = datetime(2026, 1, 31, 12, tzinfo=UTC)
     row = {"run_id": "it's", "kind": "extract", "status": "running", "started_at": started}
-    record_run(address, row)
-    record_run(address, row | {"status": "done", "counts": "{}"})
-    record_run(address, {"run_id": "other", "status": "running"})
+    put_row(address, row)
+    put_row(address, row | {"status": "done", "counts": "{}"})
+    put_row(address, {"run_id": "other", "status": "running"})
     found = {row["run_id"]: row for row in address.open().to_table().to_pylist()}
     assert found["it's"]["status"] == "done"
     assert found["it's"]["started_at"] == started

@@ -1,0 +1,83 @@
+"""A run that writes: it holds the lease, and its row in `runs` tells its end whatever happens."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from r2scp.store.errors import GateFailed, LeaseHeld
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.runs import Lease, new_run_id, now
+
+ASK_AGAIN_S = 2.0  # whether another writer is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intent:
+    """Who wants to write, and with what in mind. `account` gives the counts when all is over."""
+
+    kind: str
+    purpose: str  # what another writer is told
+    config: Mapping[str, object]
+    account: Callable[[], Mapping[str, object]]
+    wait_s: float = 0.0  # for another writer
+    told: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """The right to write, for as long as the run lasts. Call `lease.require()` before each commit."""
+
+    run_id: str
+    lease: Lease
+
+
+@contextmanager
+def writing(store: FeatureStore, intent: Intent) -> Iterator[Writer]:
+    """Hold the lease and keep a row in `runs`. Raises `LeaseHeld` where another writer is at work."""
+    run_id = new_run_id(intent.kind)
+    row: dict[str, object] = {
+        "run_id": run_id,
+        "kind": intent.kind,
+        "config": json.dumps(intent.config, default=str),
+        "status": "running",
+        "started_at": now(),
+    }
+    with _lease(store, intent).hold_acquired() as lease:
+        store.interrupt_runs()
+        row["versions_before"] = json.dumps(store.versions())
+        store.record_run(row)
+        status = "interrupted"
+        try:
+            yield Writer(run_id=run_id, lease=lease)
+            status = "done"
+        except GateFailed:
+            status = "refused"
+            raise
+        except Exception:
+            status = "failed"
+            raise
+        finally:
+            counts, versions = json.dumps(intent.account(), default=str), json.dumps(store.versions())
+            ended = {"status": status, "ended_at": now(), "counts": counts, "versions_after": versions}
+            store.record_run(row | ended)
+
+
+def _lease(store: FeatureStore, intent: Intent) -> Lease:
+    """The lease, acquired; waits for another writer as long as is allowed."""
+    until = time.monotonic() + intent.wait_s
+    waited = False
+    while True:
+        lease = store.lease(intent.purpose)
+        try:
+            lease.acquire()
+        except LeaseHeld as held:
+            if time.monotonic() >= until:
+                raise
+            if not waited:
+                intent.told(f"waiting up to {intent.wait_s:.0f} s: {held}")
+            waited = True
+            time.sleep(ASK_AGAIN_S)
+            continue
+        return lease

@@ -1,0 +1,72 @@
+"""Compaction and cleaning: no row is lost, no file is left over, old versions go."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Table
+from r2scp.store.upkeep import clean, compact
+
+Write = Callable[..., None]
+DIM = 4
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore.create(str(tmp_path / "store"), "encoder-a", DIM)
+
+
+def clip(clip_id: str, split: str = "train") -> dict[str, object]:
+    return {"clip_id": clip_id, "split": split, "visual": np.eye(DIM, dtype=np.float16)[:2].tolist()}
+
+
+def rows(store: FeatureStore) -> list[dict]:
+    table = store.clips(columns=["clip_id", "visual", "split"])
+    return sorted(table.to_pylist(), key=lambda row: row["clip_id"])
+
+
+def test_compaction_keeps_every_row(store: FeatureStore, write: Write) -> None:
+    for number in range(40):
+        write(store, Table.CLIPS, [clip(f"c/{number}"), clip(f"d/{number}")])
+    store.name_snapshot("before")
+    store.commit(Table.CLIPS, [], {}, also_delete=[f"c/{i}" for i in range(0, 40, 3)])
+    before, many = rows(store), len(store.dataset(Table.CLIPS).get_fragments())
+    assert compact(store) == {"clips": many - 1}
+    assert rows(store) == before
+    version = store.dataset(Table.CLIPS).version
+    assert compact(store) == {"clips": 0}
+    assert store.dataset(Table.CLIPS).version == version, "compacting what is compact writes nothing"
+    write(store, Table.CLIPS, [clip("c/1", split="test"), clip("c/new")])
+    assert store.clips(where="clip_id = 'c/1'")["split"].to_pylist() == ["test"]
+    assert store.clips().num_rows == len(before) + 1
+    assert clean(store, timedelta(0)).bytes_removed > 0
+    assert store.at("before").clips().num_rows == 80, "a snapshot outlives the cleaning"
+    assert store.clips().num_rows == len(before) + 1
+
+
+def test_a_fragment_of_which_much_was_deleted_is_written_again(store: FeatureStore, write: Write) -> None:
+    write(store, Table.CLIPS, [clip(f"c/{number}") for number in range(100)])
+    store.commit(Table.CLIPS, [], {}, also_delete=[f"c/{i}" for i in range(20)])
+    assert compact(store) == {"clips": 0}
+    assert store.dataset(Table.CLIPS).get_fragments()[0].num_deletions == 20
+    store.commit(Table.CLIPS, [], {}, also_delete=[f"c/{i}" for i in range(20, 30)])
+    compact(store)
+    assert [f.num_deletions for f in store.dataset(Table.CLIPS).get_fragments()] == [0]
+    assert store.clips().num_rows == 70
+
+
+def test_what_a_crash_left_goes_when_nobody_else_writes(store: FeatureStore, write: Write) -> None:
+    write(store, Table.CLIPS, [clip("c/1")])
+    folder = Path(store.address(Table.CLIPS).uri)
+    before = {path for path in (folder / "data").iterdir()}
+    store.stage(Table.CLIPS, store.clips())  # and then the process dies
+    assert {path for path in (folder / "data").iterdir()} > before
+    clean(store)
+    assert {path for path in (folder / "data").iterdir()} > before, "it may be another's work in progress"
+    clean(store, alone=True)
+    assert {path for path in (folder / "data").iterdir()} == before
+    assert rows(store)[0]["clip_id"] == "c/1"
