@@ -35,6 +35,16 @@ app = typer.Typer(
 )
 
 
+jobs_app = typer.Typer(
+    help="Re-indexing jobs: keep a store fresh, on a schedule, and let it serve only when it is fit to.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(jobs_app, name="jobs")
+
+JobFile = Annotated[Path, typer.Argument(help="The YAML file of the job.", show_default=False)]
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the generated corpus and its store go.")] = Path("demo"),
@@ -67,6 +77,7 @@ def extract(
         list[Path] | None, typer.Option(help="Annotation file, or folder of them. Repeatable.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of rows that name none.")] = "",
+    name: Annotated[str, typer.Option(help="What its clips' ids begin with; the corpus's by default.")] = "",
     encoder: EncoderOption = EncoderName.HUGE,
     weights: WeightsOption = None,
     device: DeviceOption = None,
@@ -88,7 +99,8 @@ def extract(
         from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device
         from r2scp.jobs.extract_command import finish, resources, run_with_progress
 
-        source = Source(corpus, root, tuple(annotations or ()), split, limit, retry_failed)
+        paths = tuple(annotations or ())
+        source = Source(corpus, root, paths, split, limit, retry_failed, name=name)
         spec = encoder_spec(encoder, weights, pick_device(device))
         means = resources(num_workers, gpus_per_actor, ray_address, wheel, ffmpeg)
         report = run_with_progress(source, Destination(store, storage_options(storage_option)), spec, means)
@@ -295,3 +307,64 @@ def doctor(
         findings, sound = examine(store, storage_options(storage_option), ffmpeg)
         say(findings, as_json)
         raise typer.Exit(0 if sound else 1)
+
+
+@jobs_app.command("run")
+def jobs_run(
+    file: JobFile,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is due; write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a store up to date with its corpora; let it serve if the gate passes, else exit with 1."""
+    with speaking():
+        from r2scp.jobs.reindex_command import run_and_tell
+
+        run_and_tell(file, dry_run, as_json)
+
+
+@jobs_app.command("list")
+def jobs_list(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List what was done to a store, newest first."""
+    with speaking():
+        from r2scp.jobs.run_history import runs, show_runs
+        from r2scp.store.feature_store import FeatureStore
+
+        rows = runs(FeatureStore.open(store, fingerprint, storage_options(storage_option)), limit)
+        say({"runs": rows}, as_json) if as_json else show_runs(rows)
+
+
+@jobs_app.command("show")
+def jobs_show(
+    run: Annotated[str, typer.Argument(help="The run's id, or a part that fits no other.")],
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show all that is known of one run: settings, counts, recall, gate, versions."""
+    with speaking():
+        from r2scp.jobs.run_history import run as find
+        from r2scp.store.feature_store import FeatureStore
+
+        say(find(FeatureStore.open(store, fingerprint, storage_options(storage_option)), run), as_json)
+
+
+@jobs_app.command("rollback")
+def jobs_rollback(
+    store: StoreOption = DEFAULT_STORE,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the snapshot that served before serve again."""
+    with speaking():
+        from r2scp.jobs.run_history import rollback
+        from r2scp.store.feature_store import FeatureStore
+
+        say(rollback(FeatureStore.open(store, fingerprint, storage_options(storage_option))), as_json)

@@ -1,0 +1,446 @@
+"""The serving index finds what an exact search finds, and neither hides a row nor shows one that is gone.
+
+The oracle is a product of all pairs in float64 over the rows as the test itself keeps track of them. Keys
+come in clusters, some are null, and the constants that decide when something is indexed are small here, so
+that few rows make many partitions and segments.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from r2scp.store import serving_index
+from r2scp.store.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
+from r2scp.store.errors import StoreError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Modality, Retrieval, Table
+from r2scp.store.serving_index import (
+    ServingIndex,
+    ServingSettings,
+    index_due,
+    refresh_index,
+)
+from r2scp.store.serving_recall import Sampling, measure_recall
+from r2scp.store.upkeep import clean, compact
+
+DIM = 32
+AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL
+ALWAYS = ServingSettings(exact_below=0)
+FEW_UNINDEXED = 20  # rows
+
+
+@dataclass
+class World:
+    """A store, and what must be in it: clip id -> keys. `corpus` is the part of the id before the slash."""
+
+    store: FeatureStore
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    rows: dict[str, dict[Modality, np.ndarray | None]] = field(default_factory=dict)
+
+    def put(self, clip_ids: list[str], domain: int = 0, null: float = 0.1, parts: int = 1) -> None:
+        """New keys, in one commit. Clips of a domain share clusters that no other domain is near."""
+        dim, drawn = self.store.dim, np.random.default_rng(domain)
+        far = 3 * drawn.standard_normal(dim)
+        centres = far + 2 * drawn.standard_normal((12, dim))
+        keys: dict[Modality, list[np.ndarray | None]] = {}
+        near_QD = centres[self.rng.integers(12, size=len(clip_ids))]
+        for modality in KEY_COLUMNS:
+            keys_QD = near_QD + drawn.standard_normal(dim) + self.rng.standard_normal(near_QD.shape)
+            keys_QD = (keys_QD / np.linalg.norm(keys_QD, axis=1, keepdims=True)).astype(np.float32)
+            keys[modality] = [None if self.rng.random() < null else key for key in keys_QD]
+        for at, clip_id in enumerate(clip_ids):
+            self.rows[clip_id] = {modality: keys[modality][at] for modality in keys}
+        schema, staged = self.store.address(Table.CLIPS).schema, []
+        for part in np.array_split(np.arange(len(clip_ids)), parts):
+            columns = {
+                "clip_id": [clip_ids[at] for at in part],
+                "corpus": [clip_ids[at].partition("/")[0] for at in part],
+                **{KEY_COLUMNS[m]: [keys[m][at] for at in part] for m in keys},
+            }
+            arrays = [pa.array(columns.get(f.name, [None] * len(part)), f.type) for f in schema]
+            staged.append(self.store.stage(Table.CLIPS, pa.Table.from_arrays(arrays, schema=schema)))
+        self.store.commit(Table.CLIPS, staged, {})
+
+    def delete(self, clip_ids: list[str]) -> None:
+        for clip_id in clip_ids:
+            del self.rows[clip_id]
+        self.store.commit(Table.CLIPS, [], {}, also_delete=clip_ids)
+
+    def scores(self, key_D: np.ndarray, among: Modality, prefix: str = "") -> dict[str, float]:
+        """Of every clip that has the key and whose id starts with `prefix`."""
+        there = {
+            clip_id: key
+            for clip_id, keys in self.rows.items()
+            if (key := keys[among]) is not None and clip_id.startswith(prefix)
+        }
+        keys_KD = np.array(list(there.values()), np.float64).reshape(-1, key_D.size)
+        products = keys_KD @ key_D.astype(np.float64)
+        return dict(zip(there, products.tolist(), strict=True))
+
+    def queries(self, count: int, prefix: str = "") -> list[np.ndarray]:
+        """Keys of clips, of either modality."""
+        keys = [
+            key
+            for clip_id, both in self.rows.items()
+            for key in both.values()
+            if key is not None and clip_id.startswith(prefix)
+        ]
+        return [keys[at] for at in self.rng.integers(len(keys), size=count)] if keys else []
+
+    def segments(self) -> dict[str, list[list[int]]]:
+        """Index -> live rows of each fragment of each of its segments."""
+        dataset = self.store.dataset(Table.CLIPS)
+        rows = {f.fragment_id: f.count_rows() for f in dataset.get_fragments()}
+        return {
+            index.name: [[rows.get(f, 0) for f in segment.fragment_ids] for segment in index.segments]
+            for index in dataset.describe_indices()
+        }
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows make many partitions and segments."""
+    monkeypatch.setattr(serving_index, "PARTITION_KEYS", 64)
+    monkeypatch.setattr(serving_index, "UNINDEXED_ROWS", FEW_UNINDEXED)
+
+
+@pytest.fixture
+def world(tmp_path: Path, small: None) -> World:
+    return World(FeatureStore.create(str(tmp_path / "store"), "tiny", DIM))
+
+
+def ids(count: int, prefix: str = "a", start: int = 0) -> list[str]:
+    return [f"{prefix}/{number:05d}" for number in range(start, start + count)]
+
+
+def sees_all(world: World, settings: ServingSettings = ALWAYS) -> None:
+    """A search for more than there is gives each clip that has the key, once, with its score of now."""
+    index = ServingIndex(world.store, settings)
+    for modality in KEY_COLUMNS:
+        query = next(iter(world.queries(1)), np.ones(DIM))
+        wanted = world.scores(query, modality)
+        hits = index.nearest(query, modality, len(world.rows) + 5)
+        assert sorted(hit.clip_id for hit in hits) == sorted(wanted)
+        assert [hit.score for hit in hits] == pytest.approx([wanted[hit.clip_id] for hit in hits], abs=1e-6)
+        assert hits == sorted(hits, key=lambda hit: (-hit.score, hit.clip_id))
+
+
+def recall(world: World, queries: list[np.ndarray], settings: ServingSettings = ALWAYS, n: int = 10) -> float:
+    """By the oracle, over both modalities."""
+    index, shares = ServingIndex(world.store, settings), []
+    for query in queries:
+        for modality in KEY_COLUMNS:
+            best = sorted(world.scores(query, modality).values(), reverse=True)[:n]
+            hits = index.nearest(query, modality, n)
+            shares.append(sum(hit.score >= best[-1] - 1e-6 for hit in hits) / len(best))
+    return float(np.mean(shares))
+
+
+@pytest.mark.parametrize("kind", ["ivf_rq", "ivf_sq"])
+def test_random_commits_hide_nothing_and_show_nothing_gone(world: World, kind: str) -> None:
+    settings = replace(ALWAYS, kind=kind)
+    world.put(ids(300), parts=3)
+    refresh_index(world.store, settings)
+    rng, fresh, done = np.random.default_rng(1), 300, set()
+    for step in range(30):
+        there = sorted(world.rows)
+        match rng.integers(6):
+            case 0 | 1:
+                count = int(rng.integers(1, 60))
+                world.put(ids(count, start=fresh), domain=int(rng.integers(3)), parts=int(rng.integers(1, 3)))
+                fresh += count
+            case 2:
+                world.put(rng.choice(there, size=int(rng.integers(1, 40)), replace=False).tolist())
+            case 3:  # neighbours in the table: whole fragments go
+                start = int(rng.integers(len(there) - 20))
+                world.delete(there[start : start + int(rng.integers(1, 60))])
+            case 4:
+                done |= {bool(refresh_index(world.store, settings).columns)}
+            case 5:
+                done |= {compact(world.store)["clips"] > 0}
+        sees_all(world, settings)
+        if step % 3 == 0:
+            assert recall(world, world.queries(4), settings) >= 0.97
+    assert done == {False, True}
+    refresh_index(world.store, settings)
+    assert recall(world, world.queries(40), settings) >= 0.99
+    assert index_due(world.store, settings) == []
+
+
+def test_nothing_due_writes_nothing(world: World) -> None:
+    world.put(ids(200), parts=2)
+    assert [why.partition(":")[0] for why in index_due(world.store, ALWAYS)] == ["audio_key", "visual_key"]
+    first = refresh_index(world.store, ALWAYS)
+    assert [(column.rows, column.unindexed_before) for column in first.columns] == [(200, 200)] * 2
+    assert index_due(world.store, ALWAYS) == []
+    again = refresh_index(world.store, ALWAYS)
+    assert again.columns == ()
+    assert again.version == first.version == world.store.dataset(Table.CLIPS).version
+    world.put(ids(FEW_UNINDEXED, "b"))
+    assert index_due(world.store, ALWAYS) == []
+    assert recall(world, world.queries(5, "b/")) == 1.0, "rows that are not indexed are compared one by one"
+    world.put(ids(1, "c"))
+    assert len(index_due(world.store, ALWAYS)) == 2
+    assert index_due(world.store, replace(ALWAYS, kind="ivf_rq")) == index_due(world.store, ALWAYS)
+
+
+def test_kinds(world: World) -> None:
+    world.put(ids(150))
+    assert refresh_index(world.store, ServingSettings(exact_below=151)).columns == ()
+    assert world.segments() == {}
+    assert refresh_index(world.store, ServingSettings(exact_below=150)).kind == "ivf_rq"
+    done = refresh_index(world.store, ServingSettings(kind="ivf_sq"))
+    assert [column.why for column in done.columns] == [
+        f"{column}: its index is IVF_RQ, not IVF_SQ" for column in ("audio_key", "visual_key")
+    ]
+    types = {i.index_type for i in world.store.dataset(Table.CLIPS).describe_indices()}
+    assert types == {"IVF_SQ"}
+    sees_all(world)
+    assert recall(world, world.queries(5), ServingSettings(kind="exact")) == 1.0, "without its help"
+    assert [column.rows for column in refresh_index(world.store, ServingSettings(kind="exact")).columns] == [
+        0,
+        0,
+    ]
+    assert world.segments() == {}
+    assert index_due(world.store, ServingSettings(kind="exact")) == []
+    sees_all(world)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "ivf_pq"}, {"exact_below": -1}, {"effort": 1.1}, {"effort": float("nan")}]
+)
+def test_settings_that_cannot_be(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        ServingSettings(**wrong)
+
+
+def test_queries_that_cannot_be(world: World) -> None:
+    index = ServingIndex(world.store)
+    assert index.nearest(np.ones(DIM), AUDIO, 3) == [], "an empty store"
+    world.put(ids(30))
+    index = ServingIndex(world.store)
+    for key in (np.zeros(DIM), np.full(DIM, np.nan), np.ones(DIM + 1), np.ones((2, DIM))):
+        with pytest.raises(ValueError, match="a query must be a finite vector of 32"):
+            index.nearest(key, AUDIO, 3)
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        index.nearest(np.ones(DIM), AUDIO, 0)
+    with pytest.raises(StoreError, match="cannot search"):
+        index.nearest(np.ones(DIM), AUDIO, 3, where="nonsense = 3")
+
+
+def test_a_condition_costs_no_hits(world: World) -> None:
+    world.put(ids(600, "a"), parts=4)
+    world.put(ids(40, "b"), domain=7)
+    refresh_index(world.store, ALWAYS)
+    world.put(ids(10, "b", start=40), domain=1)  # not indexed
+    index = ServingIndex(world.store, ALWAYS)
+    for query in world.queries(20, "a/"):
+        for modality in KEY_COLUMNS:
+            wanted = world.scores(query, modality, "b/")
+            best = sorted(wanted, key=lambda clip_id: -wanted[clip_id])[:10]
+            hits = index.nearest(query, modality, 10, "corpus = 'b'")
+            assert [hit.clip_id for hit in hits] == best
+    assert index.nearest(query, AUDIO, 10, "corpus = 'nobody'") == []
+
+
+def test_clips_without_the_modality(world: World) -> None:
+    world.put(ids(100, "mute"), null=1.0)
+    assert index_due(world.store, ALWAYS) == [], "no key, no index"
+    assert ServingIndex(world.store, ALWAYS).nearest(np.ones(DIM), AUDIO, 3) == []
+    world.put(ids(1, "one"), null=0.0)
+    refresh_index(world.store, ALWAYS)
+    sees_all(world)
+    world.put(ids(200, "a"), null=0.0)
+    refresh_index(world.store, ALWAYS)
+    world.put(ids(100, "mute", start=100), null=1.0)
+    assert index_due(world.store, ALWAYS) == []
+    assert refresh_index(world.store, ALWAYS).columns == ()
+    sees_all(world)
+    world.put(ids(30, "b"), null=0.0)
+    assert [column.unindexed_before for column in refresh_index(world.store, ALWAYS).columns] == [130, 130]
+    sees_all(world)
+
+
+def test_scores_are_those_of_the_bank(world: World) -> None:
+    world.put(ids(300), null=0.0)
+    refresh_index(world.store, ALWAYS)
+    bank, index = MemoryBank.open(world.store, BankScope(splits=())), ServingIndex(world.store, ALWAYS)
+    queries = np.array(world.queries(10))
+    found = bank.search(
+        Queries(keys_QD=queries, sources=["nobody"] * 10),
+        Search(missing=VISUAL, retrieval=Retrieval.CROSS, n=5),
+    )
+    for at, query in enumerate(queries):
+        wanted = list(zip(found.nearest.ids(at), found.nearest.scores(at).tolist(), strict=True))
+        assert [tuple(hit) for hit in index.nearest(query, VISUAL, 5)] == wanted
+
+
+def test_a_reader_stays_at_its_version(world: World) -> None:
+    world.put(ids(200))
+    refresh_index(world.store, ALWAYS)
+    index, before = ServingIndex(world.store, ALWAYS), dict(world.rows)
+    (query,) = world.queries(1)
+    hits = index.nearest(query, AUDIO, 10)
+    world.delete(ids(100))
+    world.put(ids(300, "b"))
+    refresh_index(world.store, ALWAYS)
+    compact(world.store)
+    assert index.nearest(query, AUDIO, 10) == hits
+    assert ServingIndex(world.store, ALWAYS, index.version).nearest(query, AUDIO, 10) == hits
+    world.rows = before
+    assert next(hit.clip_id for hit in hits) in world.scores(query, AUDIO)
+
+
+def test_the_cost_of_a_refresh_grows_with_the_change(world: World) -> None:
+    world.put(ids(2_000), parts=4)
+    refresh_index(world.store, ALWAYS)
+    indexed, most_segments = [], 0
+    for number in range(40):
+        world.put(ids(FEW_UNINDEXED + 5, "b", start=100 * number))
+        done = refresh_index(world.store, ALWAYS)
+        assert [column.unindexed_before for column in done.columns] == [FEW_UNINDEXED + 5] * 2
+        indexed.append(done.columns[0].rows)
+        most_segments = max(most_segments, *map(len, world.segments().values()))
+    assert max(indexed) <= 1_000 + 3 * 25, "the largest segment was left alone"
+    assert sum(indexed) <= 10 * 40 * 25, "each row was indexed a few times, not forty"
+    assert most_segments <= 6
+    sees_all(world)
+    assert recall(world, world.queries(20)) >= 0.99
+
+
+def test_an_index_of_rows_that_are_gone_is_built_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_index, "FILE_OVERHEAD", 0)
+    world.put(ids(3_000), parts=3)
+    refresh_index(world.store, ALWAYS)
+    assert index_due(world.store, ALWAYS) == [], "an index just built is no waste"
+    world.delete(ids(2_600))
+    sees_all(world)
+    assert all("mostly of rows that are gone" in why for why in index_due(world.store, ALWAYS))
+    assert [column.rows for column in refresh_index(world.store, ALWAYS).columns] == [400, 400]
+    assert index_due(world.store, ALWAYS) == []
+    sees_all(world)
+    world.delete(ids(400, start=2_600))
+    assert refresh_index(world.store, ALWAYS).columns == ()
+    sees_all(world)
+
+
+def test_segments_whose_rows_are_all_gone_do_not_pile_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_index, "MOST_SEGMENTS", 3)
+    world.put(ids(1_000))
+    refresh_index(world.store, ALWAYS)
+    for number in range(6):
+        world.put(ids(30, "b", start=100 * number))
+        refresh_index(world.store, ALWAYS)
+        world.delete(ids(30, "b", start=100 * number))
+        sees_all(world)
+    assert max(map(len, world.segments().values())) <= 4
+
+
+def test_a_crash_before_the_commit_leaves_only_files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.put(ids(300))
+    refresh_index(world.store, ALWAYS)
+    world.put(ids(40, "b"))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lance.LanceDataset.commit_existing_index_segments", killed)
+        with pytest.raises(Killed):
+            refresh_index(world.store, ALWAYS)
+    folder = Path(world.store.address(Table.CLIPS).uri) / "_indices"
+    assert len(list(folder.iterdir())) == 3
+    sees_all(world)
+    clean(world.store, timedelta(days=1), alone=True)
+    assert len(list(folder.iterdir())) == 2
+    assert len(refresh_index(world.store, ALWAYS).columns) == 2
+    sees_all(world)
+
+
+def test_a_new_domain_is_found_before_and_after_a_refresh(world: World) -> None:
+    world.put(ids(2_000), parts=2)
+    refresh_index(world.store, ALWAYS)
+    for count, domain in ((15, 5), (200, 6), (1_500, 8)):
+        prefix = f"domain{domain}"
+        world.put(ids(count, prefix), domain=domain)
+        sampling = Sampling(where=f"corpus = '{prefix}'", queries=60, seed=3)
+        for _ in range(2):
+            measured = measure_recall(world.store, ALWAYS, sampling)
+            assert len(measured.pairs) == 4
+            assert measured.lowest_at_3 >= 0.99
+            assert measured.lowest_at_10 >= 0.99
+            refresh_index(world.store, ALWAYS)
+    sees_all(world)
+
+
+def test_measured_recall_is_the_oracles(world: World) -> None:
+    world.put(ids(1_200), parts=2)
+    world.put(ids(600, "noise"), null=0.3)
+    world.rng = np.random.default_rng(9)
+    refresh_index(world.store, ALWAYS)
+    careless = replace(ALWAYS, effort=0.0)
+    measured = measure_recall(world.store, careless, Sampling(queries=100, seed=1))
+    assert measured.version == world.store.dataset(Table.CLIPS).version
+    assert {(pair.query, pair.among) for pair in measured.pairs} == {
+        (q, a) for q in KEY_COLUMNS for a in KEY_COLUMNS
+    }
+    index = ServingIndex(world.store, careless)
+    drawn = np.sort(world.store.clips(["clip_id"])["clip_id"].to_numpy())
+    drawn = drawn[np.random.default_rng(1).permutation(drawn.size)].tolist()
+    for pair in measured.pairs:
+        asked = [clip_id for clip_id in drawn if world.rows[clip_id][pair.query] is not None][:100]
+        assert pair.queries == len(asked) == 100
+        for n, told in ((3, pair.at_3), (10, pair.at_10)):
+            shares = []
+            for clip_id in asked:
+                query = world.rows[clip_id][pair.query]
+                assert query is not None
+                scores = world.scores(query, pair.among)
+                scores.pop(clip_id, None)
+                bar = sorted(scores.values())[-n]
+                hits = [hit for hit in index.nearest(query, pair.among, 11) if hit.clip_id != clip_id][:n]
+                shares.append(sum(hit.score >= bar - 1e-7 for hit in hits) / n)
+            assert told == pytest.approx(np.mean(shares), abs=1e-9)
+    assert measured.lowest_at_10 == min(pair.at_10 for pair in measured.pairs) < 0.99, (
+        "one partition is too few"
+    )
+    assert (
+        measure_recall(world.store, replace(ALWAYS, kind="exact"), Sampling(queries=50)).lowest_at_10 == 1.0
+    )
+
+
+def test_recall_where_there_is_little_to_ask(world: World) -> None:
+    nothing = measure_recall(world.store, ALWAYS)
+    assert (nothing.pairs, nothing.lowest_at_3, nothing.lowest_at_10) == ((), 1.0, 1.0)
+    world.put(ids(2), null=0.0)
+    assert measure_recall(world.store, ALWAYS).lowest_at_10 == 1.0, "one other clip, and it is found"
+    world.put(ids(5, "mute"), null=1.0)
+    assert measure_recall(world.store, ALWAYS, Sampling(where="corpus = 'mute'")).pairs == ()
+    with pytest.raises(StoreError):
+        measure_recall(world.store, ALWAYS, Sampling(where="nonsense = 3"))
+    with pytest.raises(ValueError, match="queries must be at least 1"):
+        Sampling(queries=0)
+
+
+def test_on_an_object_store(object_store: Callable, small: None) -> None:
+    place = object_store("serving")
+    world = World(FeatureStore.create(place.uri, "tiny", DIM, place.options))
+    world.put(ids(150))
+    assert len(refresh_index(world.store, ALWAYS).columns) == 2
+    world.put(ids(30, "b"), domain=2)
+    world.delete(ids(20))
+    sees_all(world)
+    assert len(refresh_index(world.store, ALWAYS).columns) == 2
+    assert index_due(world.store, ALWAYS) == []
+    sees_all(world)
+    assert measure_recall(world.store, ALWAYS, Sampling(queries=20)).lowest_at_10 >= 0.99
