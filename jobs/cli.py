@@ -15,6 +15,7 @@ from r2scp.jobs.config import (
     StorageOption,
     StoreOption,
     WeightsOption,
+    choice,
     say,
     speaking,
     storage_options,
@@ -368,3 +369,24 @@ def jobs_rollback(
         from r2scp.store.feature_store import FeatureStore
 
         say(rollback(FeatureStore.open(store, fingerprint, storage_options(storage_option))), as_json)
+
+
+@jobs_app.command("schedule")
+def jobs_schedule(
+    file: JobFile,
+    printed: Annotated[
+        str | None,
+        typer.Option(
+            "--print", help="Only print: crontab, systemd, ray, rayjob, raycronjob or cronjob (KubeRay)."
+        ),
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="Container image of the pods, for KubeRay.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster that `ray job` submits to.")] = None,
+) -> None:
+    """Run a job at its times in the foreground, until interrupted; or print what runs it elsewhere."""
+    with speaking():
+        from r2scp.jobs.schedule_command import Elsewhere, Printed, schedule
+
+        kind = choice(Printed, printed, "--print") if printed else None
+        if text := schedule(file, kind, Elsewhere(address=address, image=image)):
+            typer.echo(text, nl=not text.endswith("\n"))

@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -72,9 +74,36 @@ def storage_options(pairs: list[str] | None) -> dict[str, str]:
     return options
 
 
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+def choice(options: type[Choice], value: str, name: str) -> Choice:
+    """The member that an option names. Raises `UsageError`."""
+    try:
+        return options(value)
+    except ValueError as error:
+        raise UsageError(f"{name} must be one of {', '.join(options)}; got {value!r}") from error
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def speaking() -> Iterator[None]:
-    """Turn our errors into one line and exit code 1 (2 for a wrong option), Ctrl-C into 130."""
+    """Turn our errors into one line and exit code 1 (2 for a wrong option), Ctrl-C and SIGTERM into 130."""
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if here else None
+    try:
+        with _spoken():
+            yield
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _spoken() -> Iterator[None]:
     try:
         yield
     except UsageError as error:

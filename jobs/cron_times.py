@@ -21,6 +21,7 @@ from r2scp.store.errors import UsageError
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")  # cron counts from Sunday = 0
 UTC_NAMES = ("UTC", "Etc/UTC")
+SECOND, DAY = timedelta(seconds=1), timedelta(days=1)
 LOOK_BACK = timedelta(hours=1)  # first step back in search of the last run; each further one is twice as long
 LONGEST_GAP = timedelta(days=366 * 50)  # CronSim gives up after 50 years without a run
 
@@ -149,12 +150,58 @@ def runs_after(settings: ScheduleSettings, after: datetime) -> Iterator[datetime
 
     `after` must know its timezone, whichever that is.
     """
-    last = after.astimezone(UTC)
-    for run in settings.simulated(after.astimezone(zone_of(settings.timezone))):
+    zone, after = zone_of(settings.timezone), after.astimezone(UTC)
+    if any(text.startswith("*") for text in settings.fields[:2]):
+        return _by_elapsed_time(settings, zone, after)
+    return _by_the_clock(settings, zone, after)
+
+
+def _by_the_clock(settings: ScheduleSettings, zone: tzinfo, last: datetime) -> Iterator[datetime]:
+    """Runs at fixed minutes of fixed hours: each once a day, whatever the clock does."""
+    for run in settings.simulated(last.astimezone(zone)):
         # in UTC: two times of one timezone compare by what the clock shows, which an hour may show twice
         if (moment := run.astimezone(UTC)) > last:
             last = moment
             yield moment
+
+
+def _by_elapsed_time(settings: ScheduleSettings, zone: tzinfo, last: datetime) -> Iterator[datetime]:
+    """Runs at each time that the clock really shows.
+
+    CronSim is asked for times between two changes of the clock only: across one, it can lose part of an hour
+    where a midnight is skipped (as in Beirut) or half an hour is (on Lord Howe Island).
+    """
+    offset = _offset(zone, last)
+    while True:
+        for run in settings.simulated((last + offset).replace(tzinfo=None)):
+            moment = (run - offset).replace(tzinfo=UTC)
+            if change := _change(zone, offset, last, moment):
+                last, offset = change - SECOND, _offset(zone, change)
+                break
+            last = moment
+            yield moment
+        else:
+            return
+
+
+def _offset(zone: tzinfo, moment: datetime) -> timedelta:
+    return moment.astimezone(zone).utcoffset() or timedelta()
+
+
+def _change(zone: tzinfo, offset: timedelta, after: datetime, until: datetime) -> datetime | None:
+    """The first second in (after, until] at which the clock is no longer `offset` from UTC.
+
+    Looks once a day: no place changes its clock and back within one.
+    """
+    while after < until:
+        at = min(after + DAY, until)
+        if _offset(zone, at) != offset:
+            while at - after > SECOND:
+                middle = after + SECOND * ((at - after) // SECOND // 2)
+                after, at = (middle, at) if _offset(zone, middle) == offset else (after, middle)
+            return at
+        after = at
+    return None
 
 
 def next_run(settings: ScheduleSettings, after: datetime) -> datetime:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.jobs.plain_values import hold_to_types
@@ -13,7 +14,6 @@ from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, ModalityStatus, Table
 from r2scp.store.snapshots import SERVING
-from r2scp.store.transaction import sql_literal
 
 DRIFT_SAMPLE = 4_096  # keys of either side
 
@@ -40,6 +40,8 @@ class GateSettings:
 
     def __post_init__(self) -> None:
         hold_to_types(self)
+        if self.recall_queries < 1:
+            raise UsageError(f"recall_queries must be at least 1; got {self.recall_queries}")
         for key, value in asdict(self).items():
             most = float("inf") if key in ("min_clips", "recall_queries", "max_drift") else 1.0
             if value is not None and not 0 <= value <= most:
@@ -74,10 +76,10 @@ def row_checks(store: FeatureStore, settings: GateSettings) -> list[Check]:
     ids = table["clip_id"]
     twice = table.num_rows - pc.count_distinct(ids).as_py()
     questions = store.questions(["question_id", "clip_id"])
-    orphans = questions.num_rows - pc.sum(pc.is_in(questions["clip_id"], ids.combine_chunks())).as_py() or 0
+    orphans = questions.num_rows - _inside(questions["clip_id"], ids)
     checks = [
         Check.at_most("clips that are there twice", twice, 0),
-        Check.at_most("questions about clips that are not there", float(orphans or 0), 0),
+        Check.at_most("questions about clips that are not there", orphans, 0),
         Check.at_least("clips", table.num_rows, settings.min_clips),
     ]
     if settings.max_partial_share is not None and table.num_rows:
@@ -91,12 +93,16 @@ def row_checks(store: FeatureStore, settings: GateSettings) -> list[Check]:
             ("clips", ids, before.clips(["clip_id"])["clip_id"]),
             ("questions", questions["question_id"], before.questions(["question_id"])["question_id"]),
         ):
-            kept = pc.sum(pc.is_in(then, now.combine_chunks())).as_py() or 0
-            share = 1 - kept / len(then) if len(then) else 0.0
+            share = 1 - _inside(then, now) / len(then) if len(then) else 0.0
             checks.append(
                 Check.at_most(f"share of {what} that serve and would be lost", share, settings.max_lost_share)
             )
     return checks
+
+
+def _inside(values: pa.ChunkedArray, among: pa.ChunkedArray) -> int:
+    """How many of `values` are `among`."""
+    return pc.sum(pc.is_in(values, among.combine_chunks())).as_py() or 0
 
 
 def dead_check(dead: int, inputs: int, settings: GateSettings) -> list[Check]:
@@ -120,8 +126,7 @@ def drift_checks(store: FeatureStore, run_id: str, settings: GateSettings, seed:
         return []
     checks, serving = [], store.at(SERVING)
     for modality, column in KEY_COLUMNS.items():
-        new = _sample(store, column, f"run_id = {sql_literal(run_id)}", seed)
-        old = _sample(serving, column, "true", seed)
+        new, old = _sample(store, column, seed, run_id), _sample(serving, column, seed)
         if len(new) > 1 and len(old) > 1:
             found = drift(old, new)
             checks.append(Check.at_most(f"drift of {modality.value} keys", found, settings.max_drift))
@@ -140,11 +145,11 @@ def drift(old_ND: np.ndarray, new_ND: np.ndarray) -> float:
     return (distance - chance) / variance if variance else 0.0
 
 
-def _sample(store: FeatureStore, column: str, where: str, seed: int) -> np.ndarray:
-    """(N, D): keys of a seeded sample of the rows, of those that have one."""
+def _sample(store: FeatureStore, column: str, seed: int, run_id: str | None = None) -> np.ndarray:
+    """(N, D): keys of a seeded sample of the rows, of one run or of all, of those that have one."""
     dataset = store.dataset(Table.CLIPS)
-    inside = dataset.to_table(columns={"inside": where}, scan_in_order=True)["inside"]
-    rows = np.flatnonzero(inside.to_numpy())
+    runs = dataset.to_table(columns=["run_id"], scan_in_order=True)["run_id"]
+    rows = np.flatnonzero(pc.equal(runs, run_id).fill_null(False)) if run_id else np.arange(len(runs))
     if len(rows) > DRIFT_SAMPLE:
         rows = np.sort(np.random.default_rng(seed).choice(rows, DRIFT_SAMPLE, replace=False))
     keys, has = unit_keys(dataset.take(rows, columns=["clip_id", column]), column, store.dim)

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from r2scp.jobs.config import progress_bar, tell
+from r2scp.jobs.config import choice, progress_bar, tell
 from r2scp.jobs.index import run_index
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.bank import BankScope
-from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval
 
@@ -31,7 +30,7 @@ def index_with_progress(
 ) -> dict[str, object]:
     """`run_index`, seen on stderr. Raises `UsageError` for a way to compare that does not exist."""
     settings = IndexSettings(
-        retrieval=tuple(_retrieval(name) for name in retrieval or Retrieval),
+        retrieval=tuple(choice(Retrieval, name, "--retrieval") for name in retrieval or Retrieval),
         bank=BankScope(
             corpora=tuple(scope.bank_corpora), splits=tuple(scope.bank_splits), disjoint=scope.disjoint
         ),
@@ -49,10 +48,3 @@ def index_with_progress(
             bar.update(tasks[Retrieval(mode)], completed=done, total=total)
 
         return run_index(store, settings, show).to_json()
-
-
-def _retrieval(name: str) -> Retrieval:
-    try:
-        return Retrieval(name)
-    except ValueError as error:
-        raise UsageError(f"--retrieval must be one of {', '.join(Retrieval)}; got {name!r}") from error

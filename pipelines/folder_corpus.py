@@ -37,6 +37,11 @@ class FolderCorpus(Corpus):
         for video_id, (split, labels) in named.items():
             yield self._clip(tally, video_id, split, labels, "")
 
+    def _clip(self, tally: Tally, video_id: str, split: str, labels: tuple[str, ...], uri: str) -> ClipRow:
+        """A folder under a name of its own shares no source with another that has files of the same names."""
+        clip = super()._clip(tally, video_id, split, labels, uri)
+        return clip if self.name == "folder" else replace(clip, source_id=clip.clip_id)
+
     @cached_property
     def _files_by_name(self) -> dict[str, str]:
         """Every way to name a file -> the file; "" where several are meant."""

@@ -36,7 +36,6 @@ from r2scp.store.transaction import told
 PARTITION_KEYS = 4_096  # keys of one partition: as many as a search by hand can afford
 UNINDEXED_ROWS = 512  # rows left to be compared one by one: 5 ms at D = 1024
 TIER = 2  # a segment up to this many times the rows to be indexed is indexed again with them
-MOST_SEGMENTS = 16  # tiers keep them below 10; more come of segments whose rows are all gone
 STALE_FACTOR = 2  # index files this many times what their rows need are written again
 EXTRA_CANDIDATES = 4  # beyond twice the hits: scored exactly, since codes of 5 bits only estimate
 RQ_BITS = 5  # of a code, per dimension; Lance's default
@@ -269,8 +268,6 @@ def _wrong(
         return "there is no index"
     if index.index_type != index_type:
         return f"its index is {index.index_type}, not {index_type}"
-    if len(index.segments) > MOST_SEGMENTS:
-        return f"its index has {len(index.segments)} segments"
     code = dim if index_type == INDEX_TYPES["ivf_sq"] else -(-dim * RQ_BITS // 8)
     needed = rows * (code + ROW_OVERHEAD + 4 * dim // PARTITION_KEYS) + FILE_OVERHEAD * len(index.segments)
     if (index.total_size_bytes or 0) > STALE_FACTOR * needed:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"store": 0, "model": 0, "pipelines": 1, "jobs": 2}
 CLI = "jobs/cli.py"  # a floor of its own, above the others
+MAIN = "jobs/__main__.py"  # runs it
 MOST_LINES = 400
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 
@@ -90,7 +91,7 @@ def test_imports_only_point_down(file: str) -> None:
         package, target_package = file.split("/")[0], target.split("/")[0]
         allowed = package == target_package or floor_of(target) < floor_of(file)
         assert allowed, f"{file}:{line} reaches {target}"
-        assert target != CLI, f"{file}:{line} imports the command line"
+        assert target != CLI or file == MAIN, f"{file}:{line} imports the command line"
 
 
 def test_no_import_goes_in_a_circle() -> None:

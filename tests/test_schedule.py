@@ -16,6 +16,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from r2scp.jobs.schedule_kubernetes import Pods, cronjob, kubernetes_cron, raycr
 from r2scp.store.errors import UsageError
 
 BERLIN = "Europe/Berlin"  # clocks go forward on 2027-03-28 at 01:00 UTC, back on 2027-10-31 at 01:00 UTC
+HAVANA = "America/Havana"  # clocks go forward at midnight
 LOW_HIGH = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
 HOSTILE = 'it\'s 100% $HOME `id` "q" ;#&!*'  # a folder that every format must carry as it is
 TEXT = "name: nightly\nschedule:\n  cron: '0 3 * * *'\nnote: \"{{ $(id) }} %n ---\"\n---\nyes: no\n"
@@ -59,6 +61,7 @@ def runs(cron: str, zone: str, start: str, count: int) -> list[str]:
 # --- what cron means ---
 
 
+@cache
 def values(text: str, low: int, high: int) -> set[int]:
     """One field of numbers, read slowly."""
     found: set[int] = set()
@@ -129,12 +132,12 @@ def random_settings(count: int, zone: str, seed: int) -> Iterator[ScheduleSettin
         count -= 1
 
 
-@pytest.mark.parametrize("zone", ["UTC", BERLIN, "America/New_York", "Asia/Kolkata"])
-@pytest.mark.parametrize("start", ["2027-03-13T20:15", "2027-03-27T20:15", "2027-10-30T20:15"])
+@pytest.mark.parametrize("zone", ["UTC", BERLIN, HAVANA, "Australia/Lord_Howe"])
+@pytest.mark.parametrize("start", ["2027-03-13T20:15", "2027-04-03T05:15", "2027-10-30T20:15"])
 def test_the_times_are_those_of_a_slow_reading(zone: str, start: str) -> None:
     begin = moment(start)
     end = begin + timedelta(days=2)
-    for settings in random_settings(12, zone, seed=len(zone)):
+    for settings in random_settings(6, zone, seed=len(zone)):
         found = list(takewhile(lambda at: at <= end, runs_after(settings, begin)))
         assert found == slow_runs(settings.cron, zone, begin, end), settings
 
@@ -163,6 +166,16 @@ def test_the_times_are_those_of_a_slow_reading(zone: str, start: str) -> None:
         ("30 2 * * *", BERLIN, "2027-03-27T12:00", ["2027-03-28 03:00 CEST", "2027-03-29 02:30 CEST"]),
         # 02:30 comes twice: the first
         ("30 2 * * *", BERLIN, "2027-10-30T12:00", ["2027-10-31 02:30 CEST", "2027-11-01 02:30 CET"]),
+        # midnight is skipped: an hour with a star in its field is not made up for, a fixed one right after
+        ("*/30 0,2 * * *", HAVANA, "2027-03-14T04:45", ["2027-03-14 02:00 CDT", "2027-03-14 02:30 CDT"]),
+        ("0 * 14 3 *", HAVANA, "2027-03-13T12:00", ["2027-03-14 01:00 CDT", "2027-03-14 02:00 CDT"]),
+        (
+            "*/45 1,2 * * 0",
+            "Asia/Beirut",
+            "2027-03-26T21:00",
+            ["2027-03-28 01:00 EEST", "2027-03-28 01:45 EEST"],
+        ),
+        ("0 0 * * *", HAVANA, "2027-03-13T12:00", ["2027-03-14 01:00 CDT", "2027-03-15 00:00 CDT"]),
         # hourly: an hour of elapsed time, always
         (
             "30 * * * *",

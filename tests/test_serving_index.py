@@ -5,6 +5,7 @@ come in clusters, some are null, and the constants that decide when something is
 that few rows make many partitions and segments.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -147,7 +148,7 @@ def test_random_commits_hide_nothing_and_show_nothing_gone(world: World, kind: s
     world.put(ids(300), parts=3)
     refresh_index(world.store, settings)
     rng, fresh, done = np.random.default_rng(1), 300, set()
-    for step in range(30):
+    for step in range(24):
         there = sorted(world.rows)
         match rng.integers(6):
             case 0 | 1:
@@ -238,13 +239,18 @@ def test_a_condition_costs_no_hits(world: World) -> None:
     world.put(ids(40, "b"), domain=7)
     refresh_index(world.store, ALWAYS)
     world.put(ids(10, "b", start=40), domain=1)  # not indexed
-    index = ServingIndex(world.store, ALWAYS)
+    index, found = ServingIndex(world.store, ALWAYS), []
     for query in world.queries(20, "a/"):
         for modality in KEY_COLUMNS:
             wanted = world.scores(query, modality, "b/")
-            best = sorted(wanted, key=lambda clip_id: -wanted[clip_id])[:10]
+            best = sorted(wanted.values(), reverse=True)[:10]
             hits = index.nearest(query, modality, 10, "corpus = 'b'")
-            assert [hit.clip_id for hit in hits] == best
+            assert len(hits) == 10
+            assert [hit.score for hit in hits] == pytest.approx(
+                [wanted[hit.clip_id] for hit in hits], abs=1e-6
+            )
+            found.append(sum(hit.score >= best[-1] - 1e-6 for hit in hits) / 10)
+    assert np.mean(found) >= 0.98
     assert index.nearest(query, AUDIO, 10, "corpus = 'nobody'") == []
 
 
@@ -300,14 +306,14 @@ def test_the_cost_of_a_refresh_grows_with_the_change(world: World) -> None:
     world.put(ids(2_000), parts=4)
     refresh_index(world.store, ALWAYS)
     indexed, most_segments = [], 0
-    for number in range(40):
+    for number in range(30):
         world.put(ids(FEW_UNINDEXED + 5, "b", start=100 * number))
         done = refresh_index(world.store, ALWAYS)
         assert [column.unindexed_before for column in done.columns] == [FEW_UNINDEXED + 5] * 2
         indexed.append(done.columns[0].rows)
         most_segments = max(most_segments, *map(len, world.segments().values()))
-    assert max(indexed) <= 1_000 + 3 * 25, "the largest segment was left alone"
-    assert sum(indexed) <= 10 * 40 * 25, "each row was indexed a few times, not forty"
+    assert max(indexed) <= 30 * 25, "the largest segment was left alone"
+    assert sum(indexed) <= 8 * 30 * 25, "each row was indexed a few times, not thirty"
     assert most_segments <= 6
     sees_all(world)
     assert recall(world, world.queries(20)) >= 0.99
@@ -329,18 +335,15 @@ def test_an_index_of_rows_that_are_gone_is_built_anew(world: World, monkeypatch:
     sees_all(world)
 
 
-def test_segments_whose_rows_are_all_gone_do_not_pile_up(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serving_index, "MOST_SEGMENTS", 3)
+def test_segments_whose_rows_are_all_gone_do_not_pile_up(world: World) -> None:
     world.put(ids(1_000))
     refresh_index(world.store, ALWAYS)
     for number in range(6):
         world.put(ids(30, "b", start=100 * number))
         refresh_index(world.store, ALWAYS)
+        assert set(map(len, world.segments().values())) == {2}
         world.delete(ids(30, "b", start=100 * number))
         sees_all(world)
-    assert max(map(len, world.segments().values())) <= 4
 
 
 def test_a_crash_before_the_commit_leaves_only_files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +376,7 @@ def test_a_new_domain_is_found_before_and_after_a_refresh(world: World) -> None:
     for count, domain in ((15, 5), (200, 6), (1_500, 8)):
         prefix = f"domain{domain}"
         world.put(ids(count, prefix), domain=domain)
-        sampling = Sampling(where=f"corpus = '{prefix}'", queries=60, seed=3)
+        sampling = Sampling(where=f"corpus = '{prefix}'", queries=40, seed=3)
         for _ in range(2):
             measured = measure_recall(world.store, ALWAYS, sampling)
             assert len(measured.pairs) == 4
@@ -384,12 +387,12 @@ def test_a_new_domain_is_found_before_and_after_a_refresh(world: World) -> None:
 
 
 def test_measured_recall_is_the_oracles(world: World) -> None:
-    world.put(ids(1_200), parts=2)
-    world.put(ids(600, "noise"), null=0.3)
+    world.put(ids(600, "later"), null=0.3)  # rows are not in the order of their ids
+    world.put(ids(1_200, "earlier"), parts=2)
     world.rng = np.random.default_rng(9)
     refresh_index(world.store, ALWAYS)
     careless = replace(ALWAYS, effort=0.0)
-    measured = measure_recall(world.store, careless, Sampling(queries=100, seed=1))
+    measured = measure_recall(world.store, careless, Sampling(queries=60, seed=1))
     assert measured.version == world.store.dataset(Table.CLIPS).version
     assert {(pair.query, pair.among) for pair in measured.pairs} == {
         (q, a) for q in KEY_COLUMNS for a in KEY_COLUMNS
@@ -398,8 +401,8 @@ def test_measured_recall_is_the_oracles(world: World) -> None:
     drawn = np.sort(world.store.clips(["clip_id"])["clip_id"].to_numpy())
     drawn = drawn[np.random.default_rng(1).permutation(drawn.size)].tolist()
     for pair in measured.pairs:
-        asked = [clip_id for clip_id in drawn if world.rows[clip_id][pair.query] is not None][:100]
-        assert pair.queries == len(asked) == 100
+        asked = [clip_id for clip_id in drawn if world.rows[clip_id][pair.query] is not None][:60]
+        assert pair.queries == len(asked) == 60
         for n, told in ((3, pair.at_3), (10, pair.at_10)):
             shares = []
             for clip_id in asked:
@@ -411,12 +414,10 @@ def test_measured_recall_is_the_oracles(world: World) -> None:
                 hits = [hit for hit in index.nearest(query, pair.among, 11) if hit.clip_id != clip_id][:n]
                 shares.append(sum(hit.score >= bar - 1e-7 for hit in hits) / n)
             assert told == pytest.approx(np.mean(shares), abs=1e-9)
-    assert measured.lowest_at_10 == min(pair.at_10 for pair in measured.pairs) < 0.99, (
-        "one partition is too few"
-    )
-    assert (
-        measure_recall(world.store, replace(ALWAYS, kind="exact"), Sampling(queries=50)).lowest_at_10 == 1.0
-    )
+    assert measured.lowest_at_10 == min(pair.at_10 for pair in measured.pairs)
+    assert measured.lowest_at_10 < 0.99, "one partition is too few"
+    exact = measure_recall(world.store, replace(careless, kind="exact"), Sampling(queries=50))
+    assert exact.lowest_at_10 == 1.0
 
 
 def test_recall_where_there_is_little_to_ask(world: World) -> None:
@@ -444,3 +445,25 @@ def test_on_an_object_store(object_store: Callable, small: None) -> None:
     assert index_due(world.store, ALWAYS) == []
     sees_all(world)
     assert measure_recall(world.store, ALWAYS, Sampling(queries=20)).lowest_at_10 >= 0.99
+
+
+@pytest.mark.slow
+def test_two_hundred_thousand_clips(tmp_path: Path) -> None:
+    """At the published width: recall of old and new clips, and what a small change costs."""
+    world = World(FeatureStore.create(str(tmp_path / "store"), "wide", 1024))
+    for start in range(0, 200_000, 10_000):
+        world.put(ids(10_000, start=start))
+        world.rows.clear()
+    settings = ServingSettings()
+    whole = refresh_index(world.store, settings)
+    assert whole.kind == "ivf_rq"
+    assert measure_recall(world.store, settings, Sampling(queries=64)).lowest_at_10 >= 0.99
+    world.put(ids(1_000, "new"), domain=9)
+    started = time.perf_counter()
+    assert len(index_due(world.store, settings)) == 2
+    assert time.perf_counter() - started < 2.0
+    part = refresh_index(world.store, settings)
+    assert [column.rows for column in part.columns] == [1_000, 1_000]
+    assert sum(c.seconds for c in part.columns) < sum(c.seconds for c in whole.columns) / 10
+    of_new = measure_recall(world.store, settings, Sampling(where="corpus = 'new'", queries=64))
+    assert of_new.lowest_at_10 >= 0.99

@@ -1,0 +1,250 @@
+"""What a re-index costs, by the size of the change and of the store: `python -m benchmarks.reindex --help`.
+
+A store of generated clips is filled to its size: real features of a few hundred clips, each row with noise of
+its own, and a file on the disk for every one (hard links). One clip in twenty is asked about and has
+neighbours among all. Then `jobs run`, in this order:
+
+- *first*: the store as it was filled: serving indexes and neighbours are built, the snapshot published;
+- *nothing new*: three times; the files of the store must stay as they are, to the byte;
+- *N new*: N generated clips more, decoded and embedded like any other.
+
+The encoder is the demo's, its embeddings laid isometrically into as many dimensions as ImageBind has.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table as Grid
+
+from benchmarks.machine import cores, machine, versions
+from r2scp.jobs.extract import Destination, Source, encoder_spec, run_extract
+from r2scp.jobs.reindex import ReindexReport, run_reindex
+from r2scp.jobs.reindex_config import read_config
+from r2scp.jobs.weights import resolve_encoder
+from r2scp.model.imagebind import ImageBind
+from r2scp.pipelines.corpora import open_corpus
+from r2scp.pipelines.corpus import ClipRow
+from r2scp.pipelines.decode import decode_fingerprint
+from r2scp.pipelines.demo_corpus import generate
+from r2scp.pipelines.flows import Resources
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.runs import now
+from r2scp.store.schema import Table
+
+DIM = 1024  # as ImageBind's
+ASKED = 20  # one clip in so many is asked about
+FILES_A_FOLDER = 1_000
+ROWS_AT_ONCE = 2_048  # 100 MB of features
+NOISE = 0.5  # length of what is added to each token of length 1
+SEEDS = (31, 32)  # of the clips that fill the store, and of those that are new
+NEIGHBOURS = 15
+TABLES_OF_DATA = (Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS, Table.INDEXES, Table.SNAPSHOTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Everything of one size of store."""
+
+    folder: Path
+    weights: Path
+    models: Sequence[Path]  # media files that are linked to
+
+    @property
+    def job(self) -> Path:
+        return self.folder / "job.yaml"
+
+    def link(self, root: str, numbers: range, models: Sequence[Path], prefix: str = "") -> None:
+        """Files named by number, each a link to one of `models`."""
+        for number in numbers:
+            folder = self.folder / root / f"{number // FILES_A_FOLDER:04}"
+            folder.mkdir(parents=True, exist_ok=True)
+            os.link(models[number % len(models)], folder / f"{prefix}{number:07}.mp4")
+
+
+def widen(folder: Path) -> Path:
+    """The demo encoder with embeddings of width DIM; products of any two stay what they are."""
+    small = ImageBind.load(resolve_encoder("imagebind-demo", None), dtype=torch.float32)
+    wide = ImageBind(replace(small.config, dim=DIM))
+    generator = torch.Generator().manual_seed(1)
+    basis_DE, _ = torch.linalg.qr(torch.randn(DIM, small.dim, generator=generator))
+    state = {
+        name: basis_DE @ tensor if name in _heads(small, wide) else tensor
+        for name, tensor in small.state_dict().items()
+    }
+    wide.load_state_dict(state)
+    path = folder / "wide.safetensors"
+    wide.save(path)
+    return path
+
+
+def _heads(small: ImageBind, wide: ImageBind) -> set[str]:
+    shapes = {name: tensor.shape for name, tensor in wide.state_dict().items()}
+    return {name for name, tensor in small.state_dict().items() if tensor.shape != shapes[name]}
+
+
+def fill(site: Site, clips: int, donor: FeatureStore) -> None:
+    """Files and rows of a store of `clips`; the rows' features are the donor's, with noise."""
+    asked = clips // ASKED
+    site.link("asked", range(asked), site.models)
+    site.link("bank", range(clips - asked), site.models)
+    features = donor.clips().to_pylist()
+    store = FeatureStore.create(str(site.folder / "store"), donor.fingerprint, donor.dim)
+    rng = np.random.default_rng(1)
+    for name in ("asked", "bank"):
+        rows: list[dict[str, object]] = []
+        for number, clip in enumerate(open_corpus("folder", site.folder / name, name=name).clips()):
+            rows.append(_row(clip, features[number % len(features)], rng))
+            if len(rows) == ROWS_AT_ONCE:
+                _commit(store, rows)
+                rows = []
+        _commit(store, rows)
+
+
+def _row(clip: ClipRow, model: Mapping[str, object], rng: np.random.Generator) -> dict[str, object]:
+    row = dict(model)
+    for column in ("audio", "visual"):
+        if row[column] is None:
+            continue
+        tokens_TD = np.array(row[column], dtype=np.float32)
+        tokens_TD += rng.standard_normal(tokens_TD.shape, np.float32) * np.float32(NOISE / DIM**0.5)
+        tokens_TD /= np.linalg.norm(tokens_TD, axis=1, keepdims=True)
+        mean_D = tokens_TD.mean(axis=0)
+        row[column] = list(tokens_TD.astype(np.float16))
+        row[f"{column}_key"] = mean_D / np.linalg.norm(mean_D)
+    facts = os.stat(clip.uri)
+    row |= {
+        name: getattr(clip, name) for name in ("clip_id", "corpus", "video_id", "source_id", "split", "uri")
+    }
+    row |= {"labels": list(clip.labels), "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    return row | {"decode_fingerprint": decode_fingerprint(None), "run_id": "fill", "ingested_at": now()}
+
+
+def _commit(store: FeatureStore, rows: list[dict[str, object]]) -> None:
+    if rows:
+        table = pa.Table.from_pylist(rows, store.address(Table.CLIPS).schema)
+        store.commit(Table.CLIPS, [store.stage(Table.CLIPS, table)], {"run": "fill"})
+
+
+def describe_job(site: Site) -> None:
+    """The job's file."""
+    said = {
+        "name": "benchmark",
+        "store": "store",
+        "encoder": "imagebind-demo",
+        "weights": str(site.weights),
+        "corpora": [{"corpus": "folder", "root": name, "name": name} for name in ("asked", "bank")],
+        "index": {"retrieval": ["paired"], "n": NEIGHBOURS, "query_corpora": ["asked"]},
+        "machine": {"num_workers": cores()},
+    }
+    site.job.write_text(yaml.safe_dump(said))
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Files below, with time of change and size."""
+    facts = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
+    return {str(path): (fact.st_mtime_ns, fact.st_size) for path, fact in facts}
+
+
+def measure(site: Site, news: Sequence[int], models: Sequence[Path]) -> Iterator[dict[str, object]]:
+    """One row a run: what, seconds in all and of each step, what was written."""
+    yield _run(site, "first")
+    before = listing(site.folder / "store")
+    idle = [_run(site, "nothing new") for _ in range(3)]
+    assert listing(site.folder / "store") == before, "a run with nothing to do wrote something"
+    assert all(row["outcome"] == "nothing to do" for row in idle)
+    yield idle[0] | {"seconds": statistics.median(row["seconds"] for row in idle)}  # pyright: ignore
+    start = 0
+    for new in news:
+        site.link("bank", range(start, start + new), models, prefix="new")
+        start += new
+        yield _run(site, f"{new:,} new")
+
+
+def _run(site: Site, what: str) -> dict[str, object]:
+    started = time.perf_counter()
+    report: ReindexReport = run_reindex(read_config(site.job), lambda text: None)
+    seconds = time.perf_counter() - started
+    assert report.outcome in ("published", "nothing to do"), report.why
+    searched = sum(mode["searched"] for mode in report.neighbours.values())
+    recall = [pair["at_10"] for who in report.recall.values() for pair in who]  # pyright: ignore
+    return {
+        "what": what,
+        "outcome": report.outcome,
+        "seconds": seconds,
+        "steps": report.seconds,
+        "searched": searched,
+        "recall_at_10": min(recall, default=None),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; `--json FILE` writes all of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clips", type=int, nargs="+", default=[2_000, 20_000], help="sizes of store")
+    parser.add_argument("--new", type=int, nargs="+", default=[10, 100], help="sizes of change")
+    parser.add_argument("--distinct", type=int, default=100, help="generated clips on either side")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    wanted = parser.parse_args(arguments)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="r2scp-reindex-") as name:
+        folder = Path(name)
+        weights = widen(folder)
+        roots = [folder / f"clips-{seed}" for seed in SEEDS]
+        for root, seed in zip(roots, SEEDS, strict=True):
+            generate(root, clips=wanted.distinct, seed=seed, workers=cores())
+        models, fresh = (sorted((root / "videos").glob("*.mp4")) for root in roots)
+        spec = encoder_spec("imagebind-demo", str(weights), "cpu")
+        source, to = Source("demo", roots[0]), Destination(str(folder / "donor"))
+        run_extract(source, to, spec, Resources(num_workers=cores()), lambda report, total: None)
+        donor = FeatureStore.open(to.uri)
+        for clips in wanted.clips:
+            site = Site(folder=folder / str(clips), weights=weights, models=models)
+            fill(site, clips, donor)
+            describe_job(site)
+            for row in measure(site, wanted.new, fresh):
+                results.append({"clips": clips} | row)
+                print(json.dumps(results[-1], default=str), file=sys.stderr, flush=True)
+    show(results)
+    if wanted.json:
+        told = {"machine": machine(), "versions": versions(), "dim": DIM, "runs": results}
+        wanted.json.write_text(json.dumps(told, indent=1, default=str) + "\n")
+
+
+def show(results: Sequence[Mapping[str, object]]) -> None:
+    """The table, on stdout."""
+    steps = list(dict.fromkeys(step for row in results for step in row["steps"]))  # pyright: ignore
+    grid = Grid(title=f"Seconds of a re-index, D = {DIM}, {machine()['processor']}, {cores()} cores")
+    for name in ("clips", "run", "all", *steps, "searched", "recall@10"):
+        grid.add_column(name, justify="right")
+    for row in results:
+        taken: Mapping[str, float] = row["steps"]  # pyright: ignore
+        cells = [f"{taken[step]:.1f}" if step in taken else "" for step in steps]
+        recall = f"{row['recall_at_10']:.3f}" if row["recall_at_10"] is not None else ""
+        grid.add_row(
+            f"{row['clips']:,}",
+            str(row["what"]),
+            f"{row['seconds']:.1f}",
+            *cells,
+            str(row["searched"]),
+            recall,
+        )
+    Console(width=160).print(grid)
+
+
+if __name__ == "__main__":
+    main()
