@@ -33,7 +33,8 @@ TASKS_PER_CORE = 8  # in small runs, so that no core waits long for the last tas
 MAX_RETRIES = 3  # of a task whose process died
 FRAGMENTS_PER_RUN = 32  # small runs commit in about so many steps
 ROWS_PER_FRAGMENT = (8, 64)  # least and most: what a crash can cost in embedding work
-CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray: it must never keep decode tasks from starting
+CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray
+DECODE_SHARE = 0.95  # and a decode task: a node of one core has room for it beside an actor
 
 
 Item = TypeVar("Item")
@@ -163,7 +164,7 @@ def extract(
     per_task = _between(CLIPS_PER_TASK, rows // (TASKS_PER_CORE * cores))
     staged = (
         ray.data.from_arrow([sources.slice(at, per_task) for at in range(0, rows, per_task)])
-        .map_batches(decode.__call__, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        .map_batches(decode.__call__, batch_size=None, batch_format="pyarrow", num_cpus=DECODE_SHARE)
         .map_batches(
             EmbedClips,
             fn_constructor_args=(encoder, threads),
