@@ -1,7 +1,7 @@
 """What a re-index costs, by the size of the change and of the store: `python -m benchmarks.reindex --help`.
 
-A store of generated clips is filled to its size: real features of a few hundred clips, each row with noise of
-its own, and a file on the disk for every one (hard links). One clip in twenty is asked about and has
+A store of generated clips is filled to its size: each row lies somewhere between the real features of two
+of a few hundred clips, with a little noise of its own, and has a file on the disk (hard links). One clip in twenty is asked about and has
 neighbours among all. Then `jobs run`, in this order:
 
 - *first*: the store as it was filled: serving indexes and neighbours are built, the snapshot published;
@@ -48,7 +48,7 @@ DIM = 1024  # as ImageBind's
 ASKED = 20  # one clip in so many is asked about
 FILES_A_FOLDER = 1_000
 ROWS_AT_ONCE = 2_048  # 100 MB of features
-NOISE = 0.5  # length of what is added to each token of length 1
+NOISE = 0.1  # length of what is added to each token of length 1
 SEEDS = (31, 32)  # of the clips that fill the store, and of those that are new
 NEIGHBOURS = 15
 TABLES_OF_DATA = (Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS, Table.INDEXES, Table.SNAPSHOTS)
@@ -106,19 +106,23 @@ def fill(site: Site, clips: int, donor: FeatureStore) -> None:
     for name in ("asked", "bank"):
         rows: list[dict[str, object]] = []
         for number, clip in enumerate(open_corpus("folder", site.folder / name, name=name).clips()):
-            rows.append(_row(clip, features[number % len(features)], rng))
+            one, other = rng.choice(len(features), 2)
+            rows.append(_row(clip, (features[one], features[other]), rng))
             if len(rows) == ROWS_AT_ONCE:
                 _commit(store, rows)
                 rows = []
         _commit(store, rows)
 
 
-def _row(clip: ClipRow, model: Mapping[str, object], rng: np.random.Generator) -> dict[str, object]:
-    row = dict(model)
+def _row(
+    clip: ClipRow, models: tuple[Mapping[str, object], Mapping[str, object]], rng: np.random.Generator
+) -> dict[str, object]:
+    row, share = dict(models[0]), np.float32(rng.uniform())
     for column in ("audio", "visual"):
-        if row[column] is None:
+        if any(model[column] is None for model in models):
             continue
-        tokens_TD = np.array(row[column], dtype=np.float32)
+        one_TD, other_TD = (np.array(model[column], dtype=np.float32) for model in models)
+        tokens_TD = share * one_TD + (1 - share) * other_TD
         tokens_TD += rng.standard_normal(tokens_TD.shape, np.float32) * np.float32(NOISE / DIM**0.5)
         tokens_TD /= np.linalg.norm(tokens_TD, axis=1, keepdims=True)
         mean_D = tokens_TD.mean(axis=0)

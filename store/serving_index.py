@@ -37,7 +37,7 @@ PARTITION_KEYS = 4_096  # keys of one partition: as many as a search by hand can
 UNINDEXED_ROWS = 512  # rows left to be compared one by one: 5 ms at D = 1024
 TIER = 2  # a segment up to this many times the rows to be indexed is indexed again with them
 STALE_FACTOR = 2  # index files this many times what their rows need are written again
-EXTRA_CANDIDATES = 4  # beyond twice the hits: scored exactly, since codes of 5 bits only estimate
+EXTRA_CANDIDATES = 4  # beyond those of each hit: codes of 5 bits only estimate
 RQ_BITS = 5  # of a code, per dimension; Lance's default
 ROW_OVERHEAD = 48  # bytes an indexed row needs beside its code: row id, correction factors
 FILE_OVERHEAD = 1 << 16  # bytes of a segment without rows
@@ -50,12 +50,15 @@ class ServingSettings:
     """How to index. `auto` is `exact`, which has no index, below `exact_below` rows and `ivf_rq` from there.
 
     `effort` in [0, 1] is how much of an index a search without a condition looks at: 0 one partition of a
-    segment, 1 all of them, between them partitions to the power of `effort`.
+    segment, 1 all of them, between them partitions to the power of `effort`. `candidates`, at least 1: how
+    many keys are read and scored exactly for each hit wanted. Clips that are very much alike, hundreds around
+    each query, need more of them; the recall that a job's gate measures tells.
     """
 
     kind: Literal["auto", "exact", "ivf_rq", "ivf_sq"] = "auto"
     exact_below: int = PARTITION_KEYS
     effort: float = 0.5
+    candidates: int = 2
 
     def __post_init__(self) -> None:
         kinds = ("auto", "exact", *INDEX_TYPES)
@@ -63,6 +66,8 @@ class ServingSettings:
             raise ValueError(f"kind must be one of {', '.join(kinds)}; got {self.kind!r}")
         if self.exact_below < 0:
             raise ValueError(f"exact_below must be at least 0; got {self.exact_below}")
+        if self.candidates < 1:
+            raise ValueError(f"candidates must be at least 1; got {self.candidates}")
         if not 0.0 <= self.effort <= 1.0:
             raise ValueError(f"effort must be in [0, 1]; got {self.effort}")
 
@@ -162,9 +167,7 @@ class ServingIndex:
             rows = self._dataset.scanner(columns=["clip_id"], with_row_id=True).to_table()
         rows = rows.sort_by("_rowid").combine_chunks()
         self._row_ids = rows["_rowid"].to_numpy()
-        self._clip_ids = rows[
-            "clip_id"
-        ]  # of these rows; reading those of each search costs it a quarter more
+        self._clip_ids = rows["clip_id"]  # of these rows; reading them for each search costs a quarter more
 
     def nearest(self, key_D: np.ndarray, among: Modality, n: int, where: str | None = None) -> list[Hit]:
         """Up to `n` clips whose key of modality `among` is nearest to `key_D`, float32 of unit length.
@@ -182,7 +185,7 @@ class ServingIndex:
         nearest = {
             "column": column,
             "q": query_D,
-            "k": 2 * n + EXTRA_CANDIDATES,
+            "k": self.settings.candidates * n + EXTRA_CANDIDATES,
             "metric": "cosine",
             "use_index": self.settings.kind != "exact",
             "search_effort": self.settings.effort if where is None else 1.0,

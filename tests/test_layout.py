@@ -28,6 +28,8 @@ DOORS = {
         "pipelines/probe.py",
         "pipelines/demo_corpus.py",
         "jobs/schedule.py",
+        "jobs/torture_disk.py",
+        "jobs/torture_victims.py",
     },
     "ffmpeg": {"pipelines/ffmpeg_program.py"},
     "imageio_ffmpeg": {"pipelines/ffmpeg_program.py", "pipelines/demo_corpus.py"},
