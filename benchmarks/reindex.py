@@ -1,8 +1,8 @@
 """What a re-index costs, by the size of the change and of the store: `python -m benchmarks.reindex --help`.
 
-A store of generated clips is filled to its size: each row lies somewhere between the real features of two
-of a few hundred clips, with a little noise of its own, and has a file on the disk (hard links). One clip in twenty is asked about and has
-neighbours among all. Then `jobs run`, in this order:
+A store of generated clips is filled to its size: each row lies somewhere between the real features of two of
+a few hundred clips, with a little noise of its own, and has a file on the disk (hard links). One clip in
+twenty is asked about and has neighbours among all. Then `jobs run`, in this order:
 
 - *first*: the store as it was filled: serving indexes and neighbours are built, the snapshot published;
 - *nothing new*: three times; the files of the store must stay as they are, to the byte;
@@ -105,7 +105,7 @@ def fill(site: Site, clips: int, donor: FeatureStore) -> None:
     rng = np.random.default_rng(1)
     for name in ("asked", "bank"):
         rows: list[dict[str, object]] = []
-        for number, clip in enumerate(open_corpus("folder", site.folder / name, name=name).clips()):
+        for clip in open_corpus("folder", site.folder / name, name=name).clips():
             one, other = rng.choice(len(features), 2)
             rows.append(_row(clip, (features[one], features[other]), rng))
             if len(rows) == ROWS_AT_ONCE:

@@ -34,12 +34,12 @@ def resources(
     )
 
 
-class _Teller:
+class Teller:
     """Progress as it comes: to the bar, and now and then as a line where there is no terminal."""
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._task = bar.add_task("extract", total=None, note="")
+    def __init__(self, bar: Progress, name: str = "extract") -> None:
+        self._bar, self._name = bar, name
+        self._task = bar.add_task(name, total=None, note="")
         self._started = self._said = time.monotonic()
 
     def __call__(self, report: Report, total: int) -> None:
@@ -50,7 +50,7 @@ class _Teller:
         self._bar.update(self._task, total=total, completed=done, note=note)
         if self._bar.disable and (present - self._said > LINE_EVERY_S or done >= total):
             left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            tell(f"extract: {done}/{total} clips, {note}{left}")
+            tell(f"{self._name}: {done}/{total} clips, {note}{left}")
             self._said = present
 
 
@@ -61,7 +61,7 @@ def run_with_progress(
     for caution in _cautions(source, encoder):
         tell(f"note: {caution}")
     with progress_bar() as bar:
-        report = run_extract(source, destination, encoder, means, _Teller(bar))
+        report = run_extract(source, destination, encoder, means, Teller(bar))
     for clip_id in report.gone_first:
         tell(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
     if not report.decoded:

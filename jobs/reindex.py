@@ -10,11 +10,11 @@ had committed, and readers of `serving` see nothing of it; the next one goes on 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from r2scp.jobs.extract import Destination, Extraction, Source, encoder_spec, pick_device
+from r2scp.jobs.extract import Destination, Extraction, Progress, Source, encoder_spec, pick_device
 from r2scp.jobs.gate import Check, dead_check, drift_checks, neighbour_checks, row_checks
 from r2scp.jobs.index import Index
 from r2scp.jobs.reindex_config import ReindexConfig
@@ -33,6 +33,7 @@ from r2scp.store.upkeep import clean, compact
 SEED = 1  # of samples that recall and drift are measured on
 COMPACTED = (Table.CLIPS, Table.QUESTIONS, Table.FAILURES, Table.RUNS)
 Told = Callable[[str], None]
+ProgressOf = Callable[[str], Progress]  # of a corpus
 
 
 @dataclass(kw_only=True)
@@ -59,9 +60,11 @@ class ReindexReport:
         return asdict(self)
 
 
-def run_reindex(config: ReindexConfig, told: Told, dry_run: bool = False) -> ReindexReport:
+def run_reindex(
+    config: ReindexConfig, told: Told, dry_run: bool = False, progress: ProgressOf | None = None
+) -> ReindexReport:
     """Do what the job says. Raises `R2SCPError` where it cannot go on; a gate that fails is no error here."""
-    job = _Job.open(config, told)
+    job = _Job.open(config, told, progress or (lambda corpus: lambda report, total: None))
     with job.clock("plan"):
         job.plan()
     if dry_run:
@@ -69,10 +72,8 @@ def run_reindex(config: ReindexConfig, told: Told, dry_run: bool = False) -> Rei
     elif not job.report.due:
         job.report.outcome = "nothing to do"
     else:
-        try:
+        with suppress(GateFailed):  # the report says it
             job.run()
-        except GateFailed as error:
-            job.report.outcome, job.report.why = "refused", str(error)
     snapshots = job.store.snapshots()
     if SERVING in snapshots:
         job.report.serving = {table.value: v for table, v in snapshots[SERVING].versions.items()}
@@ -88,10 +89,12 @@ class _Job:
     store: FeatureStore
     extractions: list[Extraction]
     resources: Resources
+    planned_on: dict[str, int]  # versions
+    progress: ProgressOf
     report: ReindexReport
 
     @classmethod
-    def open(cls, config: ReindexConfig, told: Told) -> "_Job":
+    def open(cls, config: ReindexConfig, told: Told, progress: ProgressOf) -> "_Job":
         """Open the store and the corpora; makes the store's tables where there are none."""
         machine = config.machine
         encoder = encoder_spec(config.encoder, config.weights, pick_device(machine.device))
@@ -115,13 +118,16 @@ class _Job:
             )
             for corpus in config.corpora
         ]
-        extractions = [Extraction.open(source, destination, encoder, resources) for source in sources]
+        store = FeatureStore.create(config.store, encoder.fingerprint, encoder.dim, config.storage_options)
+        planned_on = _data(store)
         return cls(
             config=config,
             told=told,
-            store=extractions[0].store,
-            extractions=extractions,
+            store=store,
+            extractions=[Extraction.open(source, destination, encoder, resources) for source in sources],
             resources=resources,
+            planned_on=planned_on,
+            progress=progress,
             report=ReindexReport(name=config.name),
         )
 
@@ -166,7 +172,7 @@ class _Job:
 
     def run(self) -> None:
         """All under the lease. Raises `GateFailed` where what was made is not fit to serve."""
-        config, before = self.config, self.store.versions()
+        config = self.config
         intent = Intent(
             kind="reindex",
             purpose=f"jobs run {config.name}",
@@ -177,17 +183,18 @@ class _Job:
         )
         with writing(self.store, intent) as writer:
             self.report.run_id = writer.run_id
-            if self.store.versions() != before | {Table.RUNS.value: self.store.versions()[Table.RUNS.value]}:
-                self._plan_again()
-            self._extract(writer)
-            with self.clock("compact"):
-                self.report.merged = compact(self.store, COMPACTED)
-            with self.clock("serving index"):
-                writer.lease.require()
-                self.report.serving_index = asdict(refresh_index(self.store, config.serving))
-            self._neighbours(writer)
-            with self.clock("gate"):
-                self._gate(writer)
+            if _data(self.store) != self.planned_on:  # another writer was at work until we had the lease
+                for extraction in self.extractions:
+                    extraction.make_plan()
+                self.plan()
+            if not self.report.due:
+                self.report.outcome = "nothing to do"
+                return
+            try:
+                self._make(writer)
+            except GateFailed as error:
+                self.report.outcome, self.report.why = "refused", str(error)
+                raise
             with self.clock("publish"):
                 writer.lease.require()
                 self.store.publish(writer.run_id)
@@ -195,11 +202,18 @@ class _Job:
             with self.clock("clean"):
                 self.report.bytes_removed = clean(self.store, config.kept, alone=True).bytes_removed
 
-    def _plan_again(self) -> None:
-        """Another writer was at work between the plan and the lease."""
-        for extraction in self.extractions:
-            extraction.make_plan()
-        self.plan()
+    def _make(self, writer: Writer) -> None:
+        """Everything up to a candidate that is fit to serve."""
+        self._extract(writer)
+        with self.clock("compact"):
+            writer.lease.require()
+            self.report.merged = compact(self.store, COMPACTED)
+        with self.clock("serving index"):
+            writer.lease.require()
+            self.report.serving_index = asdict(refresh_index(self.store, self.config.serving))
+        self._neighbours(writer)
+        with self.clock("gate"):
+            self._gate(writer)
 
     def _extract(self, writer: Writer) -> None:
         due = [extraction for extraction in self.extractions if extraction.due]
@@ -209,7 +223,7 @@ class _Job:
             if any(extraction.plan.pending for extraction in due):
                 stack.enter_context(ray_session(self.resources))
             for extraction in due:
-                extraction.write(writer, lambda report, total: None)
+                extraction.write(writer, self.progress(extraction.corpus.name))
                 self.report.corpora[extraction.corpus.name] = extraction.report.to_json()
                 self.told(f"{extraction.corpus.name}: {_said(extraction)}")
 
@@ -270,6 +284,11 @@ class _Job:
                 if gate.min_recall_at_10 is not None:
                     checks.append(Check.at_least(f"recall@10 {what}", pair.at_10, gate.min_recall_at_10))
         return checks
+
+
+def _data(store: FeatureStore) -> dict[str, int]:
+    """Versions of the tables that only another writer's work changes."""
+    return {name: version for name, version in store.versions().items() if name != Table.RUNS.value}
 
 
 def _due(extraction: Extraction) -> list[str]:

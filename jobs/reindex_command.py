@@ -4,7 +4,8 @@ from pathlib import Path
 
 import typer
 
-from r2scp.jobs.config import say, tell
+from r2scp.jobs.config import progress_bar, say, tell
+from r2scp.jobs.extract_command import Teller
 from r2scp.jobs.reindex import ReindexReport, run_reindex
 from r2scp.jobs.reindex_config import read_config
 
@@ -13,7 +14,8 @@ REFUSED = 1  # exit code: the gate did not let it pass
 
 def run_and_tell(file: Path, dry_run: bool, as_json: bool) -> None:
     """`run_reindex`, seen on stderr; exits with 1 where the gate refused."""
-    report = run_reindex(read_config(file), tell, dry_run)
+    with progress_bar() as bar:
+        report = run_reindex(read_config(file), tell, dry_run, lambda corpus: Teller(bar, corpus))
     if as_json:
         say(report.to_json(), as_json)
     else:

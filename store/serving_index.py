@@ -58,7 +58,7 @@ class ServingSettings:
     kind: Literal["auto", "exact", "ivf_rq", "ivf_sq"] = "auto"
     exact_below: int = PARTITION_KEYS
     effort: float = 0.5
-    candidates: int = 2
+    candidates: int = 4
 
     def __post_init__(self) -> None:
         kinds = ("auto", "exact", *INDEX_TYPES)
