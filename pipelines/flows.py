@@ -9,6 +9,7 @@ the actors have caught up, so memory is bounded whatever the corpus's size.
 import contextlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from r2scp.pipelines.decode import DecodeLimits
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec
 from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
-from r2scp.store.errors import R2SCPError, UsageError
+from r2scp.store.errors import R2SCPError, StoreError, UsageError
 from r2scp.store.transaction import TableAddress
 
 OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
@@ -31,6 +32,8 @@ CORES_PER_EMBED_ACTOR = 4  # on machines without a GPU; each actor holds a copy 
 CLIPS_PER_TASK = (1, 16)  # least and most that one decode task goes through
 TASKS_PER_CORE = 8  # in small runs, so that no core waits long for the last task
 MAX_RETRIES = 3  # of a task whose process died
+STORE_RETRIES = 3  # of a stage that the store did not take
+STORE_ERROR = re.compile(r"^r2scp\.store\.errors\.StoreError: (.+)$", re.MULTILINE)
 FRAGMENTS_PER_RUN = 32  # small runs commit in about so many steps
 ROWS_PER_FRAGMENT = (8, 64)  # least and most: what a crash can cost in embedding work
 CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray
@@ -89,7 +92,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
                 ) from error
         else:
             ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come as exceptions
     try:
         yield
     finally:
@@ -154,6 +157,7 @@ def extract(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
+    context.retried_map_errors, context.max_map_retries = ["StoreError"], STORE_RETRIES
     cores = int(ray.cluster_resources().get("CPU", 1))
     gpus = ray.cluster_resources().get("GPU", 0.0) if encoder.device == "cuda" else 0.0
     actors = max(1, int(gpus / resources.gpus_per_actor) if gpus else cores // CORES_PER_EMBED_ACTOR)
@@ -181,7 +185,28 @@ def extract(
             num_cpus=CPU_SHARE,
         )
     )
-    yield from staged.iter_rows()
+    with _told():
+        yield from staged.iter_rows()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What comes of the store or the machines, not of our code, as one line: `StoreError`, `R2SCPError`.
+
+    Ray brings an exception of a worker as text.
+    """
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if found := STORE_ERROR.search(str(error)):
+            raise StoreError(found[1]) from error
+        raise
+    except ray.exceptions.RayError as error:
+        said = str(error).strip().splitlines()[0]
+        raise R2SCPError(
+            f"the flow lost more machines or processes than it can stand ({said}); what was committed stays, "
+            "run the same command again to go on"
+        ) from error
 
 
 def _between(bounds: tuple[int, int], value: int) -> int:

@@ -108,18 +108,21 @@ class Staged:
 def stage(address: TableAddress, rows: pa.Table) -> Staged:
     """Write `rows` into new data files of the table at `address`; no version changes.
 
-    Raises `pa.ArrowInvalid` where the rows do not fit the table's schema.
+    Raises `pa.ArrowInvalid` where the rows do not fit the table's schema, `StoreError` where the store does
+    not take them.
     """
     ids = tuple(rows.column(address.key).to_pylist())
     if not ids:
         return Staged(ids=(), fragments=())
-    fragments = write_fragments(
-        rows.cast(address.schema),
-        address.uri,
-        schema=address.schema,
-        mode="append",
-        storage_options=dict(address.storage_options),
-    )
+    fitting = rows.cast(address.schema)
+    with told("write to", address.uri):
+        fragments = write_fragments(
+            fitting,
+            address.uri,
+            schema=address.schema,
+            mode="append",
+            storage_options=dict(address.storage_options),
+        )
     return Staged(ids=ids, fragments=tuple(json.dumps(f.to_json()) for f in fragments))
 
 
