@@ -1,8 +1,10 @@
 """Search for one query at a time over all of `clips`: quick, nearly exact, never stale.
 
 Lance's vector indexes on the two key columns propose candidates; their keys are read and scored exactly, so
-that a score is the cosine that `MemoryBank` gives. Rows that no index holds yet are compared one by one: a
-clip can be found from the moment it is committed. (Batch work uses `MemoryBank`, which is exact.)
+that a score is the cosine that `MemoryBank` gives. Where a clip that was not proposed may still belong to the
+best, by what the estimates of the others were off, more are asked for. Rows that no index holds yet are
+compared one by one: a clip can be found from the moment it is committed. (Batch work uses `MemoryBank`, which
+is exact.)
 
     >>> refresh_index(store, ServingSettings())
     >>> index = ServingIndex(store)
@@ -34,10 +36,14 @@ from r2scp.store.schema import Modality, Table
 from r2scp.store.transaction import told
 
 PARTITION_KEYS = 4_096  # keys of one partition: as many as a search by hand can afford
-UNINDEXED_ROWS = 512  # rows left to be compared one by one: 5 ms at D = 1024
+UNINDEXED_ROWS = 256  # rows left to be compared one by one: 2 ms at D = 1024
 TIER = 2  # a segment up to this many times the rows to be indexed is indexed again with them
 STALE_FACTOR = 2  # index files this many times what their rows need are written again
-EXTRA_CANDIDATES = 4  # beyond those of each hit: codes of 5 bits only estimate
+EXTRA_CANDIDATES = 4  # beyond twice the hits; all are scored exactly, since codes of 5 bits only estimate
+CANDIDATES_GROW = 4  # times as many, where one that was not proposed may still be among the best
+MOST_CANDIDATES = 40  # for each hit
+SURE = 2.0  # standard deviations of what a code's estimate is off
+EXACT_WITHIN = 1e-5  # of a score: what float32 is off
 RQ_BITS = 5  # of a code, per dimension; Lance's default
 ROW_OVERHEAD = 48  # bytes an indexed row needs beside its code: row id, correction factors
 FILE_OVERHEAD = 1 << 16  # bytes of a segment without rows
@@ -50,15 +56,12 @@ class ServingSettings:
     """How to index. `auto` is `exact`, which has no index, below `exact_below` rows and `ivf_rq` from there.
 
     `effort` in [0, 1] is how much of an index a search without a condition looks at: 0 one partition of a
-    segment, 1 all of them, between them partitions to the power of `effort`. `candidates`, at least 1: how
-    many keys are read and scored exactly for each hit wanted. Clips that are very much alike, hundreds around
-    each query, need more of them; the recall that a job's gate measures tells.
+    segment, 1 all of them, between them partitions to the power of `effort`.
     """
 
     kind: Literal["auto", "exact", "ivf_rq", "ivf_sq"] = "auto"
     exact_below: int = PARTITION_KEYS
     effort: float = 0.5
-    candidates: int = 4
 
     def __post_init__(self) -> None:
         kinds = ("auto", "exact", *INDEX_TYPES)
@@ -66,8 +69,6 @@ class ServingSettings:
             raise ValueError(f"kind must be one of {', '.join(kinds)}; got {self.kind!r}")
         if self.exact_below < 0:
             raise ValueError(f"exact_below must be at least 0; got {self.exact_below}")
-        if self.candidates < 1:
-            raise ValueError(f"candidates must be at least 1; got {self.candidates}")
         if not 0.0 <= self.effort <= 1.0:
             raise ValueError(f"effort must be in [0, 1]; got {self.effort}")
 
@@ -163,6 +164,7 @@ class ServingIndex:
         self._dataset = store.dataset(Table.CLIPS, version)
         self.version = self._dataset.version
         self.dim = store.dim
+        self._indexed = _indexed(self._dataset) if self.settings.kind != "exact" else set()
         with told("read the clip ids of", self._dataset.uri):
             rows = self._dataset.scanner(columns=["clip_id"], with_row_id=True).to_table()
         rows = rows.sort_by("_rowid").combine_chunks()
@@ -181,36 +183,68 @@ class ServingIndex:
             raise ValueError(f"a query must be a finite vector of {self.dim}, not zero; got {query_D.shape}")
         if n < 1:
             raise ValueError(f"n must be at least 1; got {n}")
-        column = KEY_COLUMNS[among]
+        column, candidates = KEY_COLUMNS[among], 2 * n + EXTRA_CANDIDATES
+        before: list[Hit] = []
+        while True:
+            found = self._propose(query_D, column, candidates, where)
+            hits = sorted(found.hits, key=lambda hit: (-hit.score, hit.clip_id))[:n]
+            all_there = len(found.hits) < candidates or column not in self._indexed
+            if found.best_unseen is None:  # the next attempt tells
+                enough = hits == before
+            else:
+                enough = found.best_unseen < hits[-1].score
+            if all_there or enough or candidates >= MOST_CANDIDATES * n:
+                return hits
+            before, candidates = hits, candidates * CANDIDATES_GROW
+
+    def _propose(self, query_D: np.ndarray, column: str, count: int, where: str | None) -> "_Proposed":
+        """The `count` that the index holds for best, scored exactly; rows without a key are none."""
         nearest = {
             "column": column,
             "q": query_D,
-            "k": self.settings.candidates * n + EXTRA_CANDIDATES,
+            "k": count,
             "metric": "cosine",
             "use_index": self.settings.kind != "exact",
             "search_effort": self.settings.effort if where is None else 1.0,
         }
         with told("search", self._dataset.uri):
             found = self._dataset.scanner(
-                columns=[column],
+                columns=[column, "_distance"],
                 nearest=nearest,
                 filter=where,
                 prefilter=True,
                 with_row_id=True,
                 disable_scoring_autoprojection=True,
             ).to_table()
-        return self._scored(query_D, found, column)[:n]
-
-    def _scored(self, query_D: np.ndarray, found: pa.Table, column: str) -> list[Hit]:
-        """Candidates with exact scores, best first; rows without a key are none."""
         keys = found[column].combine_chunks()
-        row_ids = found["_rowid"].to_numpy()[keys.is_valid().to_numpy(zero_copy_only=False)]
+        there = keys.is_valid().to_numpy(zero_copy_only=False)
         keys_CD = keys.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
-        at = np.arange(row_ids.size)
-        scores = exact_scores(query_D[None], keys_CD, np.zeros_like(at), at).tolist()
+        at = np.arange(len(keys_CD))
+        scores_C = exact_scores(query_D[None], keys_CD, np.zeros_like(at), at)
+        row_ids = found["_rowid"].to_numpy()[there]
         clip_ids = self._clip_ids.take(pa.array(np.searchsorted(self._row_ids, row_ids))).to_pylist()
-        hits = map(Hit, clip_ids, scores)
-        return sorted(hits, key=lambda hit: (-hit.score, hit.clip_id))
+        return _Proposed(
+            hits=list(map(Hit, clip_ids, scores_C.tolist())),
+            best_unseen=_best_unseen(1 - found["_distance"].to_numpy()[there], scores_C),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Proposed:
+    """Candidates in no order, and the score that none of the others is likely to exceed."""
+
+    hits: list[Hit]
+    best_unseen: float | None  # None: nothing can be said
+
+
+def _best_unseen(estimates_C: np.ndarray, scores_C: np.ndarray) -> float | None:
+    """Clips that were not proposed have estimates below all of these. How far off an estimate is, is learnt
+    from those that were: an offset of the query's own, and a spread about it. Where some rows are in no index
+    Lance scores all candidates exactly, and nothing can be learnt."""
+    errors_C = scores_C - estimates_C
+    if errors_C.size < 2 or np.abs(errors_C).max() < EXACT_WITHIN:
+        return None
+    return float(estimates_C.min() + errors_C.mean() + SURE * errors_C.std())
 
 
 def _kind(settings: ServingSettings, rows: int) -> str:
@@ -221,6 +255,12 @@ def _kind(settings: ServingSettings, rows: int) -> str:
 
 def _name(column: str) -> str:
     return f"{column}_idx"
+
+
+def _indexed(dataset: lance.LanceDataset) -> set[str]:
+    """Key columns that have an index."""
+    names = {index.name for index in dataset.describe_indices()}
+    return {column for column in KEY_COLUMNS.values() if _name(column) in names}
 
 
 def _due(dataset: lance.LanceDataset, settings: ServingSettings) -> list[_Work]:
