@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from r2scp.jobs.cli_jobs import jobs_app
 from r2scp.jobs.config import (
     DEFAULT_STORE,
     DeviceOption,
@@ -15,7 +16,6 @@ from r2scp.jobs.config import (
     StorageOption,
     StoreOption,
     WeightsOption,
-    choice,
     say,
     speaking,
     storage_options,
@@ -36,14 +36,7 @@ app = typer.Typer(
 )
 
 
-jobs_app = typer.Typer(
-    help="Re-indexing jobs: keep a store fresh, on a schedule, and let it serve only when it is fit to.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(jobs_app, name="jobs")
-
-JobFile = Annotated[Path, typer.Argument(help="The YAML file of the job.", show_default=False)]
 
 
 @app.command()
@@ -308,85 +301,3 @@ def doctor(
         findings, sound = examine(store, storage_options(storage_option), ffmpeg)
         say(findings, as_json)
         raise typer.Exit(0 if sound else 1)
-
-
-@jobs_app.command("run")
-def jobs_run(
-    file: JobFile,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is due; write nothing.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Bring a store up to date with its corpora; let it serve if the gate passes, else exit with 1."""
-    with speaking():
-        from r2scp.jobs.reindex_command import run_and_tell
-
-        run_and_tell(file, dry_run, as_json)
-
-
-@jobs_app.command("list")
-def jobs_list(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
-    store: StoreOption = DEFAULT_STORE,
-    fingerprint: FingerprintOption = None,
-    storage_option: StorageOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List what was done to a store, newest first."""
-    with speaking():
-        from r2scp.jobs.run_history import runs, show_runs
-        from r2scp.store.feature_store import FeatureStore
-
-        rows = runs(FeatureStore.open(store, fingerprint, storage_options(storage_option)), limit)
-        say({"runs": rows}, as_json) if as_json else show_runs(rows)
-
-
-@jobs_app.command("show")
-def jobs_show(
-    run: Annotated[str, typer.Argument(help="The run's id, or a part that fits no other.")],
-    store: StoreOption = DEFAULT_STORE,
-    fingerprint: FingerprintOption = None,
-    storage_option: StorageOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show all that is known of one run: settings, counts, recall, gate, versions."""
-    with speaking():
-        from r2scp.jobs.run_history import run as find
-        from r2scp.store.feature_store import FeatureStore
-
-        say(find(FeatureStore.open(store, fingerprint, storage_options(storage_option)), run), as_json)
-
-
-@jobs_app.command("rollback")
-def jobs_rollback(
-    store: StoreOption = DEFAULT_STORE,
-    fingerprint: FingerprintOption = None,
-    storage_option: StorageOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Let the snapshot that served before serve again."""
-    with speaking():
-        from r2scp.jobs.run_history import rollback
-        from r2scp.store.feature_store import FeatureStore
-
-        say(rollback(FeatureStore.open(store, fingerprint, storage_options(storage_option))), as_json)
-
-
-@jobs_app.command("schedule")
-def jobs_schedule(
-    file: JobFile,
-    printed: Annotated[
-        str | None,
-        typer.Option(
-            "--print", help="Only print: crontab, systemd, ray, rayjob, raycronjob or cronjob (KubeRay)."
-        ),
-    ] = None,
-    image: Annotated[str | None, typer.Option(help="Container image of the pods, for KubeRay.")] = None,
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster that `ray job` submits to.")] = None,
-) -> None:
-    """Run a job at its times in the foreground, until interrupted; or print what runs it elsewhere."""
-    with speaking():
-        from r2scp.jobs.schedule_command import Elsewhere, Printed, schedule
-
-        kind = choice(Printed, printed, "--print") if printed else None
-        if text := schedule(file, kind, Elsewhere(address=address, image=image)):
-            typer.echo(text, nl=not text.endswith("\n"))

@@ -74,7 +74,7 @@ def row_checks(store: FeatureStore, settings: GateSettings) -> list[Check]:
     """Counts of the latest tables against what serves: nothing twice, enough there, little lost."""
     table = store.clips(["clip_id", "visual_status", "audio_status"])
     ids = table["clip_id"]
-    twice = table.num_rows - pc.count_distinct(ids).as_py()
+    twice = table.num_rows - len(ids.unique())
     questions = store.questions(["question_id", "clip_id"])
     orphans = questions.num_rows - _inside(questions["clip_id"], ids)
     checks = [
@@ -102,7 +102,7 @@ def row_checks(store: FeatureStore, settings: GateSettings) -> list[Check]:
 
 def _inside(values: pa.ChunkedArray, among: pa.ChunkedArray) -> int:
     """How many of `values` are `among`."""
-    return pc.sum(pc.is_in(values, among.combine_chunks())).as_py() or 0
+    return pa.table({"value": values}).filter(pc.field("value").isin(among.combine_chunks())).num_rows
 
 
 def dead_check(dead: int, inputs: int, settings: GateSettings) -> list[Check]:
@@ -149,7 +149,7 @@ def _sample(store: FeatureStore, column: str, seed: int, run_id: str | None = No
     """(N, D): keys of a seeded sample of the rows, of one run or of all, of those that have one."""
     dataset = store.dataset(Table.CLIPS)
     runs = dataset.to_table(columns=["run_id"], scan_in_order=True)["run_id"]
-    rows = np.flatnonzero(pc.equal(runs, run_id).fill_null(False)) if run_id else np.arange(len(runs))
+    rows = np.flatnonzero(np.array(runs.to_pylist()) == run_id) if run_id else np.arange(len(runs))
     if len(rows) > DRIFT_SAMPLE:
         rows = np.sort(np.random.default_rng(seed).choice(rows, DRIFT_SAMPLE, replace=False))
     keys, has = unit_keys(dataset.take(rows, columns=["clip_id", column]), column, store.dim)

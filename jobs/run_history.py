@@ -70,14 +70,16 @@ def show_runs(rows: list[dict[str, object]]) -> None:
 def _listed(row: Mapping[str, object], serving: str) -> dict[str, object]:
     counts = json.loads(str(row["counts"])) if row["counts"] else {}
     started, ended = row["started_at"], row["ended_at"]
-    both = isinstance(started, datetime) and isinstance(ended, datetime)
+    seconds = None
+    if isinstance(started, datetime) and isinstance(ended, datetime):
+        seconds = round((ended - started).total_seconds(), 1)
     return {
         "run_id": row["run_id"],
         "kind": row["kind"],
         "status": row["status"],
         "serving": row["run_id"] == serving,
         "started_at": _plain(started),
-        "seconds": round((ended - started).total_seconds(), 1) if both else None,
+        "seconds": seconds,
         "what": _what(str(row["kind"]), counts) + (" (serving)" if row["run_id"] == serving else ""),
     }
 

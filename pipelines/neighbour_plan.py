@@ -186,8 +186,8 @@ class _Mode:
         )
         clip_ids = ours["clip_id"].to_pylist()
         due = set(_hit_by(ours, self.left)) if self.left else set()
-        newer = pc.greater(ours["bank_version"], plan.valid.bank_version) if plan.valid else None
-        due |= set(ours["clip_id"].filter(newer).to_pylist()) if newer is not None else set()
+        newer = pc.field("bank_version") > plan.valid.bank_version if plan.valid else None
+        due |= set(ours.filter(newer)["clip_id"].to_pylist()) if newer is not None else set()
         due |= {clip_id for clip_id in clip_ids if queries.source.get(clip_id) in self.sources}
         held = {clip_id for clip_id in clip_ids if clip_id in queries.source}
         pending = plan.pending[missing] = (queries.wanted - held) | (held & (due | self.changed))
@@ -240,8 +240,9 @@ def _hit_by(rows: pa.Table, clip_ids: set[str]) -> Iterator[str]:
     wanted = pa.array(sorted(clip_ids), pa.string())
     for column in ("nearest_ids", "farthest_ids"):
         hits = rows[column].combine_chunks()
-        named = pc.is_in(hits.flatten(), wanted)
-        yield from rows["clip_id"].take(pc.unique(hits.value_parent_indices().filter(named))).to_pylist()
+        pairs = pa.table({"hit": hits.flatten(), "row": hits.value_parent_indices()})
+        named = pairs.filter(pc.field("hit").isin(wanted))["row"].unique()
+        yield from rows["clip_id"].take(named).to_pylist()
 
 
 def _worst(scores: pa.ChunkedArray, n: int, room: float) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"store": 0, "model": 0, "pipelines": 1, "jobs": 2}
-CLI = "jobs/cli.py"  # a floor of its own, above the others
+CLI = ("jobs/cli.py", "jobs/cli_jobs.py")  # a floor of its own, above the others
 MAIN = "jobs/__main__.py"  # runs it
 MOST_LINES = 400
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
@@ -65,7 +65,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def floor_of(file: str) -> int:
-    return 3 if file == CLI else FLOORS[file.split("/")[0]]
+    return 3 if file in CLI else FLOORS[file.split("/")[0]]
 
 
 def ours(name: str) -> str | None:
@@ -93,7 +93,7 @@ def test_imports_only_point_down(file: str) -> None:
         package, target_package = file.split("/")[0], target.split("/")[0]
         allowed = package == target_package or floor_of(target) < floor_of(file)
         assert allowed, f"{file}:{line} reaches {target}"
-        assert target != CLI or file == MAIN, f"{file}:{line} imports the command line"
+        assert target not in CLI or file in (MAIN, CLI[0]), f"{file}:{line} imports the command line"
 
 
 def test_no_import_goes_in_a_circle() -> None:
@@ -113,7 +113,7 @@ def test_no_import_goes_in_a_circle() -> None:
         visit(file, ())
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != CLI])
+@pytest.mark.parametrize("file", [file for file in FILES if file not in CLI])
 def test_no_import_is_deferred(file: str) -> None:
     for node in ast.walk(sources()[file]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):

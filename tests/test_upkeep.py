@@ -76,7 +76,7 @@ def test_what_a_crash_left_goes_when_nobody_else_writes(store: FeatureStore, wri
 
 @pytest.mark.slow
 def test_many_small_commits_do_not_slow_a_store(store: FeatureStore, write: Write, tmp_path: Path) -> None:
-    """500 commits, then upkeep: reading ids takes less than twice what it takes of a store written at once."""
+    """500 commits, then upkeep: reading ids takes less than twice as long as of a store written at once."""
     for number in range(500):
         write(store, Table.CLIPS, [clip(f"c/{number}-{each}") for each in range(4)])
     slow = scan_s(store)
