@@ -8,6 +8,7 @@ import typer
 from r2scp.jobs.cli_jobs import jobs_app
 from r2scp.jobs.config import (
     DEFAULT_STORE,
+    AtOption,
     DeviceOption,
     EncoderName,
     EncoderOption,
@@ -149,6 +150,7 @@ def train(
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
+    at: AtOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -158,6 +160,7 @@ def train(
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
+        opened = opened.at(at) if at else opened
         wanted = Wanted(preset=preset, settings=tuple(change or ()), seed=seed, with_baselines=baselines)
         means = train_means(num_workers, device, ray_address)
         say(train_with_progress(opened, run, wanted, means), as_json)
@@ -218,6 +221,7 @@ def study(
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
+    at: AtOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -228,6 +232,7 @@ def study(
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
+        opened = opened.at(at) if at else opened
         wanted = Wanted(preset=preset, settings=tuple(change or ()), seed=first_seed)
         machines = Machines(
             num_workers=num_workers,

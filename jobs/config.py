@@ -63,6 +63,12 @@ FingerprintOption = Annotated[
 ]
 
 
+AtOption = Annotated[
+    str | None,
+    typer.Option("--at", help="A snapshot to read, such as serving; the store as it is now by default."),
+]
+
+
 def storage_options(pairs: list[str] | None) -> dict[str, str]:
     """`KEY=VALUE` pairs as a dict."""
     options = {}

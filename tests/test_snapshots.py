@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 
+from r2scp.pipelines.examples import Pins
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
@@ -44,6 +45,7 @@ def test_readers_see_one_moment(store: FeatureStore, grow: Callable[[int], None]
     store.publish("two")
     assert seen(store.at("serving")) == (2, 2)
     assert seen(store.at("previous")) == seen(serving) == (1, 1), "a reader keeps what it opened"
+    assert Pins.latest(serving).clips == serving.versions()["clips"] < Pins.latest(store).clips
     with pytest.raises(StoreError, match="read at a snapshot"):
         serving.commit(Table.CLIPS, [], {}, also_delete=["c/1"])
 
