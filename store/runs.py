@@ -1,7 +1,9 @@
 """Run history, and the lease that keeps two writers apart.
 
 A lease is one row that only its holder, or anybody once it has expired, can rewrite. The rewrite is a
-conditional upsert, so of two that try at once one wins, on a local disk and on an object store alike.
+conditional upsert, so of two that try at once one wins, on a local disk and on an object store alike. Clocks
+of two machines may be minutes apart: a lease that has expired by ours is watched first, for as long as a
+lease lasts, and taken only if its holder says nothing meanwhile.
 """
 
 import json
@@ -23,6 +25,8 @@ from r2scp.store.transaction import TableAddress, sql_literal, told
 
 LEASE_SECONDS = 60.0  # a holder that says nothing for this long has lost it
 HEARTBEATS_PER_LEASE = 4
+LOOK_EVERY_S = LEASE_SECONDS / HEARTBEATS_PER_LEASE / 3  # at a lease that is watched
+LONG_AGO_S = 3_600.0  # expired before: no clock is so wrong
 VERSIONS_KEPT = timedelta(minutes=10)  # of the lease table, which gets one with every heartbeat
 
 LEASE_SCHEMA = pa.schema(
@@ -57,11 +61,14 @@ def put_rows(address: TableAddress, rows: Sequence[Mapping[str, object]]) -> Non
         upsert.when_matched_update_all().when_not_matched_insert_all().execute(table)
 
 
+Held = tuple[str, float]  # holder, as JSON; when it expires by its own clock
+
+
 class Lease:
     """The right to write to one store, held with a heartbeat; use `hold`, once.
 
-    `clock` gives seconds since 1970, UTC. Those who share a store must agree on the time to within a few
-    seconds; that is far less than a lease lasts.
+    `clock` gives seconds since 1970, UTC; those who share a store may be up to `LONG_AGO_S` apart. `pause`
+    waits for some seconds.
     """
 
     def __init__(
@@ -70,10 +77,12 @@ class Lease:
         purpose: str,
         name: str = "writer",
         clock: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._address = address
         self._name = name
         self._clock = clock
+        self._pause = pause
         self._good_until = 0.0  # by our own last good heartbeat
         self._identity = {
             "purpose": purpose,
@@ -90,17 +99,22 @@ class Lease:
         self._lost: str | None = None
 
     def acquire(self) -> None:
-        """Take the lease, or raise `LeaseHeld` with who has it and until when."""
+        """Take the lease, or raise `LeaseHeld` with who has it and until when.
+
+        Takes up to `LEASE_SECONDS` where a holder that nothing is known of has let it expire.
+        """
         self._address.create()
         for _ in range(2):
-            held_by = self._try(replacing="")
+            held_by = self._try()
             if held_by is None:
                 return
-            if not _is_dead(held_by[0]):
+            dead = _is_dead(held_by[0])  # its process is gone: no need to wait
+            if not dead and (self._clock() <= held_by[1] or not self._silent(held_by)):
                 break
-            if self._try(replacing=held_by[0]) is None:  # its process is gone: no need to wait
+            held_by = self._try(replacing=held_by)
+            if held_by is None:
                 return
-        holder, expires_at = held_by
+        holder, expires_at = self._read() or held_by
         who = json.loads(holder)
         left = max(0.0, expires_at - self._clock())
         raise LeaseHeld(
@@ -148,7 +162,7 @@ class Lease:
     def _beat(self) -> None:
         """Say that we are still here; note where that came too late."""
         try:
-            held_by = self._try(replacing=self._holder)
+            held_by = self._try()
         except StoreError as error:
             if self._clock() >= self._good_until:  # else: a store that fails now and then
                 self._lost = str(error)
@@ -156,17 +170,32 @@ class Lease:
         if held_by is not None:
             self._lost = f"now held by {held_by[0]}"
 
-    def _try(self, replacing: str) -> tuple[str, float] | None:
-        """Write our row over an expired one, our own, or `replacing`'s. None: it is ours now."""
+    def _silent(self, held_by: Held) -> bool:
+        """Watch a lease for as long as one lasts; whether nobody touched it."""
+        for _ in range(round(LEASE_SECONDS / LOOK_EVERY_S)):
+            self._pause(LOOK_EVERY_S)
+            if self._read() != held_by:
+                return False
+        return True
+
+    def _try(self, replacing: Held | None = None) -> Held | None:
+        """Write our row over one of long ago, our own, or just `replacing`. None: it is ours now."""
         present = self._clock()
-        mine = f"target.holder = {sql_literal(self._holder)}"
-        allowed = f"target.expires_at < {present!r} OR {mine} OR target.holder = {sql_literal(replacing)}"
+        allowed = f"target.expires_at < {present - LONG_AGO_S!r}"
+        allowed += f" OR target.holder = {sql_literal(self._holder)}"
+        if replacing:
+            holder, expires_at = replacing
+            allowed += f" OR (target.holder = {sql_literal(holder)} AND target.expires_at = {expires_at!r})"
         self._write(expires_at=present + LEASE_SECONDS, allowed=allowed)
-        found = self._address.open().to_table(filter=f"name = {sql_literal(self._name)}").to_pylist()[0]
-        if found["holder"] != self._holder:
-            return found["holder"], found["expires_at"]
-        self._good_until = found["expires_at"]
+        found = self._read()
+        if found and found[0] != self._holder:
+            return found
+        self._good_until = present + LEASE_SECONDS
         return None
+
+    def _read(self) -> Held | None:
+        rows = self._address.open().to_table(filter=f"name = {sql_literal(self._name)}").to_pylist()
+        return (rows[0]["holder"], rows[0]["expires_at"]) if rows else None
 
     def _write(self, *, expires_at: float, allowed: str) -> None:
         row = {"name": self._name, "holder": self._holder, "expires_at": expires_at}

@@ -18,7 +18,7 @@ import pytest
 
 from r2scp.store import runs
 from r2scp.store.errors import LeaseHeld, StoreError
-from r2scp.store.runs import LEASE_SCHEMA, LEASE_SECONDS, Lease, new_run_id, put_row
+from r2scp.store.runs import LEASE_SCHEMA, LEASE_SECONDS, LONG_AGO_S, Lease, new_run_id, put_row
 from r2scp.store.schema import runs_schema
 from r2scp.store.transaction import TableAddress
 
@@ -50,6 +50,9 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @pytest.fixture
@@ -91,10 +94,10 @@ def row_of(address: TableAddress) -> dict:
 
 
 def test_the_second_is_refused_with_who_and_how_long(address: TableAddress, clock: Clock) -> None:
-    Lease(address, "extract --corpus demo", clock=clock).acquire()
+    Lease(address, "extract --corpus demo", clock=clock, pause=clock.sleep).acquire()
     clock.now += 20
     with pytest.raises(LeaseHeld) as caught:
-        Lease(address, "other", clock=clock).acquire()
+        Lease(address, "other", clock=clock, pause=clock.sleep).acquire()
     message = str(caught.value)
     assert "extract --corpus demo" in message
     assert f"process {os.getpid()}" in message
@@ -102,23 +105,49 @@ def test_the_second_is_refused_with_who_and_how_long(address: TableAddress, cloc
     assert "\n" not in message
 
 
-def test_an_expired_lease_is_free(address: TableAddress, clock: Clock) -> None:
-    first, second = Lease(address, "first", clock=clock), Lease(address, "second", clock=clock)
+def test_an_expired_lease_is_watched_and_then_free(address: TableAddress, clock: Clock) -> None:
+    first, second = (Lease(address, name, clock=clock, pause=clock.sleep) for name in ("first", "second"))
     first.acquire()
     clock.now += LEASE_SECONDS
     with pytest.raises(LeaseHeld):
         second.acquire()
     clock.now += 0.001
+    began = clock.now
     second.acquire()
     assert json.loads(row_of(address)["holder"])["purpose"] == "second"
+    assert clock.now - began == LEASE_SECONDS
+
+
+def test_a_lease_of_long_ago_is_free_at_once(address: TableAddress, clock: Clock) -> None:
+    Lease(address, "first", clock=clock, pause=clock.sleep).acquire()
+    clock.now += LEASE_SECONDS + LONG_AGO_S + 1
+    began = clock.now
+    Lease(address, "second", clock=clock, pause=clock.sleep).acquire()
+    assert clock.now == began
+
+
+@pytest.mark.parametrize("ahead_s", [-600.0, -5.0, 5.0, 600.0, 3_000.0])
+def test_a_clock_that_is_wrong_takes_nothing_from_a_living_holder(
+    address: TableAddress, clock: Clock, ahead_s: float
+) -> None:
+    with Lease(address, "first", clock=clock, pause=clock.sleep).hold() as first:
+
+        def beats(seconds: float) -> None:
+            clock.now += seconds
+            if clock.now % (LEASE_SECONDS / 4) < seconds:
+                first._beat()
+
+        with pytest.raises(LeaseHeld, match="first on "):
+            Lease(address, "wrong", clock=lambda: clock.now + ahead_s, pause=beats).acquire()
+        first.require()
 
 
 def test_the_loser_may_not_commit(address: TableAddress, clock: Clock) -> None:
     """A writer that was stopped longer than its lease lasts learns of its loss before its next commit."""
-    with Lease(address, "first", clock=clock).hold() as first:
+    with Lease(address, "first", clock=clock, pause=clock.sleep).hold() as first:
         first.require()
         clock.now += LEASE_SECONDS + 1
-        Lease(address, "second", clock=clock).acquire()
+        Lease(address, "second", clock=clock, pause=clock.sleep).acquire()
         with pytest.raises(StoreError, match=r"lost.*second"):
             first.require()
     assert json.loads(row_of(address)["holder"])["purpose"] == "second", "the loser released what is not his"
@@ -126,20 +155,23 @@ def test_the_loser_may_not_commit(address: TableAddress, clock: Clock) -> None:
 
 
 def test_a_late_writer_that_lost_nothing_goes_on(address: TableAddress, clock: Clock) -> None:
-    with Lease(address, "first", clock=clock).hold() as first:
+    with Lease(address, "first", clock=clock, pause=clock.sleep).hold() as first:
         clock.now += LEASE_SECONDS * 3
         first.require()
         assert row_of(address)["expires_at"] == clock.now + LEASE_SECONDS
         with pytest.raises(LeaseHeld):
-            Lease(address, "second", clock=clock).acquire()
+            Lease(address, "second", clock=clock, pause=clock.sleep).acquire()
 
 
 def test_release_at_the_end_and_after_an_error(address: TableAddress, clock: Clock) -> None:
-    with Lease(address, "first", clock=clock).hold():
+    with Lease(address, "first", clock=clock, pause=clock.sleep).hold():
         pass
-    with pytest.raises(RuntimeError, match="boom"), Lease(address, "second", clock=clock).hold():
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        Lease(address, "second", clock=clock, pause=clock.sleep).hold(),
+    ):
         raise RuntimeError("boom")
-    with Lease(address, "third", clock=clock).hold() as third:
+    with Lease(address, "third", clock=clock, pause=clock.sleep).hold() as third:
         third.require()
 
 
@@ -148,7 +180,7 @@ def test_heartbeats_renew_the_lease(
 ) -> None:
     monkeypatch.setattr(runs, "HEARTBEATS_PER_LEASE", LEASE_SECONDS * 100)  # one every 10 ms
     renewed = threading.Event()
-    lease = Lease(address, "first", clock=clock)
+    lease = Lease(address, "first", clock=clock, pause=clock.sleep)
     beat = lease._beat
     monkeypatch.setattr(lease, "_beat", lambda: (beat(), clock.now > 1_800_000_000.0 and renewed.set()))
     with lease.hold():
@@ -157,14 +189,14 @@ def test_heartbeats_renew_the_lease(
         assert row_of(address)["expires_at"] == clock.now + LEASE_SECONDS
         clock.now += LEASE_SECONDS / 2 + 1
         with pytest.raises(LeaseHeld):
-            Lease(address, "second", clock=clock).acquire()
+            Lease(address, "second", clock=clock, pause=clock.sleep).acquire()
 
 
 def test_a_store_that_fails_now_and_then(
     address: TableAddress, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Failing heartbeats are borne until the lease has run out, and not longer."""
-    with Lease(address, "first", clock=clock).hold() as lease:
+    with Lease(address, "first", clock=clock, pause=clock.sleep).hold() as lease:
 
         def fails(**_: object) -> None:
             raise StoreError("cannot write to x: unplugged")
@@ -225,27 +257,27 @@ def test_a_process_out_of_sight_is_not_taken_for_dead(
     address: TableAddress, clock: Clock, other: str
 ) -> None:
     """Another machine, another boot, another container: the number of its process says nothing here."""
-    first = Lease(address, "first", clock=clock)
+    first = Lease(address, "first", clock=clock, pause=clock.sleep)
     first._identity |= {other: "another", "pid": 2**22 + 1}
     first._holder = json.dumps(first._identity, sort_keys=True)
     first.acquire()
     with pytest.raises(LeaseHeld):
-        Lease(address, "second", clock=clock).acquire()
+        Lease(address, "second", clock=clock, pause=clock.sleep).acquire()
 
 
 def test_a_number_given_to_a_new_process_does_not_keep_the_dead_alive(
     address: TableAddress, clock: Clock
 ) -> None:
-    first = Lease(address, "first", clock=clock)
+    first = Lease(address, "first", clock=clock, pause=clock.sleep)
     first._identity |= {"started": "1"}  # our own number, but of a process that began at another time
     first._holder = json.dumps(first._identity, sort_keys=True)
     first.acquire()
-    Lease(address, "second", clock=clock).acquire()
+    Lease(address, "second", clock=clock, pause=clock.sleep).acquire()
 
 
 def test_the_table_of_leases_stays_small(address: TableAddress, clock: Clock) -> None:
     for _ in range(3):
-        with Lease(address, "again", clock=clock).hold():
+        with Lease(address, "again", clock=clock, pause=clock.sleep).hold():
             pass
     assert address.open().count_rows() == 1
 
