@@ -189,11 +189,9 @@ class ServingIndex:
             found = self._propose(query_D, column, candidates, where)
             hits = sorted(found.hits, key=lambda hit: (-hit.score, hit.clip_id))[:n]
             all_there = len(found.hits) < candidates or column not in self._indexed
-            if found.best_unseen is None:  # the next attempt tells
-                enough = hits == before
-            else:
-                enough = found.best_unseen < hits[-1].score
-            if all_there or enough or candidates >= MOST_CANDIDATES * n:
+            unseen = found.best_unseen  # None: the next attempt tells
+            sure = hits == before if unseen is None else unseen < hits[-1].score
+            if all_there or sure or candidates >= MOST_CANDIDATES * n:
                 return hits
             before, candidates = hits, candidates * CANDIDATES_GROW
 
