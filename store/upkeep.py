@@ -1,8 +1,10 @@
 """What keeps a store small and quick after many commits: fragments merged, old files gone."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import lance
 from lance.fragment import LanceFragment
@@ -15,6 +17,7 @@ SMALL_FRAGMENT_ROWS = 1_024  # fragments below this are worth merging
 SMALL_FRAGMENTS = 32  # once there are this many of them
 DELETED_SHARE = 0.25  # of a fragment's rows; above, it is worth writing again
 TARGET_FRAGMENT_ROWS = 16_384  # of `clips`: about 0.7 GB of 10 s clips at D = 1024
+UNFINISHED = re.compile(r"\.tmp.*|.*#[0-9]+")  # names that Lance's writers give until they are done
 KEPT = timedelta(days=7)  # a version that no snapshot names; longer than any reader reads
 
 
@@ -52,6 +55,17 @@ def _rows(fragment: LanceFragment) -> int:
     return fragment.physical_rows - fragment.num_deletions
 
 
+def _remove_unfinished(uri: str) -> int:
+    """Files on a local disk that a killed process had not yet given their name, which Lance leaves alone; their
+    bytes. An object store has none."""
+    removed = 0
+    for path in Path(uri).rglob("*") if "://" not in uri else ():
+        if UNFINISHED.fullmatch(path.name) and path.is_file():
+            removed += path.stat().st_size
+            path.unlink(missing_ok=True)
+    return removed
+
+
 def clean(store: FeatureStore, older_than: timedelta = KEPT, alone: bool = False) -> Upkeep:
     """Remove versions older than `older_than` that no snapshot names, and files that no version names.
 
@@ -66,6 +80,8 @@ def clean(store: FeatureStore, older_than: timedelta = KEPT, alone: bool = False
             gone = dataset.cleanup_old_versions(
                 older_than=older_than, delete_unverified=alone, error_if_tagged_old_versions=False
             )
-        done.bytes_removed += gone.bytes_removed
+        done.bytes_removed += gone.bytes_removed + (
+            _remove_unfinished(store.address(table).uri) if alone else 0
+        )
         done.versions_removed += gone.old_versions
     return done

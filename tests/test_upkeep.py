@@ -65,12 +65,14 @@ def test_what_a_crash_left_goes_when_nobody_else_writes(store: FeatureStore, wri
     write(store, Table.CLIPS, [clip("c/1")])
     folder = Path(store.address(Table.CLIPS).uri)
     before = {path for path in (folder / "data").iterdir()}
+    (folder / "_transactions" / ".tmpAbC").write_bytes(b"half")  # as Lance writes before it renames
     store.stage(Table.CLIPS, store.clips())  # and then the process dies
     assert {path for path in (folder / "data").iterdir()} > before
     clean(store)
     assert {path for path in (folder / "data").iterdir()} > before, "it may be another's work in progress"
     clean(store, alone=True)
     assert {path for path in (folder / "data").iterdir()} == before
+    assert not [path for path in folder.rglob(".tmp*")]
     assert rows(store)[0]["clip_id"] == "c/1"
 
 
