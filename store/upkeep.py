@@ -56,8 +56,8 @@ def _rows(fragment: LanceFragment) -> int:
 
 
 def _remove_unfinished(uri: str) -> int:
-    """Files on a local disk that a killed process had not yet given their name, which Lance leaves alone; their
-    bytes. An object store has none."""
+    """Files on a local disk that a killed process had not yet given their names, which Lance leaves alone;
+    their bytes. An object store has none."""
     removed = 0
     for path in Path(uri).rglob("*") if "://" not in uri else ():
         if UNFINISHED.fullmatch(path.name) and path.is_file():
