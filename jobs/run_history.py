@@ -58,8 +58,9 @@ def rollback(store: FeatureStore) -> dict[str, object]:
 def show_runs(rows: list[dict[str, object]]) -> None:
     """A table on stdout."""
     grid = Grid(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "status", "started", "seconds", "what"):
-        grid.add_column(name, overflow="fold")
+    for name in ("run", "status", "started", "seconds"):
+        grid.add_column(name, no_wrap=True)
+    grid.add_column("what", overflow="fold")
     for row in rows:
         started = str(row["started_at"])[:19].replace("T", " ")
         cells = (row["run_id"], row["status"], started, row["seconds"], row["what"])

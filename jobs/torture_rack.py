@@ -129,18 +129,16 @@ class Rack:
         if fault not in TWICE:
             one.struck = one.struck if fault in FROM_OUTSIDE else any(codes) and not late
             return
-        if 0 not in codes and fault is not Fault.CLOCK:
+        if 0 not in codes:
             one.failed(when, "of two jobs none did its work")
         if writes_together(self._note):
-            one.notes.append("two jobs wrote at once")
-            if fault is not Fault.CLOCK:  # so wrong a clock is more than a lease can stand
-                one.found(when, [Finding(kind=Kind.TOGETHER, what="two jobs wrote at once")])
+            one.found(when, [Finding(kind=Kind.TOGETHER, what="two jobs wrote at once")])
 
 
 def _clocks_off(one: Round) -> tuple[float, float]:
     """By how many seconds the clocks of the first and of the second job are off.
 
-    A clock is wrong so that the second job takes the lease of the first for expired.
+    A wrong clock is wrong so that the first job's lease looks expired to the second.
     """
     if one.fault is Fault.SKEW:
         return one.draw.uniform(-SKEW_S, SKEW_S), one.draw.uniform(-SKEW_S, SKEW_S)
@@ -151,8 +149,8 @@ def _clocks_off(one: Round) -> tuple[float, float]:
 
 def _may_end(fault: Fault, end: Ended) -> bool:
     """Whether a job may end so, which did not do its work."""
-    if fault in (Fault.TWO, Fault.SKEW):
+    if fault in TWICE:
         return end.code == 1 and HELD in end.words
-    if fault in (Fault.DISK, Fault.FLAKY, Fault.CLOCK):
+    if fault in (Fault.DISK, Fault.FLAKY):
         return end.code == 1
     return end.code == KILLED and fault not in FROM_OUTSIDE
