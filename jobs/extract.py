@@ -225,6 +225,7 @@ class Extraction:
     def write(self, writer: Writer, progress: Progress) -> None:
         """Do what is planned, commit by commit. Raises `R2SCPError` where an input is unaccounted for."""
         self.report.run_id = writer.run_id
+        writer.lease.require()
         self._reconcile()
         self.store.redescribe(self.plan.redescribed, self._properties("redescribe"))
         if self.source.remove_gone and self.plan.gone:
@@ -237,6 +238,7 @@ class Extraction:
         writer.lease.require()
         write_questions(questions, self.store, self.encoder, writer.run_id)
         self.report.questions = questions.counts
+        writer.lease.require()
         self._reconcile()
         report = self.report
         if report.inputs != report.stored + report.unchanged + report.dead:

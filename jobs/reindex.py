@@ -200,6 +200,7 @@ class _Job:
                 self.store.publish(writer.run_id)
                 self.report.outcome = "published"
             with self.clock("clean"):
+                writer.lease.require()
                 self.report.bytes_removed = clean(self.store, config.kept, alone=True).bytes_removed
 
     def _make(self, writer: Writer) -> None:

@@ -18,7 +18,7 @@ VICTIM_LIMIT_S = 300.0  # one run of the job takes some ten seconds
 SKEW_S = 5.0  # by which clocks may differ: what a lease allows for is "a few seconds"
 WRONG_CLOCK_S = 600.0
 ROOM_BYTES = (16 << 10, 640 << 10)  # left on a full disk; one run writes about the latter
-MOST_NTH = {Fault.COMMIT: 20, Fault.STAGED: 3, Fault.TABLES: 3, Fault.NEIGHBOURS: 2, Fault.DISK: 20}
+MOST_NTH = {Fault.COMMIT: 8, Fault.STAGED: 3, Fault.TABLES: 3, Fault.NEIGHBOURS: 2, Fault.DISK: 20}
 #: From the beginning of each to the blow, at most: about as long as it takes.
 MOST_DELAY_S = {Fault.COMMIT: 0.03, Fault.COMPACTION: 0.1, Fault.INDEX: 0.15, Fault.CLEANING: 0.05}
 PAUSE_S = 2.0  # at most, before a blow from outside or a second job with a wrong clock

@@ -91,7 +91,11 @@ def ray_session(resources: Resources) -> Iterator[None]:
                     "on this machine alone"
                 ) from error
         else:
-            ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+            try:
+                ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+            except Exception as error:  # Ray's own words, of many kinds
+                said = " ".join(str(error).split())
+                raise R2SCPError(f"Ray did not start on this machine ({said}); run it again") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come as exceptions
     try:
         yield

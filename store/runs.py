@@ -108,9 +108,11 @@ class Lease:
             held_by = self._try()
             if held_by is None:
                 return
-            dead = _is_dead(held_by[0])  # its process is gone: no need to wait
-            if not dead and (self._clock() <= held_by[1] or not self._silent(held_by)):
-                break
+            if not _is_dead(held_by[0]):  # else its process is gone: no need to wait
+                if self._clock() <= held_by[1]:
+                    break
+                if not self._silent(held_by):
+                    continue  # let go of, or alive
             held_by = self._try(replacing=held_by)
             if held_by is None:
                 return
@@ -125,10 +127,13 @@ class Lease:
     def require(self) -> None:
         """Raise `StoreError` when the lease was lost to another writer; call before each commit.
 
-        A process that was stopped for long asks the store itself, before it has missed its own loss.
+        Asks the store itself, whatever our own clock says; a process that was stopped for long renews its
+        lease first.
         """
         if self._lost is None and self._clock() >= self._good_until:
             self._beat()
+        if self._lost is None and (found := self._read()) and found[0] != self._holder:
+            self._lost = f"now held by {found[0]}"
         if self._lost is not None:
             raise StoreError(
                 f"the right to write to this store was lost ({self._lost}); nothing after the last commit "
