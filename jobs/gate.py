@@ -36,7 +36,7 @@ class GateSettings:
     min_recall_at_3: float | None = 0.98
     min_recall_at_10: float | None = 0.98
     max_drift: float | None = None
-    recall_queries: int = 256
+    recall_queries: int = 128
 
     def __post_init__(self) -> None:
         hold_to_types(self)

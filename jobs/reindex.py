@@ -24,7 +24,7 @@ from r2scp.pipelines.neighbour_plan import neighbours_current
 from r2scp.store.errors import GateFailed
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
-from r2scp.store.serving_index import index_due, refresh_index
+from r2scp.store.serving_index import index_due, refresh_index, segments
 from r2scp.store.serving_recall import Sampling, measure_recall
 from r2scp.store.snapshots import PREVIOUS, SERVING
 from r2scp.store.transaction import sql_literal
@@ -269,12 +269,16 @@ class _Job:
             )
 
     def _recall(self, writer: Writer) -> list[Check]:
-        """Recall of the serving index, of all clips and of those that this run brought; a search without an
-        index is exact, and not measured."""
+        """Recall of the serving index: of the clips that this run brought and, where the index is not the one
+        that serves, of all. A search without an index is exact, and not measured."""
         gate, checks = self.config.gate, []
         if self.report.serving_index["kind"] == "exact":
             return checks
-        for who, where in (("all", None), ("new", f"run_id = {sql_literal(writer.run_id)}")):
+        asked: dict[str, str | None] = {"new": f"run_id = {sql_literal(writer.run_id)}"}
+        serves = self.store.snapshots().get(SERVING)
+        if not serves or segments(self.store) != segments(self.store, serves.versions[Table.CLIPS]):
+            asked["all"] = None
+        for who, where in asked.items():
             sampling = Sampling(where=where, queries=gate.recall_queries, seed=SEED)
             found = measure_recall(self.store, self.config.serving, sampling).pairs
             self.report.recall[who] = [asdict(pair) for pair in found]

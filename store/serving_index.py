@@ -125,6 +125,13 @@ def index_due(store: FeatureStore, settings: ServingSettings) -> list[str]:
         return [work.why for work in _due(dataset, settings)]
 
 
+def segments(store: FeatureStore, version: int | None = None) -> frozenset[str]:
+    """Names of the parts that the indexes consist of: the same as long as no index was touched."""
+    dataset = store.dataset(Table.CLIPS, version)
+    with told("read the index of", dataset.uri):
+        return frozenset(part.uuid for index in dataset.describe_indices() for part in index.segments)
+
+
 def refresh_index(store: FeatureStore, settings: ServingSettings) -> IndexRefresh:
     """Do what is due. For the holder of the lease only. Raises `StoreError`."""
     done = []
