@@ -297,6 +297,16 @@ def wall(tmp_path: Path) -> Wall:
     return Wall(tmp_path / "wall", "2027-01-10T00:00", hours=4.5)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_on_a_terminal() -> Iterator[None]:
+    """Who starts tests in the background may have SIGINT ignored, which a schedule would respect."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def job_that(tmp_path: Path, script: str) -> ScheduledJob:
     """A job whose interpreter is a shell script. It notes its arguments in `ran`."""
     python = tmp_path / "python"
