@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,8 @@ def ray_session(resources: Resources) -> Iterator[None]:
                 raise R2SCPError(f"Ray did not start on this machine ({said}); run it again") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come as exceptions
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray's threads tell of nodes that died
+            yield
     finally:
         ray.shutdown()
 
