@@ -77,7 +77,7 @@ class Order:
 def main() -> None:
     """Be a victim. `sys.argv[1]`: cores to decode on."""
     with flows.ray_session(flows.Resources(num_workers=int(sys.argv[1]))):
-        print("ready", flush=True)
+        print("ready", file=sys.__stdout__, flush=True)
         said = sys.stdin.readline()
         if not said:  # whoever started us is gone
             return

@@ -41,7 +41,7 @@ from r2scp.store.feature_store import FeatureStore
 
 def pausing(self, table, *arguments, commit=FeatureStore.commit, **named):
     version = commit(self, table, *arguments, **named)
-    print(f"committed {table.value} {version}", flush=True)
+    print(f"committed {table.value} {version}", file=sys.__stdout__, flush=True)
     sys.stdin.readline()
     return version
 

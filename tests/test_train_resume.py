@@ -52,7 +52,7 @@ def pausing(self, *arguments, learn=stage.learn):
     global taken
     taken += 1
     if taken == count:
-        print("in the middle", flush=True)
+        print("in the middle", file=sys.__stdout__, flush=True)
         sys.stdin.readline()
     return learn(self, *arguments)
 
