@@ -10,13 +10,14 @@ import lance
 from lance.fragment import LanceFragment
 
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import Table
+from r2scp.store.schema import SNAPSHOT_TABLES, Table
 from r2scp.store.transaction import told
 
 SMALL_FRAGMENT_ROWS = 1_024  # fragments below this are worth merging
 SMALL_FRAGMENTS = 32  # once there are this many of them
 DELETED_SHARE = 0.25  # of a fragment's rows; above, it is worth writing again
 TARGET_FRAGMENT_ROWS = 16_384  # of `clips`: about 0.7 GB of 10 s clips at D = 1024
+LOOKED_UP = timedelta(minutes=10)  # of tables that have no tags: who opens the latest may be slow to read it
 UNFINISHED = re.compile(r"\.tmp.*|.*#[0-9]+")  # names that Lance's writers give until they are done
 KEPT = timedelta(days=7)  # a version that no snapshot names; longer than any reader reads
 
@@ -76,9 +77,10 @@ def clean(store: FeatureStore, older_than: timedelta = KEPT, alone: bool = False
     done = Upkeep(merged={})
     for table in store.tables():
         dataset: lance.LanceDataset = store.dataset(table)
+        age = older_than if table in SNAPSHOT_TABLES else max(older_than, LOOKED_UP)
         with told("clean", store.address(table).uri):
             gone = dataset.cleanup_old_versions(
-                older_than=older_than, delete_unverified=alone, error_if_tagged_old_versions=False
+                older_than=age, delete_unverified=alone, error_if_tagged_old_versions=False
             )
         done.bytes_removed += gone.bytes_removed + (
             _remove_unfinished(store.address(table).uri) if alone else 0

@@ -359,7 +359,7 @@ def test_a_short_torture_finds_nothing(
     tmp_path: Path, rendered: Rendered, scratch: Callable[[], set[str]]
 ) -> None:
     said: list[str] = []
-    before, processes = scratch(), family()
+    processes = family()
     report = run_torture(wanted(rendered, tmp_path / "rack", 2, Fault.TABLES, Fault.UNTAGGED), said.append)
     told = report.to_json()
     assert report.findings == []
@@ -369,7 +369,7 @@ def test_a_short_torture_finds_nothing(
     assert report.looks > 2
     assert len(said) == 3
     assert json.loads(json.dumps(told)) == told
-    assert scratch() == before, "nothing is left in the folder for temporary files"
+    assert scratch() == set(), "nothing is left in the folder for temporary files"
     assert family() <= processes, "no process is left"
     assert not os.path.ismount(tmp_path / "rack" / "disk")
 
@@ -414,9 +414,16 @@ def words(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture
-def scratch() -> Callable[[], set[str]]:
-    """What is in the folder for temporary files, of ours."""
-    return lambda: {path.name for path in Path(tempfile.gettempdir()).glob("r2*")}
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
+    """Folders for temporary files that this process has made and that are still there."""
+    made: set[str] = set()
+
+    def noting(*arguments: Any, make: Callable[..., str] = tempfile.mkdtemp, **named: Any) -> str:
+        made.add(folder := make(*arguments, **named))
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", noting)
+    return lambda: {folder for folder in made if os.path.exists(folder)}
 
 
 @pytest.mark.slow
