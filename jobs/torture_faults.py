@@ -28,7 +28,7 @@ from r2scp.store import feature_store, transaction, upkeep
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.runs import Lease
 from r2scp.store.schema import Table
-from r2scp.store.transaction import TableAddress
+from r2scp.store.transaction import TableAddress, told
 
 
 class Fault(StrEnum):
@@ -227,7 +227,8 @@ class FailingStage(StageRows):
             return super().__call__(batch)
         if draw < order.chance / 2:
             super().__call__(batch)
-        raise _failure(order)
+        with told("write to", self._clips.uri):
+            raise _failure(order)
 
 
 def _failure(order: Order) -> OSError:

@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from r2scp.jobs.extract import Destination, Report, Source, run_extract
+from r2scp.jobs.torture_faults import FailingStage, Order
 from r2scp.model.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.melspec import log_mel, windows
+from r2scp.pipelines import flows
 from r2scp.pipelines.decode import decode
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec, ImageBindEncoder, embedded_schema, key_of
 from r2scp.pipelines.flows import Resources
 from r2scp.pipelines.stages import SOURCE_SCHEMA, DecodeClips
+from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
@@ -307,3 +310,16 @@ def test_batches_of_frames_do_not_change_the_embedding(tiny_weights: Path) -> No
     alone = [encoder.audio([sound])[0] for sound in sounds]
     for one, two in zip(encoder.audio(sounds), alone, strict=True):
         assert np.abs(one - two).max() < 1e-4
+
+
+def test_a_store_that_takes_nothing_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers meet it, and try again; what arrives here is the store's error and no traceback of Ray's."""
+    monkeypatch.setattr(FailingStage, "order", Order(file="", chance=1.0))
+    monkeypatch.setattr(flows, "StageRows", FailingStage)
+    with pytest.raises(StoreError, match=r"^cannot write to .*clips\.lance: .*Input/output error$"):
+        bench.extract()
+    assert bench.store.clips().num_rows == 0
+    [run] = bench.store.dataset(Table.RUNS).to_table().to_pylist()
+    assert run["status"] == "failed"
+    monkeypatch.undo()
+    assert bench.extract().stored == 4

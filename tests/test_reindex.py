@@ -21,7 +21,6 @@ from typer.testing import CliRunner, Result
 from r2scp.jobs.cli import app
 from r2scp.jobs.reindex import ReindexReport, run_reindex
 from r2scp.jobs.reindex_config import read_config
-from r2scp.pipelines.embed import EncoderSpec
 from r2scp.store.errors import LeaseHeld
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.runs import LEASE_SECONDS
@@ -337,7 +336,3 @@ def test_two_folders_under_names_of_their_own(running: Site) -> None:
     by_corpus = running.store.status()["clips"]["by_corpus"]
     assert by_corpus == {"folder": 6, "porch": 6}
     assert running.run(corpora=corpora).outcome == "nothing to do"
-
-
-def test_another_encoder_has_tables_of_its_own(running: Site, tiny_encoder: EncoderSpec) -> None:
-    assert running.store.fingerprint == tiny_encoder.fingerprint
