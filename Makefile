@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARTS ?= dev
 TORCH ?= torch==2.13.0
 # A torch of your own that sees a GPU is used as it is; otherwise one is installed into the environment.
 OWN_TORCH := $(shell $(PYTHON) -c "import torch; print('yes' if torch.cuda.is_available() else '')" 2>/dev/null)
@@ -23,8 +24,10 @@ check: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.extract
+# Peers bring hundreds of megabytes and versions of their own: they get an environment of their own.
+bench:
+	$(MAKE) VENV=.venv-bench PARTS="dev bench" .venv-bench/.installed
+	.venv-bench/bin/python -m benchmarks
 
 # Type checkers do not follow the import hook of an editable install: lay the package out in links.
 dev: $(VENV)/.installed
@@ -40,8 +43,8 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(if $(OWN_TORCH),--system-site-packages) $(VENV)
 	$(BIN)/python -m pip install -q "pip>=25.1"
 	$(if $(OWN_TORCH),,$(BIN)/pip install -q "$(TORCH)")
-	$(BIN)/pip install -q -e . --group dev
+	$(BIN)/pip install -q -e . $(addprefix --group ,$(PARTS))
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .types dist build *.egg-info
+	rm -rf $(VENV) .venv-bench .types dist build *.egg-info

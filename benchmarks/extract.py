@@ -1,128 +1,92 @@
-"""How fast extraction is, beside what it could be: `python -m benchmarks.extract --help`.
+"""How fast extraction is, beside what it could be and what a user would take instead.
 
-Four contenders do the same clips, in turn, round after round, so that noise hits all alike:
+All contenders do the same clips, in turn, round after round, so that noise hits all alike:
 
 - *decode alone*: every clip through `decode`, on a pool of as many threads as there are cores.
 - *embed alone*: the decoded clips through the encoder, in batches, on all cores, with threads that do not
   spin while they wait (on a busy machine spinning can cost more than the arithmetic).
-- *plain loop*: decode one, embed one, in one process with PyTorch's defaults; nothing is stored.
-- *flow*: the whole of `run_extract` into a fresh store: plan, hash, decode, embed, stage, commit. Ray is
-  started before and timed apart. What a flow costs before its first clip and after its last (worker
-  processes, loading the encoder, creating the tables) is timed too, as a flow of a single clip; *flow,
-  started* is the rate of all clips but one in the time beyond that. Decoding begins while the encoder
-  loads, so that the truth for an endless corpus lies between the two.
+- *plain loop*: decode one, embed one, write one, in one process with PyTorch's defaults.
+- *Daft*, *Pixeltable*: see `extract_peers`; in processes that live from round to round, encoder loaded.
+- *flow*: the whole of `run_extract` into a fresh store: plan, hash, decode, embed, stage, commit. Its worker
+  processes start and load the encoder anew each time.
 
-Ceilings, from decode and embed of the same round: where both compete for the same cores, a clip costs the
-sum of its two times (*shared cores*); where a GPU embeds, only the slower counts (*GPU*).
+What each costs before its first clip and after its last is timed as a run of a single clip (starting Ray is
+timed apart from both); *started* is the rate of the other clips in the time beyond that: what a long corpus
+sees. Ceilings, from decode and embed of the same round: where both compete for the same cores, a clip costs
+the sum of its two times (*shared cores*); where a GPU embeds, only the slower counts (*GPU*).
 """
 
 import argparse
-import json
 import os
-import statistics
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.machine import cores, machine, versions
+from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run
+from benchmarks.extract_peers import encoder_of, loop, with_daft
+from benchmarks.machine import cores
 from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device, run_extract
 from r2scp.pipelines.corpora import open_corpus
 from r2scp.pipelines.decode import Clip, decode
 from r2scp.pipelines.demo_corpus import generate
-from r2scp.pipelines.embed import Encoder, EncoderSpec
+from r2scp.pipelines.embed import EncoderSpec
 from r2scp.pipelines.flows import Resources, ray_session
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 
 SEED = 20  # of the generated clips
+DISTINCT = 48  # of them; larger corpora are links to these
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait leave the core to others
-DECODE, EMBED, LOOP, FLOW, STARTED = "decode alone", "embed alone", "plain loop", "flow", "flow, started"
+DECODE, EMBED = "decode alone", "embed alone"
+LOOP, DAFT, PIXELTABLE, FLOW = "plain loop", "Daft", "Pixeltable", "flow"
+WHOLE = (LOOP, DAFT, PIXELTABLE, FLOW)
+RAY = "start Ray"
 SHARED, GPU = "ceiling, shared cores", "ceiling, GPU"
-CONTENDERS = (DECODE, EMBED, LOOP, FLOW, STARTED)
+SHARE_GOAL = 0.9  # of the ceiling
+FLAT_GOAL = 1.1  # seconds a clip in the largest corpus over the smallest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What all contenders do, and with what."""
 
-    source: Source
+    root: Path
     files: tuple[Path, ...]
     spec: EncoderSpec
     resources: Resources
     cores: int
-    scratch: Path  # for stores
+    scratch: Path  # for what they write
 
 
-@dataclass(frozen=True, kw_only=True)
-class Processes:
-    """Where the contenders beside the flow run: each process keeps its encoder from round to round."""
-
-    usual: ProcessPoolExecutor  # with the environment as it is
-    patient: ProcessPoolExecutor  # with `PATIENT`
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """Seconds of one round, and how many clips each contender did. `flow_one`: a flow of one clip."""
-
-    clips: int
-    decode: float
-    embed: float
-    loop: float
-    flow: float
-    flow_one: float
-    ray: float
-
-    def rates(self) -> dict[str, float]:
-        """Clips a second of all contenders and of both ceilings."""
-        decoded, embedded = self.clips / self.decode, self.clips / self.embed
-        return {
-            DECODE: decoded,
-            EMBED: embedded,
-            LOOP: self.clips / self.loop,
-            FLOW: self.clips / self.flow,
-            STARTED: (self.clips - 1) / max(self.flow - self.flow_one, 1e-9),
-            SHARED: 1 / (1 / decoded + 1 / embedded),
-            GPU: min(decoded, embedded),
-        }
-
-
-def decode_alone(work: Work) -> tuple[float, int]:
-    """Seconds for all files, one a core at a time; how many could be decoded."""
-    started = time.perf_counter()
+def decode_alone(work: Work) -> int:
+    """All files, one a core at a time; how many could be decoded."""
     with ThreadPoolExecutor(work.cores) as pool:
-        count = sum(clip is not None for clip in pool.map(_decoded, work.files))
-    return time.perf_counter() - started, count
+        return sum(clip is not None for clip in pool.map(_decoded, work.files))
 
 
 def embed_alone(work: Work) -> float:
     """Seconds for all clips, decoded before, in the flow's batches and on all cores."""
     torch.set_num_threads(work.cores)
-    encoder, clips, step = _encoder(work.spec), _clips(work.files), work.resources.clips_per_batch
+    encoder, clips, step = encoder_of(work.spec), _clips(work.files), work.resources.clips_per_batch
     started = time.perf_counter()
     for at in range(0, len(clips), step):
-        _embed(encoder, clips[at : at + step])
-    return time.perf_counter() - started
-
-
-def plain_loop(work: Work) -> float:
-    """Seconds for what one would write first."""
-    encoder = _encoder(work.spec)
-    started = time.perf_counter()
-    for clip in filter(None, map(_decoded, work.files)):
-        _embed(encoder, [clip])
+        some = clips[at : at + step]
+        frames = [clip.frames for clip in some if clip.frames is not None]
+        waveforms = [clip.waveform for clip in some if clip.waveform is not None]
+        if frames:
+            encoder.visual(np.concatenate(frames))
+        if waveforms:
+            encoder.audio(waveforms)
     return time.perf_counter() - started
 
 
@@ -138,49 +102,101 @@ def _clips(files: tuple[Path, ...]) -> tuple[Clip, ...]:
     return tuple(filter(None, map(_decoded, files)))
 
 
-@lru_cache(maxsize=1)
-def _encoder(spec: EncoderSpec) -> Encoder:
-    return spec.load()
+def peer(name: str, work: Work) -> int:
+    """The whole extraction by one that is not ours; how many clips it kept."""
+    with tempfile.TemporaryDirectory(dir=work.scratch) as folder:
+        return _peer(name, work.spec, work.resources.clips_per_batch)(work.files, Path(folder))
 
 
-def _embed(encoder: Encoder, clips: Sequence[Clip]) -> None:
-    frames = [clip.frames for clip in clips if clip.frames is not None]
-    waveforms = [clip.waveform for clip in clips if clip.waveform is not None]
-    if frames:
-        encoder.visual(np.concatenate(frames))
-    if waveforms:
-        encoder.audio(waveforms)
+@lru_cache
+def _peer(name: str, spec: EncoderSpec, batch: int):
+    if name == LOOP:
+        return partial(loop, spec)
+    if name == DAFT:
+        return with_daft(spec, batch)
+    from benchmarks.extract_pixeltable import with_pixeltable  # needs a package of the bench group
+
+    return with_pixeltable(spec)
 
 
-def flow(work: Work, limit: int) -> tuple[float, int]:
-    """Seconds for the flow on the first `limit` clips, into a store of its own; how many it stored."""
-    source = Source(work.source.corpus, work.source.root, limit=limit)
+def flow(work: Work) -> tuple[float, int]:
+    """Seconds for the flow into a store of its own; how many clips it stored."""
+    source = Source("folder", work.root, limit=len(work.files))
     with tempfile.TemporaryDirectory(dir=work.scratch) as store:
-        destination = Destination(store)
         started = time.perf_counter()
-        report = run_extract(source, destination, work.spec, work.resources, lambda report, total: None)
+        report = run_extract(
+            source, Destination(store), work.spec, work.resources, lambda report, total: None
+        )
         return time.perf_counter() - started, report.stored
 
 
-def one_round(work: Work, at: Processes) -> Round:
-    """All contenders, one after another."""
-    decode_s, clips = at.usual.submit(decode_alone, work).result()
-    embed_s = at.patient.submit(embed_alone, work).result()
-    loop_s = at.usual.submit(plain_loop, work).result()
-    started = time.perf_counter()
+def contenders(work: Work, pools: Mapping[str, ProcessPoolExecutor]) -> dict[str, partial[object]]:
+    """All of them by name; those that do the whole, of one clip as well."""
+    one = replace(work, files=work.files[:1])
+    found: dict[str, partial[object]] = {
+        RAY: partial(_start_ray, work.resources),
+        DECODE: partial(_in, pools[LOOP], decode_alone, work),
+        EMBED: partial(_in, pools[EMBED], embed_alone, work),
+    }
+    for name in (LOOP, DAFT, PIXELTABLE):
+        found[_of_one(name)] = partial(_kept, pools[name], name, one)
+        found[name] = partial(_kept, pools[name], name, work)
+    found[_of_one(FLOW)], found[FLOW] = partial(_flow, one), partial(_flow, work)
+    return found
+
+
+def _of_one(name: str) -> str:
+    return f"{name}, one clip"
+
+
+def _in(pool: ProcessPoolExecutor, function, *given: object) -> object:
+    return pool.submit(function, *given).result()
+
+
+def _kept(pool: ProcessPoolExecutor, name: str, work: Work) -> None:
+    _same(name, pool.submit(peer, name, work).result(), work)
+
+
+def _flow(work: Work) -> float:
     with ray_session(work.resources):
-        ray_s = time.perf_counter() - started
-        one_s, _ = flow(work, 1)
-        flow_s, stored = flow(work, len(work.files))
-    if stored != clips:
-        raise R2SCPError(f"the flow must store the {clips} clips that decode; it stored {stored}")
-    return Round(
-        clips=clips, decode=decode_s, embed=embed_s, loop=loop_s, flow=flow_s, flow_one=one_s, ray=ray_s
-    )
+        seconds, stored = flow(work)
+    _same(FLOW, stored, work)
+    return seconds
+
+
+def _start_ray(resources: Resources) -> float:
+    started = time.perf_counter()
+    with ray_session(resources):
+        return time.perf_counter() - started
+
+
+def _same(name: str, kept: int, work: Work) -> None:
+    """All must do the same. Raises `R2SCPError`."""
+    decodable = len(_clips(work.files)) if len(work.files) <= DISTINCT else kept
+    if kept != decodable:
+        raise R2SCPError(f"{name} must keep the {decodable} clips that decode; it kept {kept}")
 
 
 @contextmanager
-def _process(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
+def processes(scratch: Path) -> Iterator[dict[str, ProcessPoolExecutor]]:
+    """One for each contender beside the flow, kept from round to round."""
+    home = scratch / "pixeltable"
+    environments = {LOOP: {}, EMBED: PATIENT, DAFT: PATIENT, PIXELTABLE: PATIENT}
+    environments[DAFT] = PATIENT | {"DAFT_PROGRESS_BAR": "0"}
+    environments[PIXELTABLE] = PATIENT | {"PIXELTABLE_HOME": str(home), "PIXELTABLE_VERBOSITY": "0"}
+    with ExitStack() as stack:
+        stack.callback(_stop_database, home / "pgdata" / "postmaster.pid")
+        yield {name: stack.enter_context(_process(environment)) for name, environment in environments.items()}
+
+
+def _stop_database(pid_file: Path) -> None:
+    """Pixeltable leaves its database running."""
+    if pid_file.exists():
+        os.kill(int(pid_file.read_text().split()[0]), signal.SIGINT)
+
+
+@contextmanager
+def _process(environment: Mapping[str, str]) -> Iterator[ProcessPoolExecutor]:
     """A process that starts with `environment` beside ours, and ends with the block."""
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -194,138 +210,137 @@ def _process(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def summary(rounds: list[Round], gpu: bool) -> dict[str, object]:
-    """Median, least and most of every rate (clips/s) and of its ratio to both ceilings, over the rounds."""
-    rates = [one.rates() for one in rounds]
-    ceiling = GPU if gpu else SHARED
-    return {
-        "clips": rounds[0].clips,
-        "rounds": len(rounds),
-        "applies": ceiling,
-        "clips_per_second": {name: _spread([rate[name] for rate in rates]) for name in rates[0]},
-        "of_ceiling": {
-            bound: {name: _spread([rate[name] / rate[bound] for rate in rates]) for name in CONTENDERS}
-            for bound in (SHARED, GPU)
-        },
-        "flow_over_loop": _spread([rate[FLOW] / rate[LOOP] for rate in rates]),
-        "seconds": {
-            "start Ray": _spread([one.ray for one in rounds]),
-            "flow of one clip": _spread([one.flow_one for one in rounds]),
-        },
-    }
+def speeds(seconds: Mapping[str, list[float] | str], clips: int) -> tuple[Sheet, list[Grade]]:
+    """Clips a second and shares of the ceiling, and whether the goals were met."""
+    able = {name: taken for name, taken in seconds.items() if not isinstance(taken, str)}
+    decoding, embedding, started = able[DECODE], able[EMBED], {}
+    bound = GPU if torch.cuda.is_available() else SHARED
+    both = max if bound == GPU else lambda pair: pair[0] + pair[1]
+    ceiling = [clips / both(pair) for pair in zip(decoding, embedding, strict=True)]
+    rows = [Row(name=name, figures=_rates([clips / s for s in able[name]])) for name in (DECODE, EMBED)]
+    rows.append(Row(name=bound, figures=_rates(ceiling)))
+    for name in WHOLE:
+        taken, once = seconds[name], seconds[_of_one(name)]
+        if isinstance(taken, str) or isinstance(once, str):
+            rows.append(Row(name=name, unable=taken if isinstance(taken, str) else str(once)))
+            continue
+        started[name] = [(clips - 1) / max(a - b, 1e-9) for a, b in zip(taken, once, strict=True)]
+        figures = _rates([clips / s for s in taken]) | {
+            "started": Spread.of(started[name]),
+            "started, of the ceiling": ratios(started[name], ceiling),
+            "one clip, s": Spread.of(once),
+        }
+        rows.append(Row(name=name, figures=figures))
+    rows.append(Row(name=RAY, figures={"one clip, s": Spread.of(able[RAY])}))
+    grades = [
+        Grade(
+            what="flow, started, of the ceiling",
+            goal=SHARE_GOAL,
+            reached=ratios(started[FLOW], ceiling).median,
+        )
+    ]
+    grades += [
+        Grade(what=f"flow over {name}, started", goal=1.0, reached=ratios(started[FLOW], theirs).median)
+        for name, theirs in started.items()
+        if name != FLOW
+    ]
+    return Sheet(title=f"Extraction of {clips} clips, clips a second", rows=rows), grades
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 3) for name, value in figures.items()}
+def _rates(values: Sequence[float]) -> dict[str, Spread | float | str]:
+    return {"all": Spread.of(values)}
 
 
-def show(result: dict, out: Console) -> None:
-    """The result as a person reads it."""
-    found = result["summary"]
-    table = Table(title=f"extraction, {found['clips']} clips, median (min – max) of {found['rounds']} rounds")
-    for heading in ("", "clips/s", f"of {SHARED}", f"of {GPU}"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, rate in found["clips_per_second"].items():
-        shares = [_text(found["of_ceiling"][bound].get(name), 2) for bound in (SHARED, GPU)]
-        table.add_row(name, _text(rate, 2), *shares)
-    out.print(table)
-    out.print(f"the ceiling that applies here: {found['applies'].partition(', ')[2]}")
-    out.print(f"flow over plain loop: {_text(found['flow_over_loop'], 2)}")
-    for name, spread in found["seconds"].items():
-        out.print(f"{name}: {_text(spread, 1)} s")
-    for part in ("machine", "versions", "settings"):
-        out.print(f"{part}: " + ", ".join(f"{name} {value}" for name, value in result[part].items()))
+def growth(work: Work, sizes: Sequence[int]) -> tuple[Sheet, list[Grade]]:
+    """Seconds a clip by the size of the corpus, each once, beyond what a run of one clip takes."""
+    rows, costs = [], []
+    with ray_session(work.resources):
+        once, _ = flow(replace(work, files=work.files[:1]))
+        for clips in sizes:
+            larger = _linked(work, clips)
+            seconds, stored = flow(larger)
+            if stored != clips:
+                raise R2SCPError(f"the flow must store {clips} clips; it stored {stored}")
+            costs.append((seconds - once) / (clips - 1))
+            rows.append(Row(name=f"{clips:,} clips", figures={"s": seconds, "ms a clip": 1e3 * costs[-1]}))
+    grade = Grade(
+        what=f"cost of a clip among {sizes[-1]:,} over one among {sizes[0]:,}",
+        goal=FLAT_GOAL,
+        reached=costs[-1] / costs[0],
+        at_most=True,
+    )
+    return Sheet(title="Cost of a clip by the size of the corpus", rows=rows), [grade]
 
 
-def _text(spread: dict[str, float] | None, digits: int) -> str:
-    if spread is None:
-        return ""
-    return f"{spread['median']:.{digits}f} ({spread['min']:.{digits}f} – {spread['max']:.{digits}f})"
+def _linked(work: Work, clips: int) -> Work:
+    """A corpus of that size, of links to the files."""
+    root = work.scratch / f"linked-{clips}"
+    root.mkdir(exist_ok=True)
+    files = tuple(root / f"{number:07}{work.files[0].suffix}" for number in range(clips))
+    for number, file in enumerate(files):
+        if not file.exists():
+            os.link(work.files[number % len(work.files)], file)
+    return replace(work, root=root, files=files)
 
 
-def benchmark(options: argparse.Namespace, scratch: Path, out: Console) -> dict[str, object]:
-    """Everything: make or find the clips, warm up, run the rounds."""
-    about = {"machine": machine(), "versions": versions()}
-    work = _work(options, scratch)
-    with _process({}) as usual, _process(PATIENT) as patient:
-        at = Processes(usual=usual, patient=patient)
-        warm = replace(work, files=work.files[:1])  # programs and weights into memory
-        usual.submit(decode_alone, warm).result()
-        for pool, contender in ((usual, plain_loop), (patient, embed_alone)):
-            pool.submit(contender, warm).result()
-        threads = usual.submit(torch.get_num_threads).result()
-        rounds = []
-        for number in range(1, options.rounds + 1):
-            out.print(f"round {number} of {options.rounds}")
-            rounds.append(one_round(work, at))
+def benchmark(options: argparse.Namespace) -> Report:
+    """Everything: make or find the clips, run the rounds."""
+    with tempfile.TemporaryDirectory(prefix="r2scp-bench-") as folder:
+        scratch = Path(folder)
+        if options.cores:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+        work = _work(options, scratch)
+        with processes(scratch) as pools:
+            seconds = contest(contenders(work, pools), options.rounds)
+        for name in (RAY, DECODE, EMBED, FLOW):
+            if isinstance(seconds[name], str):
+                raise R2SCPError(f"{name}: {seconds[name]}")
+        sheet, grades = speeds(seconds, len(work.files))
+        sheets = [sheet]
+        if options.scale:
+            grown, flat = growth(work, sorted(options.scale))
+            sheets, grades = [*sheets, grown], [*grades, *flat]
     settings = {
         "encoder": work.spec.fingerprint,
         "dtype": work.spec.dtype,
         "device": work.spec.device,
         "cores used": work.cores,
-        "threads of the plain loop": threads,
         "clips a batch": work.resources.clips_per_batch,
         "root": str(options.root or f"generated, seed {SEED}"),
     }
-    found = summary(rounds, work.spec.device == "cuda")
-    return about | {"settings": settings, "summary": found, "round_seconds": [asdict(one) for one in rounds]}
+    return Report(sheets=sheets, grades=grades, settings=settings)
 
 
 def _work(options: argparse.Namespace, scratch: Path) -> Work:
-    workers = options.num_workers or cores()
-    if options.clips < 2 or options.rounds < 1 or workers < 1:
-        raise UsageError(
-            "the benchmark needs --clips of at least 2, --rounds and --num-workers of at least 1"
-        )
+    clips = options.clips or (DISTINCT if options.short else 4 * DISTINCT)
+    if clips < 2:
+        raise UsageError(f"--clips must be at least 2; got {clips}")
     spec = encoder_spec(options.encoder, options.weights, pick_device(None))
-    root = options.root.resolve() if options.root else scratch / "corpus"
+    root = options.root.resolve() if options.root else scratch / "corpus" / "videos"
     if not options.root:
-        generate(root, clips=options.clips, seed=SEED, workers=workers)
-    clips = (Path(clip.uri) for clip in open_corpus("folder", root).clips() if clip.uri)
-    files = tuple(islice(clips, options.clips))
+        generate(root.parent, clips=min(clips, DISTINCT), seed=SEED, workers=cores())
+    files = tuple(Path(clip.uri) for clip in open_corpus("folder", root).clips() if clip.uri)[:clips]
     if len(files) < 2:
         raise UsageError(f"--root must hold at least 2 media files; {root} holds {len(files)}")
-    return Work(
-        source=Source("folder", root),
-        files=files,
-        spec=spec,
-        resources=Resources(num_workers=workers),
-        cores=workers,
-        scratch=scratch,
-    )
+    resources = Resources(num_workers=cores())
+    work = Work(root=root, files=files, spec=spec, resources=resources, cores=cores(), scratch=scratch)
+    return work if options.root or clips <= len(files) else _linked(work, clips)
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.extract",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+def _options(parser: argparse.ArgumentParser) -> None:
     add = partial(parser.add_argument, metavar="")
     add("--root", type=Path, help="folder of media; generated demo clips by default")
-    add("--clips", type=int, default=48, help="at most so many (default: 48)")
-    add("--rounds", type=int, default=3, help="default: 3")
+    add("--clips", type=int, help=f"at most so many (default: {4 * DISTINCT}; short: {DISTINCT})")
     add("--encoder", default="imagebind-demo", help="imagebind-demo (default) or imagebind-huge")
     add("--weights", help="a .pth or .safetensors file, or random:SEED with --encoder imagebind-huge")
-    add("--num-workers", type=int, help="cores for every contender but the plain loop; all by default")
-    add("--json", type=Path, help="write everything measured to this file")
-    return parser.parse_args(arguments)
+    add("--cores", type=int, help="bind everything to so many; all by default")
+    parser.add_argument(
+        "--scale", type=int, nargs="+", help="sizes of corpus, each run once, beside all that"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, print, write. 1 or 2, with one line on stderr, where that cannot be."""
-    options, out = _options(arguments), Console(markup=False, highlight=False, emoji=False)
-    try:
-        with tempfile.TemporaryDirectory(prefix="r2scp-bench-") as scratch:
-            result = benchmark(options, Path(scratch), out)
-    except R2SCPError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, UsageError) else 1
-    show(result, out)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("extract", __doc__ or "", _options, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a re-index costs, by the size of the change and of the store: `python -m benchmarks.reindex --help`.
+"""What a re-index costs, by the size of the change and of the store.
 
 A store of generated clips is filled to its size: each row lies somewhere between the real features of two of
 a few hundred clips, with a little noise of its own, and has a file on the disk (hard links). One clip in
@@ -6,7 +6,9 @@ twenty is asked about and has neighbours among all. Then `jobs run`, in this ord
 
 - *first*: the store as it was filled: serving indexes and neighbours are built, the snapshot published;
 - *nothing new*: three times; the files of the store must stay as they are, to the byte;
-- *N new*: N generated clips more, decoded and embedded like any other.
+- *N new*: N generated clips more, decoded and embedded like any other; 1 % unless told otherwise.
+
+Each is run once, but for *nothing new*: their seconds are no medians.
 
 The encoder is the demo's, its embeddings laid isometrically into as many dimensions as ImageBind has.
 """
@@ -21,15 +23,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table as Grid
 
-from benchmarks.machine import cores, machine, versions
+from benchmarks.contest import Grade, Report, Row, Sheet, run
+from benchmarks.machine import cores
 from r2scp.jobs.extract import Destination, Source, encoder_spec, run_extract
 from r2scp.jobs.reindex import ReindexReport, run_reindex
 from r2scp.jobs.reindex_config import read_config
@@ -51,7 +53,8 @@ ROWS_AT_ONCE = 2_048  # 100 MB of features
 NOISE = 0.1  # length of what is added to each token of length 1
 SEEDS = (31, 32)  # of the clips that fill the store, and of those that are new
 NEIGHBOURS = 15
-TABLES_OF_DATA = (Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS, Table.INDEXES, Table.SNAPSHOTS)
+IDLE = "nothing new"
+IDLE_GOAL_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +165,11 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (fact.st_mtime_ns, fact.st_size) for path, fact in facts}
 
 
-def measure(site: Site, news: Sequence[int], models: Sequence[Path]) -> Iterator[dict[str, object]]:
+def measure(site: Site, news: Sequence[int], models: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """One row a run: what, seconds in all and of each step, what was written."""
     yield _run(site, "first")
     before = listing(site.folder / "store")
-    idle = [_run(site, "nothing new") for _ in range(3)]
+    idle = [_run(site, IDLE) for _ in range(3)]
     assert listing(site.folder / "store") == before, "a run with nothing to do wrote something"
     assert all(row["outcome"] == "nothing to do" for row in idle)
     yield idle[0] | {"seconds": statistics.median(row["seconds"] for row in idle)}  # pyright: ignore
@@ -177,7 +180,7 @@ def measure(site: Site, news: Sequence[int], models: Sequence[Path]) -> Iterator
         yield _run(site, f"{new:,} new")
 
 
-def _run(site: Site, what: str) -> dict[str, object]:
+def _run(site: Site, what: str) -> dict[str, Any]:
     started = time.perf_counter()
     report: ReindexReport = run_reindex(read_config(site.job), lambda text: None)
     seconds = time.perf_counter() - started
@@ -194,61 +197,51 @@ def _run(site: Site, what: str) -> dict[str, object]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; `--json FILE` writes all of it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--clips", type=int, nargs="+", default=[2_000, 20_000], help="sizes of store")
-    parser.add_argument("--new", type=int, nargs="+", default=[10, 100], help="sizes of change")
-    parser.add_argument("--distinct", type=int, default=100, help="generated clips on either side")
-    parser.add_argument("--json", type=Path, help="write everything here")
-    wanted = parser.parse_args(arguments)
+def benchmark(options: argparse.Namespace) -> Report:
+    """Fill a store of each size, then run the job on it."""
+    sizes = options.clips or ([2_000] if options.short else [20_000])
     results = []
     with tempfile.TemporaryDirectory(prefix="r2scp-reindex-") as name:
         folder = Path(name)
         weights = widen(folder)
         roots = [folder / f"clips-{seed}" for seed in SEEDS]
         for root, seed in zip(roots, SEEDS, strict=True):
-            generate(root, clips=wanted.distinct, seed=seed, workers=cores())
+            generate(root, clips=options.distinct, seed=seed, workers=cores())
         models, fresh = (sorted((root / "videos").glob("*.mp4")) for root in roots)
         spec = encoder_spec("imagebind-demo", str(weights), "cpu")
         source, to = Source("demo", roots[0]), Destination(str(folder / "donor"))
         run_extract(source, to, spec, Resources(num_workers=cores()), lambda report, total: None)
         donor = FeatureStore.open(to.uri)
-        for clips in wanted.clips:
+        for clips in sizes:
             site = Site(folder=folder / str(clips), weights=weights, models=models)
             fill(site, clips, donor)
             describe_job(site)
-            for row in measure(site, wanted.new, fresh):
+            for row in measure(site, options.new or [clips // 100], fresh):
                 results.append({"clips": clips} | row)
                 print(json.dumps(results[-1], default=str), file=sys.stderr, flush=True)
-    show(results)
-    if wanted.json:
-        told = {"machine": machine(), "versions": versions(), "dim": DIM, "runs": results}
-        wanted.json.write_text(json.dumps(told, indent=1, default=str) + "\n")
+    idle = max(row["seconds"] for row in results if row["what"] == IDLE)
+    return Report(
+        sheets=[Sheet(title=f"Seconds of a re-index, D = {DIM}", rows=[_shown(row) for row in results])],
+        grades=[Grade(what="nothing new, s", goal=IDLE_GOAL_S, reached=idle, at_most=True)],
+        settings={"neighbours": NEIGHBOURS, "asked about": f"one clip in {ASKED}"},
+    )
 
 
-def show(results: Sequence[Mapping[str, object]]) -> None:
-    """The table, on stdout."""
-    steps = list(dict.fromkeys(step for row in results for step in row["steps"]))  # pyright: ignore
-    grid = Grid(title=f"Seconds of a re-index, D = {DIM}, {machine()['processor']}, {cores()} cores")
-    for name in ("clips", "run", "all", *steps, "searched", "recall@10"):
-        grid.add_column(name, justify="right")
-    for row in results:
-        taken: Mapping[str, float] = row["steps"]  # pyright: ignore
-        cells = [f"{taken[step]:.1f}" if step in taken else "" for step in steps]
-        recall = f"{row['recall_at_10']:.3f}" if row["recall_at_10"] is not None else ""
-        grid.add_row(
-            f"{row['clips']:,}",
-            str(row["what"]),
-            f"{row['seconds']:.1f}",
-            *cells,
-            str(row["searched"]),
-            recall,
-        )
-    Console(width=160).print(grid)
+def _shown(row: Mapping[str, Any]) -> Row:
+    recall = {"recall@10": row["recall_at_10"]} if row["recall_at_10"] is not None else {}
+    figures = {"all": row["seconds"]} | row["steps"] | {"searched": float(row["searched"])} | recall
+    return Row(name=f"{row['clips']:,} clips, {row['what']}", figures=figures)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clips", type=int, nargs="+", help="sizes of store (default: 20000; short: 2000)")
+    parser.add_argument("--new", type=int, nargs="+", help="sizes of change (default: 1 %% of the store)")
+    parser.add_argument("--distinct", type=int, default=100, help="generated clips on either side")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("reindex", __doc__ or "", _options, benchmark, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

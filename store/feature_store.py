@@ -15,7 +15,6 @@ that embeddings of two encoders never meet::
 The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store.database)` opens it.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -397,4 +396,6 @@ def _rows(dataset: lance.LanceDataset, columns: Sequence[str], where: str | None
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    return dict(Counter(column.to_pylist()).most_common())
+    """Values and how many of each there are, the most first."""
+    found = column.value_counts().to_pylist()
+    return {pair["values"]: pair["counts"] for pair in sorted(found, key=lambda pair: -pair["counts"])}

@@ -98,6 +98,20 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_only_reads_the_store_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
+    FeatureStore.create(str(tmp_path / "store"), "f", 8)
+    code = (
+        "import sys\nfrom r2scp.jobs.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'torch', 'ray', 'av', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    for words in (["status"], ["failures"], ["jobs", "list"]):
+        command = [sys.executable, "-c", code, *words, "--store", str(tmp_path / "store")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [
