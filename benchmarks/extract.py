@@ -19,6 +19,7 @@ the sum of its two times (*shared cores*); where a GPU embeds, only the slower c
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ from r2scp.pipelines.corpora import open_corpus
 from r2scp.pipelines.decode import Clip, decode
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.ffmpeg_program import find_program
 from r2scp.pipelines.flows import Resources, ray_session
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 
@@ -252,8 +254,12 @@ def _rates(values: Sequence[float]) -> dict[str, Spread | float | str]:
 
 
 def growth(work: Work, sizes: Sequence[int]) -> tuple[Sheet, list[Grade]]:
-    """Seconds a clip by the size of the corpus, each once, beyond what a run of one clip takes."""
+    """Seconds a clip by the size of the corpus, each once, beyond what a run of one clip takes.
+
+    The clips are cut to one second, so that what is not decoding or embedding weighs more than it ever would.
+    """
     rows, costs = [], []
+    work = _cut(work)
     with ray_session(work.resources):
         once, _ = flow(replace(work, files=work.files[:1]))
         for clips in sizes:
@@ -270,6 +276,17 @@ def growth(work: Work, sizes: Sequence[int]) -> tuple[Sheet, list[Grade]]:
         at_most=True,
     )
     return Sheet(title="Cost of a clip by the size of the corpus", rows=rows), [grade]
+
+
+def _cut(work: Work) -> Work:
+    """The first second of each file."""
+    folder = work.scratch / "cut"
+    folder.mkdir()
+    files = tuple(folder / f"{number:03}.mp4" for number in range(min(DISTINCT, len(work.files))))
+    for whole, file in zip(work.files, files, strict=False):
+        words = [find_program(None).path, "-v", "error", "-i", whole, "-t", "1", "-c", "copy", file]
+        subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+    return replace(work, root=folder, files=files)
 
 
 def _linked(work: Work, clips: int) -> Work:

@@ -97,7 +97,7 @@ class Index:
             if not plan.due:
                 note_valid(self.bank, self.settings, plan, writer.run_id)
                 continue
-            total, name = sum(map(len, plan.pending.values())), plan.retrieval.value
+            total, name = plan.total, plan.retrieval.value
 
             def told(done: int, name: str = name, total: int = total) -> None:
                 progress(name, done, total)

@@ -25,7 +25,7 @@ from r2scp.store.errors import GateFailed
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 from r2scp.store.serving_index import index_due, refresh_index, segments
-from r2scp.store.serving_recall import Sampling, measure_recall
+from r2scp.store.serving_recall import Sampling, measure_recalls
 from r2scp.store.snapshots import PREVIOUS, SERVING
 from r2scp.store.transaction import sql_literal
 from r2scp.store.upkeep import clean, compact
@@ -278,11 +278,12 @@ class _Job:
         serves = self.store.snapshots().get(SERVING)
         if not serves or segments(self.store) != segments(self.store, serves.versions[Table.CLIPS]):
             asked["all"] = None
-        for who, where in asked.items():
-            sampling = Sampling(where=where, queries=gate.recall_queries, seed=SEED)
-            found = measure_recall(self.store, self.config.serving, sampling).pairs
-            self.report.recall[who] = [asdict(pair) for pair in found]
-            for pair in found:
+        samplings = {
+            who: Sampling(where=where, queries=gate.recall_queries, seed=SEED) for who, where in asked.items()
+        }
+        for who, recall in measure_recalls(self.store, self.config.serving, samplings).items():
+            self.report.recall[who] = [asdict(pair) for pair in recall.pairs]
+            for pair in recall.pairs:
                 what = f"of {who} clips, {pair.query.value} to {pair.among.value}"
                 if gate.min_recall_at_3 is not None:
                     checks.append(Check.at_least(f"recall@3 {what}", pair.at_3, gate.min_recall_at_3))

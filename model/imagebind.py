@@ -26,6 +26,7 @@ from r2scp.model.checkpoint import (
     sha256_of,
     write_weights,
 )
+from r2scp.model.linear import packed, unpacked
 from r2scp.model.towers import (
     IMAGE_SIDE,
     AudioTower,
@@ -159,6 +160,20 @@ class ImageBind(nn.Module):
         model._weights = f"random-{seed}"
         return model.eval()
 
+    def pack(self) -> "ImageBind":
+        """Lay out the blocks' matrices for the CPU's matrix unit, where it has one for this dtype.
+
+        The embeddings keep their meaning (bf16's rounding differs), memory does not grow, and saving writes
+        the same tensors as before. The model only infers from then on. Returns itself.
+        """
+        for tower in (self.vision, self.audio, self.text):
+            for module in tower.blocks.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    if parameter.ndim == 2 and (laid := packed(parameter)) is not parameter:
+                        setattr(module, name, nn.Parameter(laid, requires_grad=False))
+                        self.requires_grad_(False)
+        return self
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew: normal, scaled by fan-in and depth; norms 1, biases 0.
@@ -185,7 +200,8 @@ class ImageBind(nn.Module):
 
         `dtype` is that of the tensors in the file (None: as they are). The file appears whole or not at all.
         """
-        state = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}
+        tensors = self.state_dict().items()
+        state = {name: unpacked(tensor.detach()).to("cpu", dtype) for name, tensor in tensors}
         write_weights(Path(path), state, self.config, metadata)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r2scp.model.linear import linear, linear_gelu, linear_plus
 from r2scp.model.melspec import MEL_BINS, MEL_FRAMES
 
 IMAGE_SIDE = 224  # pixels
@@ -86,7 +87,10 @@ class TextOutput(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with `extra_token`, one learned key and value that every query sees."""
+    """Multi-head self-attention, added to `onto_BQC`, for the first Q tokens: as many as that has.
+
+    With `extra_token` there is one learned key and value more, which every query sees.
+    """
 
     def __init__(self, config: TowerConfig, *, causal: bool = False, extra_token: bool = False) -> None:
         super().__init__()
@@ -97,34 +101,41 @@ class Attention(nn.Module):
         self.bias_k = nn.Parameter(torch.empty(1, 1, config.width)) if extra_token else None
         self.bias_v = nn.Parameter(torch.empty(1, 1, config.width)) if extra_token else None
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        query_BLC, key_BLC, value_BLC = F.linear(x_BLC, self.in_proj_weight, self.in_proj_bias).chunk(
-            3, dim=-1
-        )
+    def forward(self, x_BLC: Tensor, onto_BQC: Tensor) -> Tensor:
+        query_BLC, key_BLC, value_BLC = linear(x_BLC, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         if self.bias_k is not None and self.bias_v is not None:
             key_BLC = torch.cat([key_BLC, self.bias_k.expand(len(x_BLC), -1, -1)], dim=1)
             value_BLC = torch.cat([value_BLC, self.bias_v.expand(len(x_BLC), -1, -1)], dim=1)
-        mixed_BHLE = F.scaled_dot_product_attention(
-            self._split(query_BLC), self._split(key_BLC), self._split(value_BLC), is_causal=self.causal
+        query_BQC = query_BLC[:, : onto_BQC.shape[1]]
+        mixed_BHQE = F.scaled_dot_product_attention(
+            self._split(query_BQC), self._split(key_BLC), self._split(value_BLC), is_causal=self.causal
         )
-        return self.out_proj(mixed_BHLE.transpose(1, 2).flatten(2))
+        mixed_BQC = mixed_BHQE.transpose(1, 2).flatten(2)
+        return linear_plus(mixed_BQC, self.out_proj.weight, self.out_proj.bias, onto_BQC)
 
     def _split(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Mlp(nn.Module):
+    """Two layers with a GELU between them, added to `onto_BLC`."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, MLP_RATIO * width)
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC)))
+    def forward(self, x_BLC: Tensor, onto_BLC: Tensor) -> Tensor:
+        inner_BLC = linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias)
+        return linear_plus(inner_BLC, self.fc2.weight, self.fc2.bias, onto_BLC)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm_1 x), then x + mlp(norm_2 x)."""
+    """Pre-norm residual block: x + attention(norm_1 x), then x + mlp(norm_2 x).
+
+    `queries`: only the first so many tokens are wanted of it. All are still attended to, but nothing that
+    nobody reads is computed after that.
+    """
 
     def __init__(self, config: TowerConfig, *, causal: bool = False, extra_token: bool = False) -> None:
         super().__init__()
@@ -133,9 +144,9 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.width, eps=TRUNK_EPS)
         self.mlp = Mlp(config.width)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        x_BLC = x_BLC + self.attn(self.norm_1(x_BLC))
-        return x_BLC + self.mlp(self.norm_2(x_BLC))
+    def forward(self, x_BLC: Tensor, queries: int | None = None) -> Tensor:
+        x_BQC = self.attn(self.norm_1(x_BLC), x_BLC[:, :queries])
+        return self.mlp(self.norm_2(x_BQC), x_BQC)
 
 
 class VisionTower(nn.Module):
@@ -162,9 +173,10 @@ class VisionTower(nn.Module):
         patches_BLC = F.conv2d(frames_B3HW, self.stem.sum(2), stride=self.patch).flatten(2).transpose(1, 2)
         x_BLC = torch.cat([self.class_token.expand(len(patches_BLC), -1, -1), patches_BLC], dim=1)
         x_BLC = self.trunk_norm(x_BLC + self.positions)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x_BLC = block(x_BLC)
-        return unit(self.head(self.head_norm(x_BLC[:, 0])))
+        class_B1C = self.blocks[-1](x_BLC, queries=1)  # the head reads no other token
+        return unit(self.head(self.head_norm(class_B1C[:, 0])))
 
 
 class AudioTower(nn.Module):
@@ -188,9 +200,10 @@ class AudioTower(nn.Module):
         patches_BLC = self.stem_norm(patches_BLC)
         x_BLC = torch.cat([self.class_token.expand(len(patches_BLC), -1, -1), patches_BLC], dim=1)
         x_BLC = x_BLC + self.positions
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x_BLC = block(x_BLC)
-        return unit(self.head(self.head_norm(x_BLC[:, 0])))
+        class_B1C = self.blocks[-1](x_BLC, queries=1)  # the head reads no other token
+        return unit(self.head(self.head_norm(class_B1C[:, 0])))
 
 
 class TextTower(nn.Module):

@@ -7,7 +7,7 @@ Legend: B questions, R clips, M the modalities in the order of `MODALITIES`, N n
 batch are those of `r2scp.model.batch`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,14 +17,15 @@ from torch import Tensor
 
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours, Question
 from r2scp.pipelines.examples import MODALITIES, Clips, Examples, Pins
+from r2scp.pipelines.gather import gather
 from r2scp.pipelines.retrieve import IndexSettings, read_neighbours
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.sequences import CACHE_BYTES, SequenceCache, Sequences
+from r2scp.store.sequences import CACHE_BYTES, NO_ROW, SequenceCache, Sequences
 
 Negatives = Literal["farthest", "random"]
-NOTHING = -1  # in missing_B: nothing is missing in this row; in rows of neighbours: there is none
+NOTHING = NO_ROW  # in missing_B: nothing is missing in this row; in rows of neighbours: there is none
 #: What is missing in each condition: A has the sound alone, V the picture alone, AV both.
 CONDITIONS = {"A": VISUAL, "V": AUDIO, "AV": NOTHING}
 
@@ -116,34 +117,33 @@ class Dataset:
     cache: SequenceCache = field(default_factory=lambda: SequenceCache(CACHE_BYTES))
 
     def __post_init__(self) -> None:
-        self._sequences = {
-            m: Sequences(self.store, Table.CLIPS, m.value, self.pins.clips, self.cache) for m in MODALITIES
-        }
-        self._words, self._choice_sentences = (
-            Sequences(self.store, Table.QUESTIONS, column, self.pins.questions, self.cache)
-            for column in ("words", "choice_sentences")
-        )
-        dataset = self.store.dataset(Table.QUESTIONS, self.pins.questions)
-        columns = ["question", "sentence", *(["choices"] if self.choices else [])]
-        table = dataset.take(self.examples.question_row_B, columns=columns)
-        flat = table["sentence"].combine_chunks().flatten().to_numpy()
-        # one for each question: 130 MB for MUSIC-AVQA's 32,000 at D = 1024
-        self._sentences = torch.from_numpy(flat.reshape(-1, self.store.dim).copy())
-        self.text_B = np.unique(table["question"].to_numpy(), return_inverse=True)[1]
+        pins, columns = self.pins, ("words", "choice_sentences")
+        self._clips = Sequences(self.store, Table.CLIPS, MODALITIES, pins.clips, self.cache)
+        self._questions = Sequences(self.store, Table.QUESTIONS, columns, pins.questions, self.cache)
+        dataset = self.store.dataset(Table.QUESTIONS, pins.questions)
+        rows_B = self.examples.question_row_B
+        read = ["question", *(["choices"] if self.choices else [])]
+        table = dataset.take(rows_B, columns=read)
+        # Embeddings are the text's, whoever asks it: they are read and held once for all its questions.
+        texts = np.unique(table["question"].to_numpy(), return_index=True, return_inverse=True)
+        self._text_rows_T, self.text_B = rows_B[texts[1]], texts[2]
+        sentences = dataset.take(self._text_rows_T, columns=["sentence"])["sentence"].combine_chunks()
+        flat = sentences.flatten().to_numpy()
+        self._sentences_TC = torch.from_numpy(flat.reshape(-1, self.store.dim).copy())
         listed = table["choices"].to_pylist() if self.choices else []
         self._choice_there = [[choice is not None for choice in row] for row in listed]
 
     def batch(self, rows: np.ndarray, ask: Ask) -> Batch:
         """The questions `rows` (numbers in `examples`) as `ask` says."""
         present_BM = self.present(rows, ask)
-        clip_rows = self.examples.clip_row_B[rows]
-        audio, visual = (
-            self.clip_tokens(modality, np.where(present_BM[:, column], clip_rows, NOTHING))
-            for column, modality in enumerate(MODALITIES)
-        )
-        words = self.words(rows)
+        own_B = self.examples.clip_row_B[rows]
+        own = [np.where(present_BM[:, column], own_B, NOTHING) for column in range(len(MODALITIES))]
         nearest_BN, farthest_BN = self.neighbour_rows(rows, ask)
         sought_B = self.sought(rows, ask)
+        beside = [_by_modality(found_BN, sought_B) for found_BN in (nearest_BN, farthest_BN)]
+        self._clips.fetch([dict(zip(MODALITIES, own, strict=True)), *beside])
+        audio, visual = (self.clip_tokens(m, found) for m, found in zip(MODALITIES, own, strict=True))
+        words = self.words(rows)
         question = self.question(rows)
         return Batch(
             audio_BLC=audio[0],
@@ -154,8 +154,8 @@ class Dataset:
             words_mask_BW=words[1],
             sentence_BC=question.sentence_BC,
             present_BM=torch.from_numpy(present_BM),
-            retrieved=self._neighbours(nearest_BN, sought_B),
-            farthest=self._neighbours(farthest_BN, sought_B),
+            retrieved=self._neighbours(nearest_BN, beside[0]),
+            farthest=self._neighbours(farthest_BN, beside[1]),
             choices_BKC=question.choices_BKC,
             choices_mask_BK=question.choices_mask_BK,
             target_B=self.targets(rows),
@@ -181,14 +181,15 @@ class Dataset:
 
     def words(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B, W, C) and its mask."""
-        return self._padded(self._words.take(self.examples.question_row_B[rows]))
+        return self._padded(self._questions, {"words": self._text_rows_T[self.text_B[rows]]})
 
     def question(self, rows: np.ndarray) -> Question:
         """What the decoder reads of the questions."""
-        sentence_BC = self._sentences[torch.from_numpy(rows)]
+        sentence_BC = self._sentences_TC[torch.from_numpy(self.text_B[rows])]
         if not self.choices:
             return Question(sentence_BC, None, None)
-        choices_BKC, mask_BK = self._padded(self._choice_sentences.take(self.examples.question_row_B[rows]))
+        asked = {"choice_sentences": self.examples.question_row_B[rows]}
+        choices_BKC, mask_BK = self._padded(self._questions, asked)
         for at, row in enumerate(rows):
             there = torch.tensor(self._choice_there[row])
             mask_BK[at, : len(there)] &= there
@@ -213,33 +214,28 @@ class Dataset:
 
     def clip_tokens(self, modality: Modality, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features (len(rows), L, C) and mask of clips by row; no token for NOTHING."""
-        parts: list[np.ndarray | None] = [None] * len(rows)
-        at = np.flatnonzero(rows != NOTHING)
-        for place, tokens in zip(at, self._sequences[modality].take(rows[at]), strict=True):
-            parts[place] = tokens
-        return self._padded(parts)
+        return self._padded(self._clips, {modality: rows})
 
-    def _neighbours(self, found_BN: np.ndarray | None, sought_B: np.ndarray) -> Neighbours | None:
+    def _neighbours(self, found_BN: np.ndarray | None, beside: Mapping[str, np.ndarray]) -> Neighbours | None:
         if found_BN is None:
             return None
-        parts: list[np.ndarray | None] = [None] * found_BN.size
-        for column, modality in enumerate(MODALITIES):
-            flat = np.flatnonzero((found_BN != NOTHING) & (sought_B == column)[:, None])
-            taken = self._sequences[modality].take(found_BN.ravel()[flat])
-            for place, tokens in zip(flat, taken, strict=True):
-                parts[place] = tokens
-        tokens, mask = self._padded(parts)
+        tokens, mask = self._padded(self._clips, beside)
         shape = found_BN.shape
         return Neighbours(tokens.unflatten(0, shape), mask.unflatten(0, shape), torch.from_numpy(found_BN))
 
-    def _padded(self, parts: Sequence[np.ndarray | None]) -> tuple[Tensor, Tensor]:
-        """(len(parts), longest, C) float16, zeros behind each part's end, and the mask of what is real."""
-        lengths = [0 if part is None else len(part) for part in parts]
-        tokens = torch.zeros(len(parts), max(max(lengths, default=0), 1), self.store.dim, dtype=torch.float16)
-        mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-        array = tokens.numpy()
-        for at, part in enumerate(parts):
-            if part is not None:
-                array[at, : len(part)] = part
-                mask[at, : len(part)] = True
-        return tokens, mask
+    def _padded(self, sequences: Sequences, rows: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+        """(rows, longest, C) float16, zeros behind each one's end, and the mask of what is real."""
+        found = sequences.find(rows)
+        tokens = gather(torch.from_numpy(found.tokens_SD), torch.from_numpy(found.places_BL))
+        mask = np.arange(tokens.shape[1]) < found.lengths_B[:, None]
+        return tokens, torch.from_numpy(mask)
+
+
+def _by_modality(found_BN: np.ndarray | None, sought_B: np.ndarray) -> dict[str, np.ndarray]:
+    """Neighbours, one after another, under the modality that each is asked for."""
+    if found_BN is None:
+        return {}
+    return {
+        modality: np.where((sought_B == column)[:, None], found_BN, NOTHING).ravel()
+        for column, modality in enumerate(MODALITIES)
+    }

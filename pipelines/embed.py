@@ -3,6 +3,8 @@
 Legend: T one-second tokens of one stream, D the encoder's width, W real tokens of a question.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +21,8 @@ from r2scp.store.errors import FailureReason
 from r2scp.store.schema import sequence, vector
 
 TOKENS_PER_FORWARD = {"cpu": 16, "cuda": 128}  # frames or windows that go through a tower together
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names, malloc.h
+KEPT_BYTES = 1 << 30  # of memory that was freed; more goes back to the system
 QUESTIONS_PER_FORWARD = 64
 
 
@@ -58,13 +62,15 @@ class EncoderSpec:
 
 
 class ImageBindEncoder:
-    """`Encoder` on the three towers of ImageBind."""
+    """`Encoder` on the three towers of ImageBind. The model is packed, and from then on only infers."""
 
     def __init__(self, model: ImageBind) -> None:
         self.dim = model.dim
-        self._model = model
+        self._model = model.pack()
         self._tokenizer = Tokenizer()
         self._batch = TOKENS_PER_FORWARD[model.device.type]
+        if model.device.type == "cpu":
+            keep_freed_memory()
 
     @torch.inference_mode()
     def visual(self, frames_TSS3: np.ndarray) -> np.ndarray:
@@ -97,6 +103,17 @@ class ImageBindEncoder:
                 words.append(row[:length].numpy())
             sentences.append(output.sentence_BD.cpu().numpy())
         return words, np.concatenate(sentences)
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse what it freed instead of asking the system for the same memory again.
+
+    A forward frees and allocates the same few tens of MiB for every block; as glibc comes, each goes back to
+    the system, which then has to find and clear the pages anew. No effect with another C library.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        if libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):  # some versions refuse so high a bound
+            libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def key_of(sequence_TD: np.ndarray) -> np.ndarray:

@@ -17,12 +17,14 @@ from tempfile import TemporaryFile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r2scp.model.batch import AUDIO, TEXT, VISUAL, Tokens
 from r2scp.model.r2scp import R2SCP, Encoded
 from r2scp.pipelines.dataset import NOTHING, Ask, Dataset
 from r2scp.pipelines.examples import MODALITIES
+from r2scp.pipelines.gather import gather
 from r2scp.store.errors import StoreError
 
 IN_MEMORY_BYTES = 8 << 30  # larger states go to files in the run's folder
@@ -31,19 +33,40 @@ CLIPS_PER_FORWARD = 256
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    """states_SLD float32 and mask_SL of one expert's view of one source."""
+    """states_SLD float32 and mask_SL of one expert's view of one source, zeros under padding.
+
+    The last slot is NOTHING's: it has no token.
+    """
 
     states_SLD: Tensor
     mask_SL: Tensor
 
-    def take(self, slots: np.ndarray) -> Tokens:
-        """Rows by slot, cut to the longest; no token for NOTHING."""
-        at = torch.from_numpy(slots)
-        mask = self.mask_SL[at.clamp(min=0)] & (at != NOTHING)[..., None]
-        length = max(int(mask.flatten(0, -2).any(dim=0).sum()), 1)
-        mask = mask[..., :length]
-        states = self.states_SLD[:, :length][at.clamp(min=0)]
-        return Tokens(states.masked_fill_(~mask[..., None], 0), mask)
+    def mask(self, slots: np.ndarray) -> Tensor:
+        """(*slots, L), cut to the longest."""
+        mask = self.mask_SL[torch.from_numpy(slots)]
+        return mask[..., : max(int(mask.flatten(0, -2).any(dim=0).sum()), 1)]
+
+    def take(self, slots_B: np.ndarray) -> Tokens:
+        """States and mask, cut to the longest."""
+        mask_BL = self.mask(slots_B)
+        return Tokens(gather(self.states_SLD.flatten(0, 1), self._places(slots_B, mask_BL.shape[1])), mask_BL)
+
+    def mean(self, slots_BN: np.ndarray) -> Tokens:
+        """Per second, the mean over N of the slots that have it."""
+        mask_BNL = self.mask(slots_BN)
+        rows, longest = self.states_SLD.flatten(0, 1), mask_BNL.shape[2]
+        sum_BLD = gather(rows, self._places(slots_BN[:, 0], longest))
+        one_BLD = None
+        for slots_B in slots_BN.T[1:]:  # one after another: all at once would take N times the memory
+            one_BLD = gather(rows, self._places(slots_B, longest), one_BLD)
+            sum_BLD += one_BLD
+        sum_BLD /= mask_BNL.sum(dim=1).clamp(min=1)[..., None]
+        return Tokens(sum_BLD, mask_BNL.any(dim=1))
+
+    def _places(self, slots_B: np.ndarray, longest: int) -> Tensor:
+        """(B, longest): rows of the states, all slots' one after another."""
+        slots, length = self.mask_SL.shape
+        return torch.from_numpy(slots_B % slots * length)[:, None] + torch.arange(longest)
 
 
 class ExpertStates:
@@ -81,7 +104,7 @@ class ExpertStates:
             words=self._words[id(dataset)].take(dataset.text_B[rows]),
             question=dataset.question(rows),
             present_BM=torch.from_numpy(present_BM),
-            common=self._common_of(seen),
+            common=self._common_of(seen, present_BM, sought_B),
             retrieved=self._nearby(nearest_BN, sought_B),
             retrieved_ids_BN=None if nearest_BN is None else torch.from_numpy(nearest_BN[:, :n]),
             farthest=self._nearby(farthest_BN, sought_B),
@@ -89,10 +112,19 @@ class ExpertStates:
             target_B=dataset.targets(rows),
         )
 
-    def _common_of(self, seen: list[np.ndarray]) -> tuple[Tokens | None, Tokens | None]:
+    def _common_of(
+        self, seen: list[np.ndarray], present_BM: np.ndarray, sought_B: np.ndarray
+    ) -> tuple[Tokens | None, Tokens | None]:
+        """H_com of the modalities that some row may have to recover."""
         if self._common is None:
             return None, None
-        return self._common[AUDIO].take(seen[VISUAL]), self._common[VISUAL].take(seen[AUDIO])
+        audio, visual = (
+            self._common[column].take(seen[1 - column])
+            if self._model.config.purify_full or ((sought_B == column) | ~present_BM[:, column]).any()
+            else None
+            for column in (AUDIO, VISUAL)
+        )
+        return audio, visual
 
     def _nearby(self, rows_BN: np.ndarray | None, sought_B: np.ndarray) -> Tokens | None:
         """H_miss of eq. 4."""
@@ -101,18 +133,19 @@ class ExpertStates:
         rows_BN = rows_BN[:, : self._model.config.neighbours]
         slots_BN = np.where(rows_BN == NOTHING, NOTHING, self._slot_of[rows_BN])
         parts = [
-            self._own[column].take(np.where((sought_B == column)[:, None], slots_BN, NOTHING))
+            self._own[column].mean(np.where((sought_B == column)[:, None], slots_BN, NOTHING))
             for column in (AUDIO, VISUAL)
             if (sought_B == column).any()
         ]
-        length = max(part.mask_BL.shape[-1] for part in parts)
+        if len(parts) == 1:
+            return parts[0]
+        length = max(part.mask_BL.shape[1] for part in parts)
         states_BLD = torch.zeros(len(rows_BN), length, self._model.config.dim)
         mask_BL = torch.zeros(len(rows_BN), length, dtype=torch.bool)
         for part in parts:  # each row has neighbours in one of them at most
-            count_BL1 = part.mask_BL.sum(dim=1).clamp(min=1)[..., None]
-            long = part.mask_BL.shape[-1]
-            states_BLD[:, :long] += part.states_BLD.sum(dim=1) / count_BL1
-            mask_BL[:, :long] |= part.mask_BL.any(dim=1)
+            long = part.mask_BL.shape[1]
+            states_BLD[:, :long] += part.states_BLD
+            mask_BL[:, :long] |= part.mask_BL
         return Tokens(states_BLD, mask_BL)
 
     def _views(self, rows: np.ndarray, source: int) -> list[_States]:
@@ -121,7 +154,9 @@ class ExpertStates:
         has = dataset.clips.present_RM[rows, source]
 
         def read(at: np.ndarray) -> tuple[Tensor, Tensor]:
-            return dataset.clip_tokens(modality, np.where(has[at], rows[at], NOTHING))
+            found = dataset.clip_tokens(modality, np.where(has[at], rows[at], NOTHING))
+            dataset.cache.clear()  # no clip is looked at again
+            return found
 
         experts = [source, 1 - source] if self._model.config.recovers else [source]
         return self._through(len(rows), read, source, experts)
@@ -134,16 +169,19 @@ class ExpertStates:
     def _through(
         self, count: int, read: Callable[[np.ndarray], tuple[Tensor, Tensor]], source: int, experts: list[int]
     ) -> list[_States]:
-        """All of them through each of `experts`; as long as the longest of them."""
-        starts = range(0, count, CLIPS_PER_FORWARD)
-        parts = [np.arange(start, min(start + CLIPS_PER_FORWARD, count)) for start in starts]
-        length = max(read(part)[1].shape[1] for part in parts)
-        rooms = [self._room((count, length, self._model.config.dim)) for _ in experts]
-        mask_SL = torch.zeros(count, length, dtype=torch.bool)
+        """All of them through each of `experts`; as long as the longest of them. Each is read once."""
+        rooms, mask_SL = [], torch.zeros(count + 1, 0, dtype=torch.bool)
         with torch.no_grad():
-            for part in parts:
+            for start in range(0, count, CLIPS_PER_FORWARD):
+                part = np.arange(start, min(start + CLIPS_PER_FORWARD, count))
                 features, mask = read(part)
                 long = mask.shape[1]
+                if long > mask_SL.shape[1]:
+                    rooms = [
+                        self._longer(room, start, (count + 1, long))
+                        for room in rooms or [None] * len(experts)
+                    ]
+                    mask_SL = F.pad(mask_SL, (0, long - mask_SL.shape[1]))
                 mask_SL[part, :long] = mask
                 features, mask = features.to(self._device), mask.to(self._device)
                 for states_SLD, expert in zip(rooms, experts, strict=True):
@@ -152,11 +190,18 @@ class ExpertStates:
                     self.forwards += len(part)
         return [_States(states_SLD, mask_SL) for states_SLD in rooms]
 
+    def _longer(self, room: Tensor | None, filled: int, shape: tuple[int, int]) -> Tensor:
+        """A room for longer sequences, with what there is in the first `filled` slots."""
+        longer = self._room((*shape, self._model.config.dim))
+        if room is not None:
+            longer[:filled, : room.shape[1]] = room[:filled]
+        return longer
+
     def _room(self, shape: tuple[int, ...]) -> Tensor:
         """Zeros, in memory or in a file without a name, which goes with the tensor, or with the process."""
         size = 4 * math.prod(shape)
         if size <= IN_MEMORY_BYTES // 4:
-            return torch.zeros(shape)
+            return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # in large pages: see `gather`
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=self._folder) as file:

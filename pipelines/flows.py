@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from r2scp.pipelines.decode import DecodeLimits
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec
@@ -188,6 +188,8 @@ def extract(
             stage.__call__,
             batch_size=_between(ROWS_PER_FRAGMENT, rows // FRAGMENTS_PER_RUN),
             batch_format="pyarrow",
+            # Without a bound Ray keeps half of the cores that are left for this stage, and decoding waits.
+            compute=TaskPoolStrategy(size=cores),
             num_cpus=CPU_SHARE,
         )
     )

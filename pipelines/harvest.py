@@ -19,6 +19,7 @@ from r2scp.store.errors import FailureReason, MediaError
 
 FRAME_BYTES = SIZE * SIZE * 3  # uint8 RGB
 SAMPLE_BYTES = 4  # float32
+NOTHING = memoryview(b"")
 BEYOND_S = 1.0  # how far past the promised end of a file is looked
 
 #: One line of ffmpeg's log that reports a fault, with `-v level+...`.
@@ -145,8 +146,8 @@ def _run(job: Job, probed: Probed, shift: int) -> Harvest:
     faults = "".join(line + "\n" for line in FAULT.findall(finished.stderr))
     _require_alive(finished, faults, job)
     brought = dict(zip(kinds, finished.pipes, strict=True))
-    frames = _array(brought.get("video", bytearray()), np.uint8, FRAME_BYTES)
-    waveform = _array(brought.get("audio", bytearray()), np.float32, SAMPLE_BYTES)
+    frames = _array(brought.get("video", NOTHING), np.uint8, FRAME_BYTES)
+    waveform = _array(brought.get("audio", NOTHING), np.float32, SAMPLE_BYTES)
     repeats = REPEATS.findall(finished.stderr)
     return Harvest(
         frames=frames.reshape(-1, SIZE, SIZE, 3) if len(frames) else None,
@@ -158,7 +159,7 @@ def _run(job: Job, probed: Probed, shift: int) -> Harvest:
     )
 
 
-def _array(data: bytearray, dtype: type[np.generic], unit: int) -> np.ndarray:
+def _array(data: memoryview, dtype: type[np.generic], unit: int) -> np.ndarray:
     """The whole units of `data`, without copying."""
     return np.frombuffer(data, dtype, count=len(data) // unit * unit // np.dtype(dtype).itemsize)
 

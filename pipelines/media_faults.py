@@ -9,6 +9,8 @@ from r2scp.store.errors import FailureReason, MediaError
 
 HEAD_BYTES = 4096  # enough to know a playlist
 ENDS_BYTES = 1 << 20  # of each end of a file, where an MP4 says that it is encrypted
+READ_BYTES = 1 << 16  # at once: memory that Python has at hand and need not ask the kernel for
+MARK_BYTES = 12  # of the mark itself, which may lie across two reads
 DETAIL_CHARS = 500  # of the tools' last words, kept with a failure or a damaged clip
 
 #: Text files that name other files or URLs for a player to open.
@@ -89,8 +91,9 @@ def _require_regular(facts: os.stat_result) -> None:
 def is_encrypted(fd: int) -> bool:
     """Whether either end of the file carries the mark of common encryption."""
     size = os.fstat(fd).st_size
-    ends = os.pread(fd, ENDS_BYTES, 0) + os.pread(fd, ENDS_BYTES, max(0, size - ENDS_BYTES))
-    return bool(ENCRYPTED.search(ends))
+    first = range(0, min(size, ENDS_BYTES), READ_BYTES)
+    last = range(max(first.stop - MARK_BYTES, size - ENDS_BYTES), size, READ_BYTES)
+    return any(ENCRYPTED.search(os.pread(fd, READ_BYTES + MARK_BYTES, start)) for start in (*first, *last))
 
 
 def meaning(words: str, default: FailureReason) -> FailureReason:

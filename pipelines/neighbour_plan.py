@@ -9,7 +9,8 @@ have changed where
 - a clip that entered the bank scores at least as well as the last of its hits: one product of its key with
   those that are new, less the error of such a product.
 
-All others are what a search of the whole bank would give, and stay.
+Those of the last kind are searched again among the clips that entered alone, and what was known goes on from
+there. All others are what a search of the whole bank would give, and stay.
 """
 
 import hashlib
@@ -57,13 +58,20 @@ class ModePlan:
     retrieval: Retrieval
     index: str  # key in `indexes`
     pending: dict[Modality, set[str]] = field(default_factory=dict)  # clips to search for, by what is missing
+    touched: dict[Modality, set[str]] = field(default_factory=dict)  # the same, among `entered` alone
+    entered: set[str] = field(default_factory=set)  # clips of the bank that are new to it
     stale: list[str] = field(default_factory=list)  # ids of rows to remove
     valid: Validity | None = None  # before; None where nothing can be said of what is there
     counts: Counts = field(default_factory=Counts)
 
     @property
     def due(self) -> bool:
-        return bool(self.stale) or any(self.pending.values())
+        return bool(self.stale) or self.total > 0
+
+    @property
+    def total(self) -> int:
+        """Searches to do."""
+        return sum(len(clips) for kind in (self.pending, self.touched) for clips in kind.values())
 
 
 def index_key(settings: IndexSettings, retrieval: Retrieval) -> str:
@@ -101,8 +109,7 @@ def plan_neighbours(bank: MemoryBank, settings: IndexSettings) -> list[ModePlan]
             _compare(bank, missing, unsettled)
     for mode in modes:
         counts = mode.plan.counts
-        pending = sum(map(len, mode.plan.pending.values()))
-        counts.unchanged = counts.queries - pending
+        counts.unchanged = counts.queries - mode.plan.total
         counts.removed = len(mode.plan.stale)
     return [mode.plan for mode in modes]
 
@@ -129,7 +136,7 @@ class _Unsettled:
     """Rows that stay unless a new key of the bank comes near enough. `worst_near`, `worst_far`: score of the
     last hit, infinite where there is room for more."""
 
-    pending: set[str]  # of the plan; to be added to
+    touched: set[str]  # of the plan; to be added to
     new_keys_KD: np.ndarray
     at: dict[str, int]  # clip id -> place in the arrays
     worst_near: np.ndarray
@@ -171,6 +178,7 @@ class _Mode:
         entered, left = dict(_in_bank(bank, found.appeared)), dict(_in_bank(bank, found.vanished))
         mode.changed = set(found.appeared["clip_id"].to_pylist())
         mode.entered, mode.left = set(entered), set(left)
+        plan.entered = mode.entered
         mode.sources = {*entered.values(), *left.values()}
         return mode
 
@@ -191,6 +199,7 @@ class _Mode:
         due |= {clip_id for clip_id in clip_ids if queries.source.get(clip_id) in self.sources}
         held = {clip_id for clip_id in clip_ids if clip_id in queries.source}
         pending = plan.pending[missing] = (queries.wanted - held) | (held & (due | self.changed))
+        touched = plan.touched[missing] = set()
         plan.counts.queries += len(queries.wanted | held)
         empty = np.zeros((0, self.bank.store.dim), np.float32)
         how = self.settings.search(missing, plan.retrieval)
@@ -198,10 +207,10 @@ class _Mode:
         rest = [i for i, clip_id in enumerate(clip_ids) if clip_id in held and clip_id not in pending]
         if not len(new_keys_KD) or not rest:
             return _Unsettled(
-                pending=pending, new_keys_KD=empty, at={}, worst_near=np.empty(0), worst_far=np.empty(0)
+                touched=touched, new_keys_KD=empty, at={}, worst_near=np.empty(0), worst_far=np.empty(0)
             )
         return _Unsettled(
-            pending=pending,
+            touched=touched,
             new_keys_KD=new_keys_KD,
             at={clip_ids[i]: place for place, i in enumerate(rest)},
             worst_near=_worst(ours["nearest_scores"], self.settings.n, -np.inf)[rest],
@@ -255,7 +264,7 @@ def _worst(scores: pa.ChunkedArray, n: int, room: float) -> np.ndarray:
 
 
 def _compare(bank: MemoryBank, missing: Modality, modes: list[_Unsettled]) -> None:
-    """Add to each mode's pending clips those that come near enough to one of its new keys."""
+    """Tell which clips come near enough to one of a mode's new keys."""
     for chunk in chunks_of(bank, missing, set().union(*(mode.at.keys() for mode in modes))):
         for mode in modes:
             rows = [row for row, clip_id in enumerate(chunk.clip_ids) if clip_id in mode.at]
@@ -270,4 +279,4 @@ def _compare(bank: MemoryBank, missing: Modality, modes: list[_Unsettled]) -> No
                 scores = keys_QD @ new.T
                 error = product_error(keys_QD, new)
                 touched |= (scores.max(axis=1) >= near - error) | (scores.min(axis=1) <= far + error)
-            mode.pending.update(chunk.clip_ids[rows[i]] for i in np.flatnonzero(touched))
+            mode.touched.update(chunk.clip_ids[rows[i]] for i in np.flatnonzero(touched))

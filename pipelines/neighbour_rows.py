@@ -5,7 +5,7 @@ banks mixed; the row of `indexes` follows. A crash between the two leaves rows t
 says: the next run searches those again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,9 +13,10 @@ import pyarrow as pa
 from r2scp.pipelines.clip_queries import Chunk, chunks_of
 from r2scp.pipelines.neighbour_plan import ModePlan
 from r2scp.pipelines.retrieve import Counts, IndexSettings
-from r2scp.store.bank import Found, MemoryBank
+from r2scp.store.bank import Found, Known, Listed, MemoryBank
 from r2scp.store.runs import now
 from r2scp.store.schema import Modality, Table
+from r2scp.store.transaction import sql_literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,19 +31,48 @@ class Writing:
 def write_neighbours(bank: MemoryBank, settings: IndexSettings, plan: ModePlan, writing: Writing) -> Counts:
     """Search for what is pending and commit it, in place of what is stale, in one new version."""
     store, counts, staged = bank.store, plan.counts, []
-    for missing, pending in plan.pending.items():
-        for chunk in chunks_of(bank, missing, pending):
-            found = bank.search(chunk.queries(), settings.search(missing, plan.retrieval))
-            searched = _Searched(missing=missing, found=found, run_id=writing.run_id)
-            rows = _rows(bank, settings, plan, chunk, searched)
-            staged.append(store.stage(Table.NEIGHBOURS, rows))
-            _count(counts, found, settings.n)
-            writing.progress(counts.searched)
+    for missing, chunk, known in _due(bank, plan):
+        found = bank.search(chunk.queries(), settings.search(missing, plan.retrieval), known)
+        searched = _Searched(missing=missing, found=found, run_id=writing.run_id)
+        rows = _rows(bank, settings, plan, chunk, searched)
+        staged.append(store.stage(Table.NEIGHBOURS, rows))
+        _count(counts, found, settings.n)
+        counts.extended += len(chunk.clip_ids) if known else 0
+        writing.progress(counts.searched)
     writing.before_commit()
     properties = {"run": writing.run_id, "retrieval": plan.retrieval.value}
     store.commit(Table.NEIGHBOURS, staged, properties, also_delete=plan.stale)
     note_valid(bank, settings, plan, writing.run_id)
     return counts
+
+
+def _due(bank: MemoryBank, plan: ModePlan) -> Iterator[tuple[Modality, Chunk, Known | None]]:
+    """Chunks of queries: those that know nothing of use, then those that go on from what they know."""
+    for missing, pending in plan.pending.items():
+        for chunk in chunks_of(bank, missing, pending):
+            yield missing, chunk, None
+    for missing, touched in plan.touched.items():
+        for chunk in chunks_of(bank, missing, touched):
+            yield missing, chunk, _known(bank, plan, missing, chunk)
+
+
+def _known(bank: MemoryBank, plan: ModePlan, missing: Modality, chunk: Chunk) -> Known:
+    """What the rows of these clips say."""
+    columns = ["clip_id", "nearest_ids", "nearest_scores", "farthest_ids", "farthest_scores"]
+    where = f"index = {sql_literal(plan.index)} AND missing = {sql_literal(missing.value)}"
+    table = bank.store.neighbours(columns, where)
+    place = {clip_id: row for row, clip_id in enumerate(table["clip_id"].to_pylist())}
+    rows = table.take([place[clip_id] for clip_id in chunk.clip_ids])
+    sides = [
+        [
+            Listed(ids=ids, scores=scores)
+            for ids, scores in zip(
+                rows[f"{side}_ids"].to_pylist(), rows[f"{side}_scores"].to_pylist(), strict=True
+            )
+        ]
+        for side in ("nearest", "farthest")
+    ]
+    return Known(nearest=sides[0], farthest=sides[1], entered=plan.entered)
 
 
 def note_valid(bank: MemoryBank, settings: IndexSettings, plan: ModePlan, run_id: str) -> None:

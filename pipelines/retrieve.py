@@ -71,6 +71,7 @@ class Counts:
 
     queries: int = 0
     searched: int = 0
+    extended: int = 0  # of those searched: only among what has entered the bank since
     unchanged: int = 0
     removed: int = 0  # of other programs, and of clips that are no queries any more
     short: int = 0  # of those searched: the bank held fewer than n

@@ -4,6 +4,10 @@ The program gets no shell, no terminal, an empty standard input and a process gr
 Its data arrives through pipes that it inherits beside standard error; all of them are drained in
 one loop, so none can fill up and dead-lock it, and each is bounded. When the loop ends, for
 whatever reason, the whole group is dead and its leader is reaped.
+
+A program writes in small bits, hundreds of them for ten seconds of video. Waking up for each costs
+more than the data, so the pipes are large and are emptied every few milliseconds; the end of the
+program is noticed at once.
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import fcntl
 import math
 import os
 import resource
-import selectors
+import select
 import signal
 import subprocess
 import time
@@ -19,8 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-CHUNK = 1 << 20  # bytes asked for in one read
+import numpy as np
+
 PIPE_SIZE = 1 << 20  # bytes; holds six frames, so that the program seldom waits for us
+FIRST_ROOM = 1 << 26  # bytes reserved for one pipe before any came: 17 minutes of sound, 7 of frames
+PACE_S = 0.005  # between two looks into the pipes; 200 MB/s fill one in this time
+LONGEST_POLL_S = 1e6  # 2 ** 31 ms is the most that poll takes
 CPU_PER_WALL = 4  # CPU seconds allowed for one second of wall time: ends orphans, never honest work
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
 
@@ -50,17 +58,37 @@ class Finished:
     """What a run left behind. `returncode` is negative when a signal ended it, as in subprocess."""
 
     returncode: int
-    pipes: tuple[bytearray, ...]
+    pipes: tuple[memoryview, ...]  # of bytes
     stderr: str
     stopped: Stop | None
 
 
+def _untouched(size: int) -> memoryview:
+    """Memory that is reserved and takes no room until it is written to."""
+    return np.empty(size, np.uint8).data
+
+
+def _enlarge(write_end: int) -> int:
+    """Gives a pipe PIPE_SIZE where that can be had; the bytes that it surely holds."""
+    if F_SETPIPE_SZ is not None:
+        with contextlib.suppress(OSError):  # over the user's quota: the size that it has will do
+            return fcntl.fcntl(write_end, F_SETPIPE_SZ, PIPE_SIZE)
+    return select.PIPE_BUF
+
+
 class Drain:
-    """One pipe and what came through it: all of it, or only its tail."""
+    """One pipe and what came through it: all of it, or only its tail.
+
+    It is read to where it stays, into memory that was reserved and not touched: a page that is asked
+    for and given back again costs more than the bytes that are put there.
+    """
 
     def __init__(self, fd: int, write_end: int, *, most: int, tail: bool) -> None:
         self.fd, self.write_end, self.most, self.tail = fd, write_end, most, tail
-        self.data = bytearray()
+        self.room = _untouched(min(2 * most if tail else most, FIRST_ROOM) + PIPE_SIZE)
+        self.filled = 0  # bytes of `room`
+        self.capacity = _enlarge(write_end)
+        self.rushing = False  # the pipe was found half full: it should not be left alone
         os.set_blocking(fd, False)
 
     def close_write_end(self) -> None:
@@ -69,19 +97,31 @@ class Drain:
             self.write_end = -1
 
     def read(self) -> bool:
-        """One read; False at the end of the pipe."""
+        """One read of all that the pipe holds; False at the end of the pipe."""
         try:
-            chunk = os.read(self.fd, CHUNK)
+            came = os.readv(self.fd, [self.room[self.filled :]])
         except BlockingIOError:
+            self.rushing = False
             return True
-        self.data += chunk
-        if self.tail and len(self.data) > 2 * self.most:
-            del self.data[: -self.most]
-        return bool(chunk)
+        self.filled += came
+        self.rushing = came > self.capacity // 2
+        if self.tail and self.filled > 2 * self.most:
+            self.room[: self.most] = bytes(self.room[self.filled - self.most : self.filled])
+            self.filled = self.most
+        elif len(self.room) - self.filled < PIPE_SIZE:
+            kept, self.room = self.room, _untouched(2 * len(self.room))
+            self.room[: self.filled] = kept[: self.filled]
+        return came > 0
+
+    @property
+    def data(self) -> memoryview:
+        """What is kept, not copied."""
+        start = max(0, self.filled - self.most) if self.tail else 0
+        return self.room[start : self.filled]
 
     @property
     def flooded(self) -> bool:
-        return not self.tail and len(self.data) > self.most
+        return not self.tail and self.filled > self.most
 
 
 def clean_environment() -> dict[str, str]:
@@ -111,6 +151,19 @@ def confine(pid: int, *, memory_bytes: int, cpu_seconds: float | None = None, fi
             _, hard = resource.prlimit(pid, which)
             soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.prlimit(pid, which, (soft, hard))
+
+
+def keep_from_preempting(pid: int) -> None:
+    """Lets a child's threads run on when one wakes another.
+
+    ffmpeg hands every packet and frame from thread to thread. As SCHED_BATCH a thread works through
+    its queue before the next one has its turn: a third of the switches, the same share of the processor.
+    """
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    with contextlib.suppress(OSError):  # gone already, or refused
+        if os.sched_getscheduler(pid) == os.SCHED_OTHER:
+            os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -147,11 +200,12 @@ def supervise(
         stack.callback(kill_group, process)
         left = bounds.deadline - time.monotonic()
         confine(process.pid, memory_bytes=bounds.memory_bytes, cpu_seconds=left * CPU_PER_WALL)
+        keep_from_preempting(process.pid)
         stopped = _drain([*drains, words], process, bounds.deadline)
     return Finished(
         returncode=process.returncode,
         pipes=tuple(drain.data for drain in drains),
-        stderr=words.data[-bounds.stderr_bytes :].decode("utf-8", "replace"),
+        stderr=bytes(words.data).decode("utf-8", "replace"),
         stopped=stopped,
     )
 
@@ -161,33 +215,58 @@ def _pipe(most: int, *, tail: bool) -> Iterator[Drain]:
     """A pipe, closed at the end; the drain's user closes `write_end` once the program holds it."""
     drain = Drain(*os.pipe(), most=most, tail=tail)
     try:
-        if F_SETPIPE_SZ is not None:
-            with contextlib.suppress(OSError):  # over the user's quota: the default size will do
-                fcntl.fcntl(drain.write_end, F_SETPIPE_SZ, PIPE_SIZE)
         yield drain
     finally:
         os.close(drain.fd)
         drain.close_write_end()
 
 
+@contextlib.contextmanager
+def _exit_watch(process: subprocess.Popen) -> Iterator[int | None]:
+    """A descriptor that can be read once the program has exited; None where there is no such thing."""
+    try:
+        watch = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # not Linux, an old one, or no descriptor left
+        yield None
+        return
+    try:
+        yield watch
+    finally:
+        os.close(watch)
+
+
 def _drain(drains: list[Drain], process: subprocess.Popen, deadline: float) -> Stop | None:
     """Reads all pipes to their ends, then waits for the program to be gone."""
     for drain in drains:
         drain.close_write_end()  # the program has its own; ours would keep the pipe from ending
-    with selectors.DefaultSelector() as selector:
-        for drain in drains:
-            selector.register(drain.fd, selectors.EVENT_READ, drain)
-        while selector.get_map():
+    with _exit_watch(process) as watch:
+        alive, unfinished = watch is not None, list(drains)
+        while unfinished:
             left = deadline - time.monotonic()
             if left <= 0:
                 return Stop.TIMEOUT
-            for key, _ in selector.select(left):
-                if not key.data.read():
-                    selector.unregister(key.fd)
-                if key.data.flooded:
+            if alive and not any(drain.rushing for drain in unfinished):
+                alive = not _readable([watch], min(left, PACE_S))
+            else:  # what is left is in the pipes, or they fill up fast
+                _readable([drain.fd for drain in unfinished], left)
+            for drain in tuple(unfinished):
+                if not drain.read():
+                    unfinished.remove(drain)
+                if drain.flooded:
                     return Stop.FLOOD
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return Stop.TIMEOUT
+        if watch is not None and not _readable([watch], max(0.0, deadline - time.monotonic())):
+            return Stop.TIMEOUT
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()) if watch is None else None)
+        except subprocess.TimeoutExpired:
+            return Stop.TIMEOUT
     return None
+
+
+def _readable(fds: Sequence[int | None], seconds: float) -> bool:
+    """Waits until one of the descriptors can be read, has ended, or time is up, which is False."""
+    poll = select.poll()
+    for fd in fds:
+        if fd is not None:
+            poll.register(fd, select.POLLIN)
+    return bool(poll.poll(math.ceil(min(seconds, LONGEST_POLL_S) * 1000)))

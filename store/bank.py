@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.nearest import NO_RANK, Best, KeyBlock, Wanted, search
+from r2scp.store.nearest import NO_RANK, Best, KeyBlock, Top, Wanted, nothing_yet, offer_own, search
 from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.splits import disjoint_split
 from r2scp.store.transaction import sql_literal
@@ -117,6 +117,27 @@ class Found:
     farthest: Hits
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """Hits of one query and side as they were written: ids and float32 scores, best first."""
+
+    ids: Sequence[str]
+    scores: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What the same search found, for the same queries, before the clips `entered` came to the bank.
+
+    Nothing that was in the bank then has left it or changed since; and nothing in it is of a query's own
+    source but what was then.
+    """
+
+    nearest: Sequence[Listed]
+    farthest: Sequence[Listed]
+    entered: Collection[str]
+
+
 class MemoryBank:
     """Clips in the order of their ids, with a key for each modality they have. Made by `open`."""
 
@@ -168,11 +189,12 @@ class MemoryBank:
         """How many clips of the bank have the modality."""
         return self._serving[missing]
 
-    def search(self, queries: Queries, how: Search) -> Found:
+    def search(self, queries: Queries, how: Search, known: Known | None = None) -> Found:
         """The `how.n` nearest and farthest clips that have the missing modality, for each query.
 
         With the leak guard no hit is of the query's own source, and the hits are as many as without it
-        unless the bank holds fewer. Without it, such hits are counted.
+        unless the bank holds fewer. Without it, such hits are counted. With `known` only what has entered
+        since is searched; the result is the same.
         """
         numbers = [self._source_number.get(source, -1) for source in queries.sources]
         wanted = Wanted(
@@ -184,7 +206,10 @@ class MemoryBank:
         if wanted.queries_QD.shape != (len(numbers), self.store.dim):
             must = f"({len(numbers)}, {self.store.dim})"
             raise ValueError(f"query keys must be {must}; got {wanted.queries_QD.shape}")
-        near, far = search(self._blocks(how), wanted)
+        if known is None:
+            near, far = search(self._blocks(how), wanted)
+        else:
+            near, far = self._gone_on(wanted, how, known)
         return Found(nearest=self._hits(near, how, 1), farthest=self._hits(far, how, -1))
 
     def compared_keys(self, how: Search, clip_ids: Collection[str]) -> np.ndarray:
@@ -192,6 +217,30 @@ class MemoryBank:
         ranks = np.array([self._rank[clip_id] for clip_id in clip_ids if clip_id in self._rank], np.int64)
         keys = [block.keys_KD[np.isin(block.ranks_K, ranks)] for block in self._blocks(how)]
         return np.concatenate([np.zeros((0, self.store.dim), np.float32), *keys])
+
+    def _gone_on(self, wanted: Wanted, how: Search, known: Known) -> tuple[Best, Best]:
+        """What was known, and what has entered since. Hits of the own source are few and not all are listed:
+        they are scored anew."""
+        best = nothing_yet(wanted)
+        for side, sign, into in zip((known.nearest, known.farthest), (1, -1), best, strict=True):
+            self._list(side, sign, wanted.sources_Q, into.others)
+        entered = np.array(
+            [self._rank[clip_id] for clip_id in known.entered if clip_id in self._rank], np.int64
+        )
+        new: list[KeyBlock] = []
+        for block in self._blocks(how):
+            here = np.isin(block.ranks_K, entered)
+            new.append(block.only(here))
+            offer_own([block if not here.any() else block.only(~here)], wanted, best)
+        return search(new, wanted, best)
+
+    def _list(self, side: Sequence[Listed], sign: int, sources_Q: np.ndarray, top: Top) -> None:
+        """Offer the hits of other sources."""
+        rows = np.repeat(np.arange(len(side)), [len(listed.ids) for listed in side])
+        ranks = np.array([self._rank[clip_id] for listed in side for clip_id in listed.ids], np.int64)
+        scores = np.array([score for listed in side for score in listed.scores], np.float32)
+        others = self._sources_K[ranks] != sources_Q[rows]
+        top.offer(0, rows[others], ranks[others], sign * scores[others])
 
     def _hits(self, best: Best, how: Search, sign: int) -> Hits:
         unguarded, own_source = best.others.merged(best.own)
@@ -221,14 +270,20 @@ class MemoryBank:
             serves = rows.has[how.missing]
             if how.retrieval is not Retrieval.CROSS:
                 serves = serves & rows.has[there]
-            at = np.flatnonzero(serves)
-            if how.retrieval is Retrieval.HYBRID:
-                weight = np.float32(how.cross_weight)
-                keys = weight * rows.keys[how.missing][at] + (1 - weight) * rows.keys[there][at]
+            ranks_R = np.fromiter(map(self._rank.__getitem__, rows.clip_ids), np.int64, len(rows.clip_ids))
+            if serves.all():
+                parts = [slice(None)]  # which copies nothing
             else:
-                keys = rows.keys[how.missing if how.retrieval is Retrieval.CROSS else there][at]
-            ranks = np.asarray([self._rank[rows.clip_ids[i]] for i in at], dtype=np.int64)
-            yield KeyBlock(keys_KD=keys, ranks_K=ranks, sources_K=self._sources_K[ranks])
+                found = np.flatnonzero(serves)
+                parts = [found[start : start + BLOCK_KEYS] for start in range(0, found.size, BLOCK_KEYS)]
+            for at in parts:
+                if how.retrieval is Retrieval.HYBRID:
+                    weight = np.float32(how.cross_weight)
+                    keys = weight * rows.keys[how.missing][at] + (1 - weight) * rows.keys[there][at]
+                else:
+                    keys = rows.keys[how.missing if how.retrieval is Retrieval.CROSS else there][at]
+                ranks = ranks_R[at]
+                yield KeyBlock(keys_KD=keys, ranks_K=ranks, sources_K=self._sources_K[ranks])
 
     def _read(self) -> Iterator["_Rows"]:
         columns = ["clip_id", "source_id", *KEY_COLUMNS.values()]

@@ -18,7 +18,8 @@ import numpy as np
 QUERY_ROWS = 1_024  # queries of one product
 TILE_KEYS = 8_192  # keys of one product: 32 MB of scores
 GROUP = 32  # scores of which one maximum is kept: a tile's 8,192 become 256
-PAIR_ROWS = 64  # pairs scored at once: 0.5 MB in float64
+SPAN_ROWS = 64  # queries whose scores of a tile are looked at together: 2 MB, which stay in a core's cache
+PAIR_ROWS = 32  # pairs of one query scored at once: 256 kB in float64, which stay in a core's cache
 UNIT_ROUNDOFF = 2.0**-24  # of float32, relative
 NO_RANK = np.iinfo(np.int64).max  # where there is no hit
 
@@ -31,6 +32,12 @@ class KeyBlock:
     keys_KD: np.ndarray  # float32
     ranks_K: np.ndarray  # int64
     sources_K: np.ndarray  # int64
+
+    def only(self, at_K: np.ndarray) -> "KeyBlock":
+        """The keys where `at_K` is true."""
+        return KeyBlock(
+            keys_KD=self.keys_KD[at_K], ranks_K=self.ranks_K[at_K], sources_K=self.sources_K[at_K]
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,18 +94,18 @@ class Best:
     own: Top
 
 
-def search(blocks: Iterable[KeyBlock], wanted: Wanted) -> tuple[Best, Best]:
-    """(nearest, farthest) of each query among the keys of all blocks.
+def search(
+    blocks: Iterable[KeyBlock], wanted: Wanted, known: tuple[Best, Best] | None = None
+) -> tuple[Best, Best]:
+    """(nearest, farthest) of each query among the keys of all blocks, on top of `known`, which is changed.
 
     Scores are products of query and key; those of the farthest are negated, so that highest is best in both.
     A query's own source is left out while searching, so it costs the others none of their n places.
     """
     count = len(wanted.queries_QD)
-    near, far = (Best(others=Top(count, wanted.n), own=Top(count, wanted.n)) for _ in range(2))
+    near, far = known or nothing_yet(wanted)
     longest_query = _longest(wanted.queries_QD)
-    scores = np.empty(
-        QUERY_ROWS * _padded(TILE_KEYS), dtype=np.float32
-    )  # one for all: fresh pages cost as much again
+    scores = np.empty(QUERY_ROWS * _padded(TILE_KEYS), dtype=np.float32)  # fresh pages cost as much again
     for whole in blocks:
         if not len(whole.keys_KD):
             continue
@@ -106,8 +113,43 @@ def search(blocks: Iterable[KeyBlock], wanted: Wanted) -> tuple[Best, Best]:
         margin = _margin(wanted.queries_QD.shape[1], longest_query, _longest(block.keys_KD))
         by_source = np.argsort(block.sources_K, kind="stable")
         for start in range(0, count, QUERY_ROWS):
-            _search_block(block, by_source, wanted, start, (near, far), _Tile(scores, margin))
+            queries = wanted.queries_QD[start : start + QUERY_ROWS]
+            own = _own_pairs(block.sources_K, by_source, wanted.sources_Q[start : start + QUERY_ROWS])
+            spans = [
+                _Span(
+                    queries_QD=queries[first : first + SPAN_ROWS],
+                    start=start + first,
+                    own=_rows_of(own, first, first + SPAN_ROWS),
+                    block=block,
+                    sieves=_sieves(
+                        (near, far),
+                        slice(start + first, start + min(first + SPAN_ROWS, len(queries))),
+                        margin,
+                    ),
+                )
+                for first in range(0, len(queries), SPAN_ROWS)
+            ]
+            _search_block(queries, spans, scores)
+            for span in spans:
+                span.settle((near, far))
     return near, far
+
+
+def nothing_yet(wanted: Wanted) -> tuple[Best, Best]:
+    """(nearest, farthest) of each query before any key was looked at."""
+    count, n = len(wanted.queries_QD), wanted.n
+    near, far = (Best(others=Top(count, n), own=Top(count, n)) for _ in range(2))
+    return near, far
+
+
+def offer_own(blocks: Iterable[KeyBlock], wanted: Wanted, known: tuple[Best, Best]) -> None:
+    """Take into `known` the keys of each query's own source alone."""
+    for block in blocks:
+        by_source = np.argsort(block.sources_K, kind="stable")
+        rows, columns = _own_pairs(block.sources_K, by_source, wanted.sources_Q)
+        scores = exact_scores(wanted.queries_QD, block.keys_KD, rows, columns)
+        for best, sign in zip(known, (1, -1), strict=True):
+            best.own.offer(0, rows, block.ranks_K[columns], sign * scores)
 
 
 def product_error(queries_QD: np.ndarray, keys_KD: np.ndarray) -> np.float32:
@@ -126,58 +168,70 @@ def exact_scores(
 ) -> np.ndarray:
     """Products of pairs, (P,) float32: float32 factors multiply exactly in float64, summed in fixed order."""
     scores_P = np.empty(rows_P.size, dtype=np.float32)
-    for start in range(0, rows_P.size, PAIR_ROWS):
-        span = slice(start, start + PAIR_ROWS)
-        products = keys_KD[columns_P[span]].astype(np.float64)
-        products *= queries_QD[rows_P[span]]
-        scores_P[span] = products.sum(axis=1)
+    by_row = np.argsort(rows_P, kind="stable")
+    rows, starts = np.unique(rows_P[by_row], return_index=True)
+    stops = np.append(starts, rows_P.size)[1:]
+    for row, first, stop in zip(rows, starts, stops, strict=True):
+        query_D = queries_QD[row].astype(np.float64)
+        for start in range(first, stop, PAIR_ROWS):
+            at = by_row[start : min(stop, start + PAIR_ROWS)]
+            scores_P[at] = np.vecdot(keys_KD[columns_P[at]].astype(np.float64), query_D)
     return scores_P
 
 
-def _search_block(
-    block: KeyBlock,
-    by_source: np.ndarray,
-    wanted: Wanted,
-    start: int,
-    results: tuple[Best, Best],
-    tile: "_Tile",
-) -> None:
-    """Offer to `results` what one block holds for the queries from `start` on."""
-    queries = wanted.queries_QD[start : start + QUERY_ROWS]
-    sources = wanted.sources_Q[start : start + QUERY_ROWS]
-    own = _own_pairs(block.sources_K, by_source, sources)
-    sieves = tuple(
-        _Sieve(sign, best.others.scores_QN[start : start + QUERY_ROWS], tile.margin)
-        for sign, best in zip((1, -1), results, strict=True)
-    )
-    for first in range(0, len(block.keys_KD), TILE_KEYS):
-        keys = block.keys_KD[first : first + TILE_KEYS]
-        width = len(keys)
-        scores = tile.shaped(len(queries), _padded(width))
-        np.matmul(queries, keys.T, out=scores[:, :width])
-        here = (own[1] >= first) & (own[1] < first + width)
-        own_rows, own_columns = own[0][here], own[1][here] - first
-        for sieve in sieves:
-            scores[:, width:] = -sieve.sign * np.inf
-            scores[own_rows, own_columns] = -sieve.sign * np.inf
-            sieve.see(scores, first)
-    own_scores = exact_scores(queries, block.keys_KD, *own)
-    for sieve, best in zip(sieves, results, strict=True):
-        best.own.offer(start, own[0], block.ranks_K[own[1]], sieve.sign * own_scores)
-        rows, columns = sieve.left()
-        scores = sieve.sign * exact_scores(queries, block.keys_KD, rows, columns)
-        best.others.offer(start, rows, block.ranks_K[columns], scores)
+def _search_block(queries_QD: np.ndarray, spans: "list[_Span]", room: np.ndarray) -> None:
+    """Let the sieves of all spans, which are the queries one after another, see all keys of the block."""
+    keys_KD = spans[0].block.keys_KD
+    for first in range(0, len(keys_KD), TILE_KEYS):
+        keys = keys_KD[first : first + TILE_KEYS]
+        scores = room[: len(queries_QD) * _padded(len(keys))].reshape(len(queries_QD), -1)
+        np.matmul(queries_QD, keys.T, out=scores[:, : len(keys)])
+        tile = _Tile(scores, first, len(keys), spans[0].start)
+        for span in spans:
+            span.see(tile)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Room for the scores of one product, and how far from the truth they may be, twice."""
+    """Scores of all queries from `start` on with `width` keys of a block from `first` on, and padding."""
 
-    room: np.ndarray
-    margin: np.float32
+    scores_QK: np.ndarray
+    first: int
+    width: int
+    start: int
 
-    def shaped(self, rows: int, columns: int) -> np.ndarray:
-        return self.room[: rows * columns].reshape(rows, columns)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Span:
+    """Some queries, from `start` on, and one block. `own`: rows of these queries and columns of the block
+    that are of one source, sorted by row."""
+
+    queries_QD: np.ndarray
+    start: int
+    own: tuple[np.ndarray, np.ndarray]
+    block: KeyBlock
+    sieves: "tuple[_Sieve, _Sieve]"
+
+    def see(self, tile: _Tile) -> None:
+        """One tile, whose scores of these queries fit in a core's cache."""
+        count, at = len(self.queries_QD), self.start - tile.start
+        scores = tile.scores_QK[at : at + count]
+        here = (self.own[1] >= tile.first) & (self.own[1] < tile.first + tile.width)
+        rows, columns = self.own[0][here], self.own[1][here] - tile.first
+        for sieve in self.sieves:
+            scores[:, tile.width :] = scores[rows, columns] = -sieve.sign * np.inf
+            sieve.see(scores, tile.first)
+
+    def settle(self, results: tuple[Best, Best]) -> None:
+        """Score exactly what came through, all at once, and offer it to `results`."""
+        through = [self.own, *(sieve.left() for sieve in self.sieves)]
+        rows, columns = (np.concatenate(parts) for parts in zip(*through, strict=True))
+        scores = exact_scores(self.queries_QD, self.block.keys_KD, rows, columns)
+        own, *others = np.split(scores, np.cumsum([len(part[0]) for part in through])[:-1])
+        ranks_K = self.block.ranks_K
+        for sieve, best, pairs, found in zip(self.sieves, results, through[1:], others, strict=True):
+            best.own.offer(self.start, self.own[0], ranks_K[self.own[1]], sieve.sign * own)
+            best.others.offer(self.start, pairs[0], ranks_K[pairs[1]], sieve.sign * found)
 
 
 class _Sieve:
@@ -186,36 +240,60 @@ class _Sieve:
     def __init__(self, sign: int, known_QN: np.ndarray, margin: np.float32) -> None:
         self.sign = sign
         self._margin = margin
-        self._best_QN = known_QN  # scores of n different keys: the least bounds the n-th best from below
+        self._best_QN = known_QN.copy()  # of n different keys: the least bounds the n-th best from below
+        self._floor_Q = self._best_QN.min(axis=1) - margin
         self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def see(self, scores_QK: np.ndarray, first: int) -> None:
         """One tile of scores, whose first column is key `first`; infinite: not to be looked at."""
-        rows, width = scores_QK.shape
-        groups = scores_QK.reshape(rows, GROUP, width // GROUP)
-        peaks = groups.max(axis=1) if self.sign > 0 else -groups.min(axis=1)
-        n = self._best_QN.shape[1]
-        if width // GROUP < n:  # too few groups to bound anything
+        width = scores_QK.shape[1] // GROUP
+        groups = scores_QK.reshape(len(scores_QK), GROUP, width)
+        peaks_QG = groups.max(axis=1) if self.sign > 0 else -groups.min(axis=1)
+        if width < self._best_QN.shape[1]:  # too few groups to bound anything
             peaks_of_all = self.sign * scores_QK
-            best = np.concatenate([self._best_QN, peaks_of_all], axis=1)
+            row, column = np.nonzero(peaks_of_all >= self._floor_Q[:, None])
+            self._raise(row, peaks_of_all[row, column])
+            row, group = np.nonzero(peaks_QG >= self._floor_Q[:, None])
         else:
-            best = np.concatenate([self._best_QN, peaks], axis=1)
-        self._best_QN = np.partition(best, -n, axis=1)[:, -n:]
-        floor = self._floor()
-        row, group = np.nonzero(peaks >= floor[:, None])
+            row, group = np.nonzero(peaks_QG >= self._floor_Q[:, None])
+            self._raise(row, peaks_QG[row, group])
+            still = peaks_QG[row, group] >= self._floor_Q[row]
+            row, group = row[still], group[still]
         members = self.sign * groups[row, :, group]
-        pair, member = np.nonzero((members >= floor[row, None]) & (members > -np.inf))
-        columns = first + member * (width // GROUP) + group[pair]
+        pair, member = np.nonzero((members >= self._floor_Q[row, None]) & (members > -np.inf))
+        columns = first + member * width + group[pair]
         self._kept.append((row[pair], columns, members[pair, member]))
 
     def left(self) -> tuple[np.ndarray, np.ndarray]:
         """(rows, columns) of the pairs that the bound of the end still lets through."""
         rows, columns, scores = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
-        good = scores >= self._floor()[rows]
+        good = scores >= self._floor_Q[rows]
         return rows[good], columns[good]
 
-    def _floor(self) -> np.ndarray:
-        return self._best_QN.min(axis=1) - self._margin
+    def _raise(self, row: np.ndarray, scores: np.ndarray) -> None:
+        """Take scores of different keys in; `row` ascends. Of most rows a tile holds few or none."""
+        count = np.bincount(row, minlength=len(self._best_QN))
+        changed = np.flatnonzero(count)
+        if not changed.size:
+            return
+        n = self._best_QN.shape[1]
+        both = np.full((changed.size, n + count.max()), -np.inf, dtype=np.float32)
+        both[:, :n] = self._best_QN[changed]
+        place = np.arange(row.size) - np.repeat(np.cumsum(count) - count, count)
+        both[np.searchsorted(changed, row), n + place] = scores
+        self._best_QN[changed] = np.partition(both, -n, axis=1)[:, -n:]
+        self._floor_Q = self._best_QN.min(axis=1) - self._margin
+
+
+def _sieves(results: tuple[Best, Best], rows: slice, margin: np.float32) -> "tuple[_Sieve, _Sieve]":
+    near, far = (best.others.scores_QN[rows] for best in results)
+    return _Sieve(1, near, margin), _Sieve(-1, far, margin)
+
+
+def _rows_of(pairs: tuple[np.ndarray, np.ndarray], first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of pairs sorted by row whose row is in a range; rows count from its start."""
+    low, high = np.searchsorted(pairs[0], (first, stop))
+    return pairs[0][low:high] - first, pairs[1][low:high]
 
 
 def _own_pairs(
@@ -246,7 +324,7 @@ def _without_surplus(block: KeyBlock, most: int) -> KeyBlock:
         key = block.keys_KD[at].tobytes()
         seen[key] = seen.get(key, 0) + 1
         kept[at] = seen[key] <= most
-    return KeyBlock(keys_KD=block.keys_KD[kept], ranks_K=block.ranks_K[kept], sources_K=block.sources_K[kept])
+    return block.only(kept)
 
 
 def _padded(width: int) -> int:

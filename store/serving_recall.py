@@ -7,7 +7,7 @@ Legend: Q queries, K keys, D their width, N hits.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ from r2scp.store.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.nearest import KeyBlock, Wanted, search
 from r2scp.store.schema import Modality, Table
-from r2scp.store.serving_index import Hit, ServingIndex, ServingSettings
+from r2scp.store.serving_index import ServingSettings
+from r2scp.store.serving_search import Hit, ServingIndex
 from r2scp.store.transaction import sql_literal, told
 
 QUERIES = 256  # a modality; of ten hits each, one in 2,560 missed is a recall of 0.9996
@@ -34,7 +35,7 @@ class PairRecall:
     queries: int
     at_3: float
     at_10: float
-    p50_ms: float  # median of a search
+    p50_ms: float  # median of a search that reads keys from the table, as of a large store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,24 +86,40 @@ def measure_recall(
 ) -> Recall:
     """Compare with an exact search through all clips of a version or tag, the latest where none is given.
 
-    Reads both keys of all clips once, in blocks of some 130 MB at D = 1024. Raises `StoreError` where the
-    condition is none, or the version is not there.
+    Raises `StoreError` where the condition is none, or the version is not there.
     """
-    index = ServingIndex(store, settings, version)
-    samples = _draw(store, index.version, sampling or Sampling())
-    pairs = []
+    return measure_recalls(store, settings, {"": sampling or Sampling()}, version)[""]
+
+
+def measure_recalls(
+    store: FeatureStore,
+    settings: ServingSettings,
+    samplings: Mapping[str, Sampling],
+    version: int | str | None = None,
+) -> dict[str, Recall]:
+    """As `measure_recall`, of several samples, in their names' order.
+
+    Reads both keys of all clips once for all of them, in blocks of some 130 MB at D = 1024, and compares a
+    clip that several samples drew once with each modality.
+    """
+    index = ServingIndex(store, settings, version, in_memory_bytes=0)
+    samples = {who: _draw(store, index.version, sampling) for who, sampling in samplings.items()}
+    pairs: dict[str, list[PairRecall]] = {who: [] for who in samplings}
     for among in KEY_COLUMNS:
-        asked = {query: sample for query, sample in samples.items() if sample.clip_ids}
+        asked = {
+            (who, query): sample
+            for who, drawn in samples.items()
+            for query, sample in drawn.items()
+            if sample.clip_ids
+        }
         if not asked:
             continue
-        best_QN = _best(store, index.version, among, list(asked.values()))
-        start = 0
-        for query, sample in asked.items():
-            stop = start + len(sample.clip_ids)
-            if np.isfinite(best_QN[start, 0]):
-                pairs.append(_compare(index, (query, among), sample, best_QN[start:stop]))
-            start = stop
-    return Recall(version=index.version, pairs=tuple(pairs))
+        best = _best(store, index.version, among, asked)
+        for (who, query), sample in asked.items():
+            best_QN = best[who, query]
+            if np.isfinite(best_QN[0, 0]):
+                pairs[who].append(_compare(index, (query, among), sample, best_QN))
+    return {who: Recall(version=index.version, pairs=tuple(found)) for who, found in pairs.items()}
 
 
 def _compare(
@@ -156,19 +173,31 @@ def _draw(store: FeatureStore, version: int, sampling: Sampling) -> dict[Modalit
     return drawn
 
 
-def _best(store: FeatureStore, version: int, among: Modality, samples: list[_Sample]) -> np.ndarray:
-    """(Q, MANY) float32: the best scores of other clips, for the queries of all samples one after another;
-    minus infinity where there are no more."""
-    clip_ids = [clip_id for sample in samples for clip_id in sample.clip_ids]
-    number = {clip_id: at for at, clip_id in enumerate(dict.fromkeys(clip_ids))}
+_Asked = Mapping[tuple[str, Modality], _Sample]  # by sample and the modality of its keys
+
+
+def _best(store: FeatureStore, version: int, among: Modality, asked: _Asked) -> dict[tuple, np.ndarray]:
+    """(Q, MANY) float32 for each: the best scores of other clips; minus infinity where there are no more.
+
+    A clip that is in several is searched for once.
+    """
+    keys: dict[tuple[str, Modality], np.ndarray] = {}
+    for (_, query), sample in asked.items():
+        for clip_id, key_D in zip(sample.clip_ids, sample.keys_QD, strict=True):
+            keys[clip_id, query] = key_D
+    row = {clip: at for at, clip in enumerate(keys)}
+    number = {clip_id: at for at, clip_id in enumerate(dict.fromkeys(clip_id for clip_id, _ in keys))}
     wanted = Wanted(
-        queries_QD=np.concatenate([sample.keys_QD for sample in samples]).astype(np.float32),
-        sources_Q=np.array([number[clip_id] for clip_id in clip_ids], dtype=np.int64),
+        queries_QD=np.stack(list(keys.values())).astype(np.float32),
+        sources_Q=np.array([number[clip_id] for clip_id, _ in keys], dtype=np.int64),
         n=MANY,
         own_most=1,
     )
     nearest, _ = search(_blocks(store, version, among, number), wanted)
-    return nearest.others.scores_QN
+    return {
+        (who, query): nearest.others.scores_QN[[row[clip_id, query] for clip_id in sample.clip_ids]]
+        for (who, query), sample in asked.items()
+    }
 
 
 def _blocks(store: FeatureStore, version: int, among: Modality, number: dict[str, int]) -> Iterator[KeyBlock]:

@@ -188,9 +188,8 @@ def test_what_is_hidden_is_not_read(
     )
     alone = open_dataset(own_store, "test", ANSWERS, n=0)
     alone.batch(rows, ask)
-    read = {modality.value: alone._sequences[modality].rows_read for modality in Modality}
-    assert read[name] == 0
-    assert read[NAMES[1 - missing]] > 0
+    assert alone._clips.rows_read[name] == 0
+    assert alone._clips.rows_read[NAMES[1 - missing]] > 0
 
 
 def clip_of(dataset: Dataset, row: int) -> str:

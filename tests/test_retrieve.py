@@ -3,10 +3,11 @@
 Runs on real stores: what is written is compared row by row with what a fresh store of the same clips gets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -16,9 +17,11 @@ import pytest
 from r2scp.jobs.index import IndexReport, run_index
 from r2scp.pipelines import clip_queries
 from r2scp.pipelines.retrieve import IndexSettings, read_neighbours
+from r2scp.store import bank, nearest
 from r2scp.store.bank import BankScope
 from r2scp.store.errors import LeaseHeld, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.nearest import Best, KeyBlock, Wanted
 from r2scp.store.runs import now
 from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.upkeep import clean
@@ -191,17 +194,19 @@ def test_a_clip_that_changed_or_went(make_store: Callable[[Sequence[Sample]], Fe
     assert what(store) == what(fresh)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "leak_guard"), [(0, True), (1, True), (2, False)])
 def test_any_change_leaves_what_a_fresh_store_gets(
-    make_store: Callable[[Sequence[Sample]], FeatureStore], seed: int
+    make_store: Callable[[Sequence[Sample]], FeatureStore], seed: int, leak_guard: bool
 ) -> None:
     """Clips come, change, go, move to another split or source; few rows are searched again, none is wrong."""
     rng = np.random.default_rng(seed)
-    settings = IndexSettings(n=3, retrieval=(Retrieval.CROSS, Retrieval.HYBRID))
+    settings = IndexSettings(
+        n=3, retrieval=(Retrieval.CROSS, Retrieval.HYBRID, Retrieval.PAIRED), leak_guard=leak_guard
+    )
     held = {row.clip_id: row for row in samples(150, seed)}
     store = make_store(list(held.values()))
     index(store, settings)
-    searched = queries = 0
+    searched = extended = queries = 0
     for turn in range(4):
         came = samples(2, seed=seed + 10 + turn, first=1000 + 10 * turn)
         picked = [held[clip_id] for clip_id in rng.choice(sorted(held), 4, replace=False)]
@@ -218,8 +223,37 @@ def test_any_change_leaves_what_a_fresh_store_gets(
         index(fresh, settings)
         assert what(store) == what(fresh)
         searched += sum(mode["searched"] for mode in counts.values())
+        extended += sum(mode["extended"] for mode in counts.values())
         queries += sum(mode["queries"] for mode in counts.values())
-    assert searched < 0.6 * queries
+    assert 0 < extended < searched < 0.6 * queries
+
+
+@pytest.mark.parametrize("leak_guard", [True, False])
+def test_clips_that_only_came_cost_no_look_at_the_others(
+    make_store: Callable[[Sequence[Sample]], FeatureStore], monkeypatch: pytest.MonkeyPatch, leak_guard: bool
+) -> None:
+    settings = IndexSettings(retrieval=(Retrieval.PAIRED,), leak_guard=leak_guard)
+    old, new = samples(120), samples(4, seed=1, first=200, split="train")
+    store, fresh = make_store(old), make_store([*old, *new])
+    index(store, settings)
+    write(store, new)
+    products: list[tuple[int, int]] = []
+
+    def counted(blocks: Iterable[KeyBlock], wanted: Wanted, *more: Any) -> tuple[Best, Best]:
+        held = list(blocks)
+        products.append((len(wanted.queries_QD), sum(len(block.keys_KD) for block in held)))
+        return nearest.search(held, wanted, *more)
+
+    monkeypatch.setattr(bank, "search", counted)
+    counts = index(store, settings).modes["paired"]
+    asked_anew = sum((row.audio is not None) + (row.visual is not None) for row in new)
+    assert counts["searched"] - counts["extended"] == asked_anew
+    assert counts["extended"] > 100, "a few new keys are near enough to many"
+    assert sum(queries for queries, keys in products if keys > len(new)) == asked_anew
+    assert sum(queries for queries, keys in products if keys <= len(new)) == counts["extended"]
+    monkeypatch.undo()
+    index(fresh, settings)
+    assert what(store) == what(fresh)
 
 
 def test_rows_newer_than_the_index_says_are_searched_again(

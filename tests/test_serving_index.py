@@ -15,18 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from r2scp.store import serving_index
+from r2scp.store import serving_index, serving_search
 from r2scp.store.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.serving_index import (
-    ServingIndex,
-    ServingSettings,
-    index_due,
-    refresh_index,
-)
+from r2scp.store.serving_index import ServingSettings, index_due, refresh_index
 from r2scp.store.serving_recall import Sampling, measure_recall
+from r2scp.store.serving_search import ServingIndex
 from r2scp.store.upkeep import clean, compact
 
 DIM = 32
@@ -386,7 +382,8 @@ def test_a_new_domain_is_found_before_and_after_a_refresh(world: World) -> None:
     sees_all(world)
 
 
-def test_measured_recall_is_the_oracles(world: World) -> None:
+def test_measured_recall_is_the_oracles(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_search, "ESTIMATED", 2)  # fewer than a partition has
     world.put(ids(600, "later"), null=0.3)  # rows are not in the order of their ids
     world.put(ids(1_200, "earlier"), parts=2)
     world.rng = np.random.default_rng(9)

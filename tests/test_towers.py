@@ -24,6 +24,9 @@ SMALL = ImageBindConfig(
 )
 
 
+NOTHING = torch.zeros(2, 7, 24)  # what an attention's output is added to
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(11)
@@ -44,7 +47,7 @@ def test_attention_equals_pytorchs_own(extra_token: bool) -> None:
         nn.init.normal_(parameter, std=0.3)
     ours.load_state_dict(theirs.state_dict())
     x_BLC = torch.randn(2, 7, 24)
-    torch.testing.assert_close(ours(x_BLC), theirs(x_BLC, x_BLC, x_BLC)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x_BLC, NOTHING), theirs(x_BLC, x_BLC, x_BLC)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_causal_attention_equals_pytorchs_own() -> None:
@@ -54,7 +57,7 @@ def test_causal_attention_equals_pytorchs_own() -> None:
     x_BLC = torch.randn(2, 7, 24)
     mask_LL = torch.full((7, 7), -math.inf).triu(1)
     torch.testing.assert_close(
-        ours(x_BLC), theirs(x_BLC, x_BLC, x_BLC, attn_mask=mask_LL)[0], atol=1e-5, rtol=1e-5
+        ours(x_BLC, NOTHING), theirs(x_BLC, x_BLC, x_BLC, attn_mask=mask_LL)[0], atol=1e-5, rtol=1e-5
     )
 
 

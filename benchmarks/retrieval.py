@@ -1,0 +1,282 @@
+"""Neighbours: for all clips at once, exactly, and for one query at a time, quickly: `python -m
+benchmarks.retrieval --help`.
+
+Keys are generated, see `benchmarks.retrieval_data`, and lie in a real store. Two questions:
+
+*Exact*: what `index` does for a chunk of clips, `MemoryBank.search`: for each the 15 nearest and the 15
+farthest keys of other sources. Its measure is the bare product of the same matrices by numpy, in the same
+tiles into the same room, since no exact search that uses a product can be quicker; the same product by torch;
+and what one would write instead: the product and `argpartition`, and faiss's flat index, both of which find
+the nearest only and leave nobody out.
+
+*Serving*: ten neighbours of one query at a time, of queries that are in no store, one after another in one
+process: `ServingIndex` as shipped, LanceDB's default index, faiss and hnswlib. One that is approximate is
+swept from its quickest setting on, with queries of their own, to the first that reaches a recall@10 of
+0.99, and runs with it. Contenders take turns in every round, a slice of the queries each; those that read all
+keys for a query get a few queries only. faiss, hnswlib and numpy hold all keys in memory; ours does as long
+as both keys of all clips fit in 2 GiB, and is shown without, too; LanceDB reads them from the store. Each
+hands back the same: numbers of clips, best first.
+
+Indexes are built alone, one after another, with all threads. `--folder` keeps what was built for another run.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, reason, run
+from benchmarks.retrieval_contenders import CONTENDERS, HITS, OURS, Ask, Contender, Index
+from benchmarks.retrieval_data import AMONG, CLIPS_A_SOURCE, DIM, Bank, Mixture, fill
+from r2scp.store.bank import BLOCK_KEYS, MemoryBank, Queries, Search
+from r2scp.store.bank import HITS as NEIGHBOURS
+from r2scp.store.nearest import QUERY_ROWS, TILE_KEYS
+from r2scp.store.schema import Retrieval
+
+CLIPS, SHORT_CLIPS, FULL_CLIPS = 200_000, 20_000, 1_000_000
+QUERIES, SHORT_QUERIES, TUNING = 500, 200, 200
+SLOW_QUERIES = 40  # of a contender that reads all keys
+CHUNK = 2_048  # queries of an exact search
+RECALL_GOAL, LATENCY_GOAL_MS, PRODUCT_GOAL = 0.99, 5.0, 1.2
+GIB = 1 << 30  # bytes
+BARE = "bare product, numpy"
+HELD_OUT, FOR_TUNING = 7, 8  # seeds
+
+
+def exact_sheet(bank: Bank, rounds: int) -> tuple[Sheet, list[Grade]]:
+    """The exact search and its measures, in turn."""
+    clips = len(bank.keys_KD)
+    chosen = np.sort(np.random.default_rng(5).choice(clips, min(CHUNK, clips), replace=False))
+    queries_QD = np.ascontiguousarray(bank.keys_KD[chosen])
+    sources = [f"source{at // CLIPS_A_SOURCE}" for at in chosen]
+    held = MemoryBank.open(bank.store, in_memory_bytes=1 << 62)
+    room = np.empty(QUERY_ROWS * TILE_KEYS, np.float32)
+
+    def ours() -> object:
+        how = Search(missing=AMONG, retrieval=Retrieval.CROSS)
+        return held.search(Queries(keys_QD=queries_QD, sources=sources), how)
+
+    def bare() -> None:
+        for start in range(0, clips, BLOCK_KEYS):
+            block = bank.keys_KD[start : start + BLOCK_KEYS]
+            for at in range(0, len(queries_QD), QUERY_ROWS):
+                some = queries_QD[at : at + QUERY_ROWS]
+                for first in range(0, len(block), TILE_KEYS):
+                    tile = block[first : first + TILE_KEYS]
+                    np.matmul(some, tile.T, out=room[: len(some) * len(tile)].reshape(len(some), -1))
+
+    def product() -> None:
+        asked = torch.from_numpy(queries_QD)
+        for start in range(0, clips, TILE_KEYS):
+            torch.mm(asked, torch.from_numpy(np.asarray(bank.keys_KD[start : start + TILE_KEYS])).T)
+
+    contenders = {
+        "ours, nearest and farthest": ours,
+        BARE: bare,
+        "bare product, torch": product,
+        "numpy product, argpartition": lambda: bank.truth(queries_QD, NEIGHBOURS),
+        "faiss Flat": _faiss_flat(bank, queries_QD),
+    }
+    seconds = contest(contenders, rounds)
+    rows = []
+    for name, taken in seconds.items():
+        if isinstance(taken, str):
+            rows.append(Row(name=name, unable=taken))
+            continue
+        each = {"ms a query": Spread.of([1e3 * one / len(chosen) for one in taken])}
+        rows.append(Row(name=name, figures=each | {"times the product": ratios(taken, seconds[BARE])}))  # pyright: ignore
+    times = rows[0].figures["times the product"]
+    assert isinstance(times, Spread)
+    title = f"Exact neighbours of {len(chosen):,} clips among {clips:,} x {DIM}"
+    grade = Grade(
+        what=f"exact build, {clips:,}, times the product",
+        goal=PRODUCT_GOAL,
+        reached=times.median,
+        at_most=True,
+    )
+    return Sheet(title=title, rows=rows), [grade]
+
+
+def _faiss_flat(bank: Bank, queries_QD: np.ndarray):
+    """Made when first asked."""
+    made = []
+
+    def search() -> None:
+        import faiss  # a peer: it may not be installed
+
+        if not made:
+            made.append(faiss.IndexFlatIP(DIM))
+            for _, keys in bank.blocks():
+                made[0].add(keys)
+        made[0].search(queries_QD, NEIGHBOURS)
+
+    return search
+
+
+def serving_sheet(
+    bank: Bank, queries: int, rounds: int, memory: float, only: Sequence[str] = ()
+) -> tuple[Sheet, list[Grade]]:
+    """One query at a time; `memory`: bytes that the contenders together may hold; `only`: parts of names."""
+    clips, mixture = len(bank.keys_KD), Mixture()
+    chosen = [one for one in CONTENDERS if one.name == OURS or any(part in one.name for part in only or [""])]
+    tuning, asked = mixture.draw(TUNING, FOR_TUNING), mixture.draw(queries, HELD_OUT)
+    best_tuning, best = bank.truth(tuning, HITS), bank.truth(asked, HITS)
+    rows: dict[str, Row] = {}
+    able: dict[str, tuple[Contender, Ask]] = {}
+    about: dict[str, dict[str, Spread | float | str]] = {}
+    for contender in chosen:
+        needs = contender.vectors * clips * DIM * 4
+        if clips > contender.most:
+            rows[contender.name] = Row(name=contender.name, unable="its build takes too long at this size")
+            continue
+        if needs > memory:
+            why = f"holds {needs / GIB:.1f} GiB in memory, and {memory / GIB:.1f} are left"
+            rows[contender.name] = Row(name=contender.name, unable=why)
+            continue
+        try:
+            index, built = _built(contender, bank)
+            setting, ask, recall = _swept(contender, index, tuning, best_tuning)
+        except Exception as error:  # a peer's own, of any kind
+            rows[contender.name] = Row(name=contender.name, unable=reason(error))
+            continue
+        memory -= needs
+        able[contender.name] = (contender, ask)
+        about[contender.name] = {
+            "setting": _shown(setting),
+            "build s": built,
+            "MB on disk": index.disk / 1e6,
+            "MB in memory": index.memory / 1e6,
+        }
+        _tell(f"{contender.name}: built in {built:.1f} s; {_shown(setting)}: {recall:.4f}")
+    found, taken = _ask_all(able, asked, rounds)
+    for name in able:
+        rows[name] = Row(name=name, figures=about[name] | _figures(found[name], taken[name], best))
+    title = f"Serving: {HITS} neighbours of one query among {clips:,} x {DIM}, {queries} queries"
+    ordered = [rows[contender.name] for contender in chosen]
+    ours = rows[OURS].figures
+    grades = [
+        Grade(what=f"recall@{HITS}, {clips:,}", goal=RECALL_GOAL, reached=float(ours[f"recall@{HITS}"])),  # pyright: ignore
+        Grade(what=f"p50 ms, {clips:,}", goal=LATENCY_GOAL_MS, reached=float(ours["p50 ms"]), at_most=True),  # pyright: ignore
+    ]
+    return Sheet(title=title, rows=ordered), grades
+
+
+def _built(contender: Contender, bank: Bank) -> tuple[Index, float]:
+    """The index and the seconds that it took to build, now or when it was."""
+    path = bank.folder / "built.json"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    started = time.perf_counter()
+    index = contender.make(bank)
+    if contender.name not in known:
+        known[contender.name] = time.perf_counter() - started
+        path.write_text(json.dumps(known))
+    return index, known[contender.name]
+
+
+def _swept(contender: Contender, index: Index, queries_QD: np.ndarray, best: np.ndarray):
+    """(setting, search, recall): the first setting that reaches the goal, or the one that comes nearest."""
+    reached: list[tuple[float, object]] = []
+    for setting in index.settings:
+        ask = index.at(setting)
+        some = range(SLOW_QUERIES // 4 if contender.slow else len(queries_QD))
+        recall = float(np.mean([_recall(ask(queries_QD[at]), best[at], HITS) for at in some]))
+        reached.append((recall, setting))
+        if recall >= RECALL_GOAL:
+            break
+    recall, setting = reached[-1] if reached[-1][0] >= RECALL_GOAL else max(reached, key=lambda one: one[0])
+    return setting, index.at(setting), recall
+
+
+def _ask_all(able: Mapping[str, tuple[Contender, Ask]], queries_QD: np.ndarray, rounds: int):
+    """(hits, seconds) of each query by contender, and query by query."""
+    found: dict[str, dict[int, Sequence[int]]] = {name: {} for name in able}
+    taken: dict[str, dict[int, float]] = {name: {} for name in able}
+    names = list(able)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            contender, ask = able[name]
+            asked = list(range(turn, len(queries_QD), rounds))
+            if contender.slow:
+                asked = asked[: SLOW_QUERIES // rounds]
+            ask(queries_QD[asked[0] - 1])  # what another one's round drove out of the caches
+            for at in asked:
+                started = time.perf_counter()
+                found[name][at] = ask(queries_QD[at])
+                taken[name][at] = time.perf_counter() - started
+    return found, taken
+
+
+def _figures(found: Mapping[int, Sequence[int]], taken: Mapping[int, float], best: np.ndarray):
+    milliseconds = 1e3 * np.array(list(taken.values()))
+    figures = {
+        f"recall@{n}": float(np.mean([_recall(hits, best[at], n) for at, hits in found.items()]))
+        for n in (3, HITS)
+    }
+    many = milliseconds.size > 100
+    return figures | {
+        "p50 ms": float(np.median(milliseconds)),
+        "p99 ms": float(np.quantile(milliseconds, 0.99)) if many else "",
+        "queries": f"{milliseconds.size}",
+    }
+
+
+def _recall(hits: Sequence[int], best: np.ndarray, n: int) -> float:
+    return len(set(hits[:n]) & set(best[:n].tolist())) / n
+
+
+def _shown(setting: object) -> str:
+    return f"nprobes={setting[0]}, refine={setting[1]}" if isinstance(setting, tuple) else str(setting)
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Those of this benchmark."""
+    parser.add_argument("--clips", type=int, nargs="+", help=f"sizes of store (default: {CLIPS}; see --full)")
+    parser.add_argument("--full", action="store_true", help=f"{FULL_CLIPS:,} clips, too")
+    parser.add_argument("--part", choices=("exact", "serving", "both"), default="both")
+    parser.add_argument("--folder", type=Path, help="keep the store and indexes here, and use what is there")
+    parser.add_argument("--only", nargs="+", default=[], help="contenders whose name has one of these in it")
+    parser.add_argument("--memory-gib", type=float, default=6.0, help="for indexes in memory (default: 6)")
+
+
+def benchmark(wanted: argparse.Namespace) -> Report:
+    """Both parts at each size."""
+    sizes = wanted.clips or ([SHORT_CLIPS] if wanted.short else [CLIPS, *[FULL_CLIPS] * wanted.full])
+    sheets: list[Sheet] = []
+    grades: list[Grade] = []
+    with tempfile.TemporaryDirectory(prefix="r2scp-retrieval-") as temporary:
+        for clips in sizes:
+            folder = (wanted.folder or Path(temporary)) / f"{clips}"
+            folder.mkdir(parents=True, exist_ok=True)
+            bank = fill(folder, clips)
+            parts = []
+            if wanted.part != "serving":
+                parts.append(exact_sheet(bank, wanted.rounds))
+            if wanted.part != "exact":
+                queries = SHORT_QUERIES if wanted.short else QUERIES
+                memory = wanted.memory_gib * GIB
+                parts.append(serving_sheet(bank, queries, wanted.rounds, memory, wanted.only))
+            for sheet, reached in parts:
+                sheets.append(sheet)
+                grades.extend(reached)
+    settings = {"D": DIM, "among": AMONG, "threads": torch.get_num_threads(), "chunk": CHUNK}
+    return Report(sheets=sheets, grades=grades, settings=settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run("retrieval", __doc__ or "", options, benchmark, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

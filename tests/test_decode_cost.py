@@ -1,0 +1,195 @@
+"""Proves that decoding a clip starts, opens, wakes and copies no more than it must: counts, never seconds."""
+
+import os
+import select
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from r2scp.pipelines import decode as decode_module
+from r2scp.pipelines import supervise as supervise_module
+from r2scp.pipelines.decode import decode
+from r2scp.pipelines.ffmpeg_program import RATE, SIZE, Order, find_program, picture, planes
+from r2scp.pipelines.media_faults import ENDS_BYTES, is_encrypted
+from r2scp.pipelines.probe import Prober, VideoTrack
+from r2scp.pipelines.supervise import PIPE_SIZE, Bounds, Drain, supervise
+
+SECONDS = 8  # of the clip
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cost") / "clip.mp4"
+    inputs = ("-f", "lavfi", "-i", f"testsrc2=s=320x240:r=25:d={SECONDS}")
+    inputs += ("-f", "lavfi", "-i", f"sine=440:r=44100:d={SECONDS}")
+    command = [find_program(None).path, "-v", "error", *inputs, "-c:v", "libx264", "-preset", "ultrafast"]
+    subprocess.run([*command, "-c:a", "aac", "-shortest", str(path)], check=True, timeout=60)
+    decode(path)  # the prober has started
+    return path
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often what costs was done."""
+    seen: Counter = Counter()
+
+    def counting(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            seen[name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(Prober, "__init__")
+    counting(subprocess.Popen, "_execute_child")
+    counting(decode_module, "open_regular")
+    for name in ("readv", "pipe", "open", "pread"):
+        counting(os, name)
+    return seen
+
+
+def test_a_clip_takes_one_process_one_opening_and_three_pipes(clip_file: Path, counts: Counter) -> None:
+    decode(clip_file)
+    assert counts["_execute_child"] == 1
+    assert counts["__init__"] == 0, "the prober that is there is asked again"
+    assert counts["open_regular"] == 1
+    assert counts["pipe"] == 3 + 1  # two streams and words; one by which a program tells that it started
+
+
+def test_a_program_that_writes_in_bits_does_not_wake_us_for_each(counts: Counter) -> None:
+    """A thousand lines within a fraction of a second are fetched in a few dozen reads."""
+    script = "exec >/dev/fd/$1; i=0; while [ $i -lt 1000 ]; do echo $i; i=$((i+1)); done"
+    waits = Counter()
+
+    class Counted:
+        def __init__(self) -> None:
+            self.poll_object = plain()
+
+        def register(self, *args: int) -> None:
+            self.poll_object.register(*args)
+
+        def poll(self, milliseconds: int) -> list:
+            waits["poll"] += 1
+            return self.poll_object.poll(milliseconds)
+
+    plain = select.poll
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervise_module.select, "poll", Counted)
+        done = supervise(
+            lambda pipes: ["/bin/sh", "-c", script, "sh", str(pipes[0])],
+            Bounds(
+                deadline=time.monotonic() + 60, memory_bytes=1 << 30, pipe_bytes=(1 << 20,), stderr_bytes=1000
+            ),
+        )
+    assert bytes(done.pipes[0]).count(b"\n") == 1000
+    assert waits["poll"] < 250
+
+
+def test_what_comes_is_not_copied_again(clip_file: Path) -> None:
+    clip = decode(clip_file)
+    assert clip.frames is not None
+    assert clip.waveform is not None
+    for array, size in ((clip.frames, SECONDS * SIZE * SIZE * 3), (clip.waveform, len(clip.waveform) * 4)):
+        assert array.nbytes == size
+        owner = array
+        while isinstance(owner, np.ndarray) and not owner.flags.owndata:
+            owner = owner.base
+        assert not isinstance(owner, bytes | bytearray), "a view of the memory that the pipe was read to"
+    assert abs(len(clip.waveform) - SECONDS * RATE) < RATE // 4
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_the_room_of_a_pipe_is_reserved_once_and_grows_only_past_its_first(
+    tail: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[int] = []
+    plain = supervise_module._untouched
+
+    def untouched(size: int) -> memoryview:
+        reserved.append(size)
+        return plain(size)
+
+    monkeypatch.setattr(supervise_module, "_untouched", untouched)
+    monkeypatch.setattr(supervise_module, "FIRST_ROOM", 2 * PIPE_SIZE)
+    reading, writing = os.pipe()
+    try:
+        drain = Drain(reading, writing, most=8 * PIPE_SIZE if not tail else PIPE_SIZE, tail=tail)
+        sent = b""
+        for at in range(80):
+            sent += (bit := bytes([at]) * 50_000)
+            assert os.write(writing, bit) == len(bit)
+            assert drain.read()
+        drain.close_write_end()
+        assert not drain.read()
+    finally:
+        os.close(reading)
+        drain.close_write_end()
+    assert drain.data == (sent[-PIPE_SIZE:] if tail else sent)
+    assert reserved == [3 * PIPE_SIZE] + [6 * PIPE_SIZE] * (not tail)
+
+
+def test_a_pipe_that_could_not_be_enlarged_is_not_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look then waits for data and not for the clock: a small pipe would hold the program up."""
+    monkeypatch.setattr(supervise_module, "F_SETPIPE_SZ", None)
+    reading, writing = os.pipe()
+    drain = Drain(reading, writing, most=PIPE_SIZE, tail=False)
+    os.write(writing, b"x" * 4000)
+    assert drain.read()
+    assert drain.rushing
+    drain.close_write_end()
+    os.close(reading)
+
+
+def test_a_file_is_searched_once_for_the_mark_of_encryption(tmp_path: Path) -> None:
+    mark = b"schm\0\0\0\0cenc"
+    for size in (1000, ENDS_BYTES, ENDS_BYTES + 500, 2 * ENDS_BYTES, 5 * ENDS_BYTES):
+        places = {0, size - len(mark), size // 3, *range(65_530, 65_540)}
+        places |= {ENDS_BYTES - shift for shift in range(0, 13, 3)}
+        for place in sorted(places):
+            within = 0 <= place <= size - len(mark)
+            at_an_end = place <= ENDS_BYTES - len(mark) or place >= size - ENDS_BYTES
+            if not within or not at_an_end:
+                continue
+            path = tmp_path / "marked"
+            with path.open("wb") as file:
+                file.truncate(size)
+                file.seek(place)
+                file.write(mark)
+            with path.open("rb") as file:
+                assert is_encrypted(file.fileno()), (size, place)
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p10le", "gbrp", "gray", "rgb565le"])
+@pytest.mark.parametrize("size", ["16x16", "226x222", "448x448", "640x360", "34x98"])
+def test_planes_cut_before_interleaving_hold_the_same_values(
+    size: str, pixels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaling into planes is a matter of speed alone."""
+    wide, high = map(int, size.split("x"))
+    track = VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)
+    order = Order(fd=0, probed=None, shift=0, end_s=2.0, max_pixels=1 << 20)  # type: ignore[arg-type]
+    program = find_program(None)
+    fast = picture(track, order, program)
+    monkeypatch.setattr("r2scp.pipelines.ffmpeg_program.LEAST_TAPS", 1 << 30)
+    plain = picture(track, order, program)
+    assert fast != plain
+    source = f"testsrc2=s={size}:r=4:d=1,noise=alls=60,format={pixels}"
+    results = []
+    for graph in (fast, plain):
+        command = [program.path, "-v", "error", "-f", "lavfi", "-i", source, "-vf", graph]
+        command += ["-fps_mode", "passthrough", "-f", "rawvideo", "-"]
+        results.append(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+    assert len(results[0]) == SIZE * SIZE * 3
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("wide", "high"), [(336, 224), (224, 400), (0, 0), (8, 640)])
+def test_pictures_that_planes_would_round_otherwise_are_scaled_the_plain_way(wide: int, high: int) -> None:
+    assert planes(VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)) == ()
