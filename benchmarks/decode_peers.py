@@ -7,10 +7,12 @@ import math
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from r2scp.pipelines.decode import tokens
 from r2scp.pipelines.ffmpeg_program import RATE, SIZE, find_program
@@ -43,10 +45,9 @@ def sought(path: Path) -> Sought:
         video, audio = container.streams.best("video"), container.streams.best("audio")
         assert video is not None
         start = (container.start_time or 0) / 1e6
-        first = float((video.start_time or 0) * video.time_base)
-        length = (
-            float(video.duration * video.time_base) if video.duration else (container.duration or 0) / 1e6
-        )
+        base = video.time_base or Fraction(1, 1_000_000)
+        first = float((video.start_time or 0) * base)
+        length = float(video.duration * base) if video.duration else (container.duration or 0) / 1e6
         wide, high = video.codec_context.width, video.codec_context.height  # type: ignore[attr-defined]
         aspect = video.codec_context.sample_aspect_ratio  # type: ignore[attr-defined]
         shape = wide / high * float(aspect or 1)
@@ -92,7 +93,7 @@ def with_pyav(file: Sought) -> Brought:
         for stream in streams:
             stream.codec_context.thread_count = 1  # type: ignore[union-attr]
         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-        scaler = av.video.reformatter.VideoReformatter()
+        scaler = VideoReformatter()
         shown = None
 
         def keep(upto: float) -> None:
@@ -103,7 +104,7 @@ def with_pyav(file: Sought) -> Brought:
         for packet in container.demux(streams):
             for frame in packet.decode():
                 if isinstance(frame, av.VideoFrame):
-                    at = float((frame.pts or 0) * frame.time_base) - file.start_s
+                    at = float((frame.pts or 0) * (frame.time_base or 0)) - file.start_s
                     keep(at)
                     shown = frame
                 elif isinstance(frame, av.AudioFrame):

@@ -82,7 +82,7 @@ def _lancedb(bank: Bank) -> Index:
         nprobes, refine = setting if isinstance(setting, tuple) else (None, None)
 
         def ask(key_D: np.ndarray) -> Sequence[int]:
-            query = table.search(key_D, vector_column_name=KEY_COLUMNS[AMONG]).distance_type("cosine")
+            query = table.search(key_D, vector_column_name=KEY_COLUMNS[AMONG]).distance_type("cosine")  # pyright: ignore[reportAttributeAccessIssue]
             if nprobes is not None:
                 query = query.nprobes(nprobes).refine_factor(refine)
             found = query.select(["clip_id", "_distance"]).limit(HITS).to_arrow()

@@ -104,7 +104,11 @@ def feed(site: Site, stage: str, missing: int, wanted: argparse.Namespace) -> tu
     works |= {name + AHEAD: partial(ahead, makers[name]) for name in (OURS, MAPPED)}
     seconds = contest(works, wanted.rounds)
     peers = _ray_rows(site, batches, wanted.rounds) if neighbours else []
-    rates = {name: [questions / one for one in taken] for name, taken in seconds.items() if taken}
+    rates = {
+        name: [questions / one for one in taken]
+        for name, taken in seconds.items()
+        if not isinstance(taken, str)
+    }
     rows, grades = [], []
     for name, rate in rates.items():
         of = {"of np.memmap": ratios(rate, rates[MAPPED])}

@@ -198,7 +198,7 @@ class RayData:
             return found | {"words": words[text_B[at]], "sentence": sentences[text_B[at]]}
 
         data = ray.data.from_numpy(np.array_split(rows, 4 * cores()))
-        data = data.map_batches(look_up, batch_size=self._batch_size)
+        data = data.map_batches(look_up, batch_size=self._batch_size)  # pyright: ignore[reportArgumentType]
         return iter(data.iter_torch_batches(batch_size=self._batch_size, prefetch_batches=2))
 
     def write_joined(self) -> Path:

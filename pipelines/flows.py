@@ -163,6 +163,8 @@ def extract(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
+    # Of small runs, whose writing stage has fewer inputs than there are cores.
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
     context.retried_map_errors, context.max_map_retries = ["StoreError"], STORE_RETRIES
     cores = int(ray.cluster_resources().get("CPU", 1))
     gpus = ray.cluster_resources().get("GPU", 0.0) if encoder.device == "cuda" else 0.0

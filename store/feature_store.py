@@ -396,6 +396,5 @@ def _rows(dataset: lance.LanceDataset, columns: Sequence[str], where: str | None
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """Values and how many of each there are, the most first."""
-    found = column.value_counts().to_pylist()
+    found = column.value_counts().to_pylist()  # the most first, as people look for them
     return {pair["values"]: pair["counts"] for pair in sorted(found, key=lambda pair: -pair["counts"])}

@@ -9,11 +9,15 @@ in float32 are ties, and ties are broken by rank.
 Legend: Q queries, K keys, D their width, N hits a query, P pairs of a query and a key.
 """
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Self
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 QUERY_ROWS = 1_024  # queries of one product
 TILE_KEYS = 8_192  # keys of one product: 32 MB of scores
@@ -105,34 +109,68 @@ def search(
     count = len(wanted.queries_QD)
     near, far = known or nothing_yet(wanted)
     longest_query = _longest(wanted.queries_QD)
-    scores = np.empty(QUERY_ROWS * _padded(TILE_KEYS), dtype=np.float32)  # fresh pages cost as much again
-    for whole in blocks:
-        if not len(whole.keys_KD):
-            continue
-        block = _without_surplus(whole, wanted.n + wanted.own_most)
-        margin = _margin(wanted.queries_QD.shape[1], longest_query, _longest(block.keys_KD))
-        by_source = np.argsort(block.sources_K, kind="stable")
-        for start in range(0, count, QUERY_ROWS):
-            queries = wanted.queries_QD[start : start + QUERY_ROWS]
-            own = _own_pairs(block.sources_K, by_source, wanted.sources_Q[start : start + QUERY_ROWS])
-            spans = [
-                _Span(
-                    queries_QD=queries[first : first + SPAN_ROWS],
-                    start=start + first,
-                    own=_rows_of(own, first, first + SPAN_ROWS),
-                    block=block,
-                    sieves=_sieves(
-                        (near, far),
-                        slice(start + first, start + min(first + SPAN_ROWS, len(queries))),
-                        margin,
-                    ),
-                )
-                for first in range(0, len(queries), SPAN_ROWS)
-            ]
-            _search_block(queries, spans, scores)
-            for span in spans:
-                span.settle((near, far))
+    threads = _threads()
+    lanes = max(1, min(threads, count // SPAN_ROWS))
+    step = min(QUERY_ROWS, -(-count // lanes)) or 1
+    rooms: SimpleQueue[np.ndarray] = SimpleQueue()  # fresh pages cost as much again as what is written there
+    for _ in range(lanes):
+        rooms.put(np.empty(step * _padded(TILE_KEYS), dtype=np.float32))
+    # A lane multiplies and sieves its own queries with one thread. A product on all threads would leave all
+    # but one of them waiting while its scores are looked at.
+    with threadpool_limits(max(1, threads // lanes), user_api="blas"), ThreadPoolExecutor(lanes) as pool:
+        for whole in blocks:
+            if not len(whole.keys_KD):
+                continue
+            block = _without_surplus(whole, wanted.n + wanted.own_most)
+            work = _Work(
+                wanted=wanted,
+                block=block,
+                by_source=np.argsort(block.sources_K, kind="stable"),
+                margin=_margin(wanted.queries_QD.shape[1], longest_query, _longest(block.keys_KD)),
+                results=(near, far),
+                rooms=rooms,
+            )
+            spans = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+            for _ in pool.map(work.do, spans):
+                pass
     return near, far
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """One block against all queries; lanes take them a range at a time, and write to theirs alone."""
+
+    wanted: Wanted
+    block: KeyBlock
+    by_source: np.ndarray  # sorts the block's keys by their sources
+    margin: np.float32
+    results: tuple[Best, Best]
+    rooms: SimpleQueue[np.ndarray]  # for scores, one a lane
+
+    def do(self, rows: slice) -> None:
+        """Take in what the block holds for these queries."""
+        queries = self.wanted.queries_QD[rows]
+        own = _own_pairs(self.block.sources_K, self.by_source, self.wanted.sources_Q[rows])
+        spans = []
+        for first in range(0, len(queries), SPAN_ROWS):
+            stop = min(first + SPAN_ROWS, len(queries))
+            at = slice(rows.start + first, rows.start + stop)
+            spans.append(
+                _Span(
+                    queries_QD=queries[first:stop],
+                    start=at.start,
+                    own=_rows_of(own, first, stop),
+                    block=self.block,
+                    sieves=_sieves(self.results, at, self.margin),
+                )
+            )
+        room = self.rooms.get()
+        try:
+            _search_block(queries, spans, room)
+        finally:  # another lane may be waiting for it
+            self.rooms.put(room)
+        for span in spans:
+            span.settle(self.results)
 
 
 def nothing_yet(wanted: Wanted) -> tuple[Best, Best]:
@@ -325,6 +363,13 @@ def _without_surplus(block: KeyBlock, most: int) -> KeyBlock:
         seen[key] = seen.get(key, 0) + 1
         kept[at] = seen[key] <= most
     return block.only(kept)
+
+
+def _threads() -> int:
+    """The cores of this process, or what OMP_NUM_THREADS says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(said))) if said.isdigit() else cores
 
 
 def _padded(width: int) -> int:

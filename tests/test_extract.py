@@ -21,6 +21,7 @@ from r2scp.model.melspec import log_mel, windows
 from r2scp.pipelines import flows
 from r2scp.pipelines.decode import decode
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec, ImageBindEncoder, embedded_schema, key_of
+from r2scp.pipelines.ffmpeg_program import find_program
 from r2scp.pipelines.flows import Resources
 from r2scp.pipelines.stages import SOURCE_SCHEMA, DecodeClips
 from r2scp.store.errors import StoreError
@@ -38,13 +39,13 @@ class Bench:
     uri: str
     encoder: EncoderSpec
 
-    def extract(self, **source: object) -> Report:
+    def extract(self, ffmpeg: str | None = None, **source: object) -> Report:
         told: list[tuple[int, int]] = []
         report = run_extract(
             Source(**{"corpus": "folder", "root": self.media} | source),
             Destination(self.uri),
             self.encoder,
-            Resources(),
+            Resources(ffmpeg=ffmpeg),
             lambda report, total: told.append((report.decoded, total)),
         )
         assert report.inputs == report.stored + report.unchanged + report.dead
@@ -136,6 +137,30 @@ def test_embeddings_are_those_of_the_encoder(bench: Bench, tiny_weights: Path) -
             assert np.linalg.norm(key) == pytest.approx(1, abs=1e-5)
             assert key @ (mean / np.linalg.norm(mean)) == pytest.approx(1, abs=1e-4)
     assert not np.allclose(clips["both.mp4"]["visual_key"], clips["other.mp4"]["visual_key"], atol=1e-3)
+
+
+def test_decoding_has_every_core(bench: Bench, rendered_media: Mapping[str, bytes], tmp_path: Path) -> None:
+    """Two cores, two runs of ffmpeg at a time, one for each file: what is embedded and written takes none."""
+    for number in range(40):
+        (bench.media / f"more{number}.mp4").write_bytes(rendered_media["both.mp4"])
+    now, seen, spy = tmp_path / "now", tmp_path / "seen", tmp_path / "ffmpeg"
+    now.mkdir()
+    seen.mkdir()
+    program = find_program(None).path
+    lines = (  # it may write no byte into any file, but make empty ones
+        "#!/bin/sh",
+        f'case "$*" in *pipe:*) ;; *) exec \'{program}\' "$@";; esac',
+        f"mkdir '{now}'/$$",
+        f": > '{seen}'/$$-$(ls '{now}' | wc -l)",
+        f"'{program}' \"$@\"",
+        f"code=$?; rmdir '{now}'/$$; exit $code",
+    )
+    spy.write_text("\n".join(lines) + "\n")
+    spy.chmod(0o755)
+    assert bench.extract(ffmpeg=str(spy)).stored == 44
+    beside = [int(path.name.partition("-")[2]) for path in seen.iterdir()]
+    assert len(beside) == 44
+    assert max(beside) == 2
 
 
 def test_a_touched_file_is_not_done_again(bench: Bench) -> None:
