@@ -51,7 +51,7 @@ class Hit(NamedTuple):
 class ServingIndex:
     """The clips of one version, for search. May be used from several threads.
 
-    Keep it: all clip ids, the keys where they fit (half a second to read at 200,000), else those of up to
+    Keep it: all clip ids, the keys where they fit (a few seconds to read at 200,000), else those of up to
     HELD_ROWS rows that no index holds, and what was read of the index stay in memory.
     """
 
