@@ -180,7 +180,9 @@ def check_whole(store: FeatureStore, report: Report) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "seed", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_killed_run_goes_on(
     seed: int,
     many_clips: Path,

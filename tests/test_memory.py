@@ -100,10 +100,8 @@ def recording(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("few", "many"),
-    [pytest.param(50, 1_000), pytest.param(200, 20_000, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("few", "many"), [(50, 1_000), (200, 20_000)])
 def test_driver_memory_is_flat(tmp_path: Path, recording: Path, few: int, many: int) -> None:
     small = peak_of(tmp_path, recording, few, 600)
     large = peak_of(tmp_path, recording, many, 600 + many // 2)
