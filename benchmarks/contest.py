@@ -91,15 +91,15 @@ def timed(work: Work) -> float:
     return said if isinstance(said, float) else time.perf_counter() - started
 
 
-def contest(contenders: Mapping[str, Work], rounds: int, warm: bool = True) -> dict[str, list[float] | str]:
+def contest(contenders: Mapping[str, Work], rounds: int) -> dict[str, list[float] | str]:
     """Seconds of each contender in each round; instead of them, the reason of one that cannot run.
 
-    All take their turn in every round, and every round begins with another one. `warm`: each runs once
-    before, untimed, and a contender that fails then is out; one that fails later raises.
+    All take their turn in every round, and every round begins with another one. Each runs once before,
+    untimed: a contender that fails then is out; one that fails later raises.
     """
     seconds: dict[str, list[float] | str] = {name: [] for name in contenders}
     able = dict(contenders)
-    for name, work in contenders.items() if warm else ():
+    for name, work in contenders.items():
         try:
             work()
         except Exception as error:  # a peer's own, of any kind

@@ -64,10 +64,15 @@ class Work:
 
     root: Path
     files: tuple[Path, ...]
+    decodes: tuple[bool, ...]  # of each file
     spec: EncoderSpec
     resources: Resources
     cores: int
     scratch: Path  # for what they write
+
+    def first(self, clips: int) -> "Work":
+        """On the first so many files."""
+        return replace(self, files=self.files[:clips], decodes=self.decodes[:clips])
 
 
 def decode_alone(work: Work) -> int:
@@ -134,7 +139,7 @@ def flow(work: Work) -> tuple[float, int]:
 
 def contenders(work: Work, pools: Mapping[str, ProcessPoolExecutor]) -> dict[str, partial[object]]:
     """All of them by name; those that do the whole, of one clip as well."""
-    one = replace(work, files=work.files[:1])
+    one = work.first(1)
     found: dict[str, partial[object]] = {
         RAY: partial(_start_ray, work.resources),
         DECODE: partial(_in, pools[LOOP], decode_alone, work),
@@ -174,7 +179,7 @@ def _start_ray(resources: Resources) -> float:
 
 def _same(name: str, kept: int, work: Work) -> None:
     """All must do the same. Raises `R2SCPError`."""
-    decodable = len(_clips(work.files)) if len(work.files) <= DISTINCT else kept
+    decodable = sum(work.decodes)
     if kept != decodable:
         raise R2SCPError(f"{name} must keep the {decodable} clips that decode; it kept {kept}")
 
@@ -262,7 +267,7 @@ def growth(work: Work, sizes: Sequence[int]) -> tuple[Sheet, list[Grade]]:
     rows, costs = [], []
     work = _cut(work)
     with ray_session(work.resources):
-        before, clips_before = flow(replace(work, files=work.files[:1]))
+        before, clips_before = flow(work.first(1))
         for clips in sizes:
             seconds, stored = flow(_linked(work, clips))
             if stored != clips:
@@ -281,8 +286,9 @@ def _cut(work: Work) -> Work:
     """The first second of each file."""
     folder = work.scratch / "cut"
     folder.mkdir()
-    files = tuple(folder / f"{number:03}.mp4" for number in range(min(DISTINCT, len(work.files))))
-    for whole, file in zip(work.files, files, strict=False):
+    work = work.first(DISTINCT)
+    files = tuple(folder / f"{number:03}.mp4" for number in range(len(work.files)))
+    for whole, file in zip(work.files, files, strict=True):
         words = [find_program(None).path, "-v", "error", "-i", whole, "-t", "1", "-c", "copy", file]
         subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
     return replace(work, root=folder, files=files)
@@ -296,7 +302,8 @@ def _linked(work: Work, clips: int) -> Work:
     for number, file in enumerate(files):
         if not file.exists():
             os.link(work.files[number % len(work.files)], file)
-    return replace(work, root=root, files=files)
+    decodes = tuple(work.decodes[number % len(work.files)] for number in range(clips))
+    return replace(work, root=root, files=files, decodes=decodes)
 
 
 def benchmark(options: argparse.Namespace) -> Report:
@@ -341,7 +348,16 @@ def _work(options: argparse.Namespace, scratch: Path) -> Work:
     if len(files) < 2:
         raise UsageError(f"--root must hold at least 2 media files; {root} holds {len(files)}")
     resources = Resources(num_workers=cores())
-    work = Work(root=root, files=files, spec=spec, resources=resources, cores=cores(), scratch=scratch)
+    decodes = tuple(_decoded(file) is not None for file in files)
+    work = Work(
+        root=root,
+        files=files,
+        decodes=decodes,
+        spec=spec,
+        resources=resources,
+        cores=cores(),
+        scratch=scratch,
+    )
     return work if options.root or clips <= len(files) else _linked(work, clips)
 
 

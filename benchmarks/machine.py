@@ -10,7 +10,8 @@ import torch
 
 from r2scp.pipelines.ffmpeg_program import find_program
 
-PACKAGES = ("torch", "ray", "pyarrow", "pylance", "lancedb", "av")
+PACKAGES = ("torch", "ray", "pyarrow", "pylance", "lancedb", "av", "numpy")
+PEERS = ("daft", "pixeltable", "decord2", "torchcodec", "faiss-cpu", "hnswlib", "transformers")
 GIB = 1 << 30  # bytes
 
 
@@ -32,9 +33,10 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of ffmpeg and of the packages whose speed counts."""
+    """Of Python, of ffmpeg, of the packages whose speed counts and of the peers that are installed."""
     found = {"python": platform.python_version(), "ffmpeg": find_program(None).version}
-    return found | {name: metadata.version(name) for name in PACKAGES}
+    there = {str(one.metadata["Name"]).lower() for one in metadata.distributions()}
+    return found | {name: metadata.version(name) for name in (*PACKAGES, *PEERS) if name in there}
 
 
 def _processor() -> str:

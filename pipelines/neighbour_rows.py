@@ -51,18 +51,20 @@ def _due(bank: MemoryBank, plan: ModePlan) -> Iterator[tuple[Modality, Chunk, Kn
     for missing, pending in plan.pending.items():
         for chunk in chunks_of(bank, missing, pending):
             yield missing, chunk, None
-    for missing, touched in plan.touched.items():
-        for chunk in chunks_of(bank, missing, touched):
-            yield missing, chunk, _known(bank, plan, missing, chunk)
-
-
-def _known(bank: MemoryBank, plan: ModePlan, missing: Modality, chunk: Chunk) -> Known:
-    """What the rows of these clips say."""
     columns = ["clip_id", "nearest_ids", "nearest_scores", "farthest_ids", "farthest_scores"]
-    where = f"index = {sql_literal(plan.index)} AND missing = {sql_literal(missing.value)}"
-    table = bank.store.neighbours(columns, where)
-    place = {clip_id: row for row, clip_id in enumerate(table["clip_id"].to_pylist())}
-    rows = table.take([place[clip_id] for clip_id in chunk.clip_ids])
+    for missing, touched in plan.touched.items():
+        if not touched:
+            continue
+        where = f"index = {sql_literal(plan.index)} AND missing = {sql_literal(missing.value)}"
+        table = bank.store.neighbours(columns, where)
+        place = {clip_id: row for row, clip_id in enumerate(table["clip_id"].to_pylist())}
+        for chunk in chunks_of(bank, missing, touched):
+            rows = table.take([place[clip_id] for clip_id in chunk.clip_ids])
+            yield missing, chunk, _known(rows, plan.entered)
+
+
+def _known(rows: pa.Table, entered: set[str]) -> Known:
+    """What rows of `neighbours` say, one a query."""
     sides = [
         [
             Listed(ids=ids, scores=scores)
@@ -72,7 +74,7 @@ def _known(bank: MemoryBank, plan: ModePlan, missing: Modality, chunk: Chunk) ->
         ]
         for side in ("nearest", "farthest")
     ]
-    return Known(nearest=sides[0], farthest=sides[1], entered=plan.entered)
+    return Known(nearest=sides[0], farthest=sides[1], entered=entered)
 
 
 def note_valid(bank: MemoryBank, settings: IndexSettings, plan: ModePlan, run_id: str) -> None:

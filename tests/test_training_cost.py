@@ -239,7 +239,7 @@ def test_a_clip_is_read_once_and_passes_each_expert_once(
     taken.clear()
     states = ExpertStates(model, [dataset], tmp_path, torch.device("cpu"))
     read = {name: sum(count for columns, count in taken if columns == [name]) for name in ("audio", "visual")}
-    assert max(read.values()) <= CLIPS
+    assert 0 < min(read.values()) <= max(read.values()) <= CLIPS
     assert dataset.cache.bytes <= TEXTS * WORDS * DIM * 2, "clips are held that nobody will look at again"
     assert passed == {AUDIO: 2 * CLIPS, AUDIO + 1: 2 * CLIPS}
     assert states.forwards == 4 * CLIPS + TEXTS
