@@ -32,7 +32,8 @@ import yaml
 
 from benchmarks.contest import Grade, Report, Row, Sheet, run
 from benchmarks.machine import cores
-from r2scp.jobs.extract import Destination, Source, encoder_spec, run_extract
+from r2scp.jobs.encoders import encoder_spec
+from r2scp.jobs.extract import Destination, Source, run_extract
 from r2scp.jobs.reindex import ReindexReport, run_reindex
 from r2scp.jobs.reindex_config import read_config
 from r2scp.jobs.weights import resolve_encoder

@@ -91,7 +91,8 @@ def extract(
 ) -> None:
     """Decode a corpus's videos, embed them with ImageBind, and store what the store does not hold yet."""
     with speaking():
-        from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device
+        from r2scp.jobs.encoders import encoder_spec, pick_device
+        from r2scp.jobs.extract import Destination, Source
         from r2scp.jobs.extract_command import finish, resources, run_with_progress
 
         paths = tuple(annotations or ())
@@ -184,8 +185,8 @@ def evaluate(
 ) -> None:
     """Accuracy with sound alone, picture alone and both, beside the baselines."""
     with speaking():
+        from r2scp.jobs.encoders import pick_device
         from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans
-        from r2scp.jobs.extract import pick_device
         from r2scp.jobs.train_command import evaluate_with_progress
         from r2scp.store.feature_store import FeatureStore
 

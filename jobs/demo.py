@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r2scp.jobs.config import absolute, default_workers, tell
+from r2scp.jobs.encoders import encoder_spec, pick_device
 from r2scp.jobs.evaluate import EvaluateMeans
-from r2scp.jobs.extract import Destination, Source, encoder_spec, pick_device
+from r2scp.jobs.extract import Destination, Source
 from r2scp.jobs.extract_command import run_with_progress
 from r2scp.jobs.index_command import Scope, index_with_progress
 from r2scp.jobs.train_command import Wanted, evaluate_with_progress, train_means, train_with_progress

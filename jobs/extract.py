@@ -10,11 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
-from r2scp.jobs.weights import describe_encoder, resolve_encoder
 from r2scp.jobs.writing import Intent, Writer, writing
-from r2scp.model.imagebind import DTYPE_NAMES
 from r2scp.pipelines.corpora import Corpus, open_corpus
 from r2scp.pipelines.decode import decode_fingerprint
 from r2scp.pipelines.embed import EncoderSpec
@@ -22,7 +18,7 @@ from r2scp.pipelines.flows import Resources, extract, ray_session
 from r2scp.pipelines.plan import Plan, Scope, make_plan
 from r2scp.pipelines.questions import QuestionPlan, plan_questions, write_questions
 from r2scp.pipelines.stages import Provenance
-from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError, UsageError
+from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.runs import Lease
 from r2scp.store.schema import Table
@@ -98,32 +94,6 @@ class Report:
 
 
 Progress = Callable[[Report, int], None]  # the account so far, how many clips there are to do
-
-
-def pick_device(wanted: str | None) -> str:
-    """`cpu` or `cuda`: as asked for, or the GPU where there is one."""
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted not in (None, "cpu", "cuda") or (wanted == "cuda" and available == "cpu"):
-        raise UsageError(
-            f"--device must be cpu{', or cuda' if available == 'cuda' else ' here'}; got {wanted!r}"
-        )
-    return wanted or available
-
-
-def encoder_spec(name: str, weights: str | None, device: str) -> EncoderSpec:
-    """The encoder that `--encoder NAME --weights FILE` means. Raises `EncoderError`."""
-    source = resolve_encoder(name, weights)
-    if not source.startswith("random:"):
-        source = str(Path(source).resolve())  # actors work in other folders
-    described = describe_encoder(source, device)
-    return EncoderSpec(
-        source=source,
-        fingerprint=described.fingerprint,
-        dim=described.dim,
-        dtype=DTYPE_NAMES[described.dtype],
-        device=device,
-        sha256=described.sha256,
-    )
 
 
 def run_extract(

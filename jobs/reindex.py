@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from r2scp.jobs.extract import Destination, Extraction, Progress, Source, encoder_spec, pick_device
+from r2scp.jobs.encoders import encoder_spec, pick_device
+from r2scp.jobs.extract import Destination, Extraction, Progress, Source
 from r2scp.jobs.gate import Check, dead_check, drift_checks, neighbour_checks, row_checks
 from r2scp.jobs.index import Index
 from r2scp.jobs.reindex_config import ReindexConfig

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from r2scp.jobs.checkpoints import replace_file
 from r2scp.jobs.config import absolute, default_workers, tell
-from r2scp.jobs.extract import pick_device
+from r2scp.jobs.encoders import pick_device
 from r2scp.jobs.studies import study_of
 from r2scp.jobs.study import StudyMeans, run_study
 from r2scp.jobs.study_table import markdown, tables

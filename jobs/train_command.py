@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from r2scp.jobs.checkpoints import BEST, find, replace_file
 from r2scp.jobs.config import absolute, default_workers, printable, progress_bar, tell
+from r2scp.jobs.encoders import pick_device
 from r2scp.jobs.evaluate import EvaluateMeans, run_evaluate
 from r2scp.jobs.evaluation_table import tables
-from r2scp.jobs.extract import pick_device
 from r2scp.jobs.train import TrainMeans, TrainPlan
 from r2scp.jobs.train_config import PRESETS, TrainConfig
 from r2scp.jobs.train_data import answers_of

@@ -20,7 +20,7 @@ import ray
 import torch
 from moto.server import ThreadedMotoServer
 
-from r2scp.jobs.extract import encoder_spec
+from r2scp.jobs.encoders import encoder_spec
 from r2scp.jobs.index import run_index
 from r2scp.jobs.train import TrainMeans, TrainPlan
 from r2scp.jobs.train_config import StageConfig, TrainConfig

@@ -1,0 +1,83 @@
+"""`Answered`: one question about one recording, answered, with all that the answer rests on.
+
+Plain values alone: `to_json` is what `answer --json` prints, and enough to compute the same logits again from
+the store (the neighbours' ids and the version of `clips` say which tokens stood in).
+"""
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One answer that the model knows, or one of the question's choices."""
+
+    answer: str
+    probability: float  # softmax of the logits; not calibrated
+    logit: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """One modality of the recording. `expected` and `decoded`: frames (one a second), or seconds of sound."""
+
+    status: str  # a ModalityStatus
+    expected: float
+    decoded: float
+    used: bool  # whether the model saw it
+    why: str  # why it was not used, or was although it is not whole; "" where all is well
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbour:
+    """One clip of the memory bank whose missing modality stood in."""
+
+    clip_id: str
+    file: str  # where it was when it was stored
+    second: int  # of the clip: the one most like the recording, by the key that was compared
+    score: float  # cosine of the two keys, in [-1, 1]
+    labels: list[str]
+    split: str
+    source_id: str
+    content_sha256: str
+    encoder: str  # fingerprint
+    clips_version: int  # of the table `clips`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Second:
+    """One second of the modality that was recovered."""
+
+    second: int
+    dissonance: float | None  # δ of eq. 3, in [0, 2]; None where nothing was purified
+    purged: bool
+    replaced_by: int | None  # second of the modality that is there, whose guided token took its place
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """The answer and its evidence.
+
+    `recovery`: `neighbours`; `fallback`, from the recording's other modality, where the bank had no clip;
+    `dropped`, where this model recovers nothing; `none`, where nothing was missing.
+    """
+
+    video: str
+    question: str
+    answers: list[Candidate]  # all there are, the best first
+    missing: str | None  # a Modality
+    audio: Stream
+    visual: Stream
+    duration_s: float
+    content_sha256: str
+    recovery: str
+    neighbours: list[Neighbour]
+    recovered: list[Second]
+    router: dict[str, float]  # weight of audio, visual, text; 0 where it was neither there nor recovered
+    model: dict[str, object]  # run, checkpoint, its hash and step, code
+    store: dict[str, object]  # uri, snapshot, versions, encoder, retrieval, bank
+    notes: list[str] = field(default_factory=list)  # what a careful reader should know
+    id: str = ""  # the asker's own
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
