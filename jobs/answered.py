@@ -1,10 +1,57 @@
-"""`Answered`: one question about one recording, answered, with all that the answer rests on.
+"""What is asked, and what comes back: an answer with all that it rests on, or why there is none.
 
 Plain values alone: `to_json` is what `answer --json` prints, and enough to compute the same logits again from
 the store (the neighbours' ids and the version of `clips` say which tokens stood in).
 """
 
 from dataclasses import asdict, dataclass, field
+
+from r2scp.store.errors import MediaError, R2SCPError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """One question about one file.
+
+    `missing`: `audio` or `visual` takes that away, `none` lets silence and blank pictures pass for sound and
+    picture, `auto` finds out. `choices`: for models that choose among them. `source_id`: of the recording;
+    no clip of it stands in, nor of the source of the same file in the store. `id` comes back.
+    """
+
+    video: str
+    question: str
+    missing: str = "auto"
+    choices: tuple[str, ...] = ()
+    source_id: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A question that cannot be answered. `reason`: a `FailureReason`, or `usage`."""
+
+    reason: str
+    message: str
+    id: str = ""
+    video: str = ""
+    question: str = ""
+
+    @classmethod
+    def of(cls, ask: Ask, error: R2SCPError) -> "Refused":
+        """What an error says of a question."""
+        media = isinstance(error, MediaError)
+        return cls(
+            reason=error.reason.value if media else "usage",
+            message=error.detail if media else str(error),
+            id=ask.id,
+            video=ask.video,
+            question=ask.question,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, ready for JSON."""
+        error = {"reason": self.reason, "message": self.message}
+        return {"id": self.id, "video": self.video, "question": self.question, "error": error}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +105,8 @@ class Answered:
     """The answer and its evidence.
 
     `recovery`: `neighbours`; `fallback`, from the recording's other modality, where the bank had no clip;
-    `dropped`, where this model recovers nothing; `none`, where nothing was missing.
+    `common`, from that too, where this model does not retrieve; `dropped`, where it recovers nothing; `none`,
+    where nothing was missing.
     """
 
     video: str

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from r2scp.jobs.cli_jobs import jobs_app
+from r2scp.jobs.cli_store import store_app
 from r2scp.jobs.config import (
     DEFAULT_STORE,
     AtOption,
@@ -38,6 +39,7 @@ app = typer.Typer(
 
 
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(store_app, name="store")
 
 
 @app.command()
@@ -196,6 +198,94 @@ def evaluate(
         report = evaluate_with_progress(opened, run, means, as_json)
         if as_json:
             say(report, as_json)
+
+
+@app.command()
+def answer(
+    run: Annotated[Path, typer.Option(help="Folder of a run that `train` made.", show_default=False)],
+    video: Annotated[str, typer.Argument(help="A media file, damaged or not.")] = "",
+    question: Annotated[str, typer.Argument(help="What you want to know.")] = "",
+    missing: Annotated[
+        str,
+        typer.Option(
+            help="audio or visual: do without it; none: silence and blank pictures count; auto finds out."
+        ),
+    ] = "auto",
+    choice: Annotated[list[str] | None, typer.Option(help="One of the answers. Repeatable.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Also what the answer rests on.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also a page with all of it, and pictures.")] = None,
+    batch: Annotated[
+        bool,
+        typer.Option("--batch", help='JSON lines in, {"video": ..., "question": ...}, JSON lines out.'),
+    ] = False,
+    top: Annotated[int, typer.Option(min=0, help="So many answers, best first; 0 for all.")] = 5,
+    encoder: Annotated[
+        EncoderName | None, typer.Option(help="Which ImageBind; the one that filled the store by default.")
+    ] = None,
+    weights: WeightsOption = None,
+    device: DeviceOption = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Files decoded at a time.")] = None,
+    ffmpeg: Annotated[str | None, typer.Option(help="Another ffmpeg than the one that comes along.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(envvar="R2SCP_STORE", help="The store; by default the one that the model learned from."),
+    ] = None,
+    fingerprint: FingerprintOption = None,
+    at: Annotated[
+        str | None, typer.Option(help="Snapshot whose bank is searched; serving by default.")
+    ] = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about a recording of which sound or picture may be missing, and say why so."""
+    with speaking():
+        from r2scp.jobs.answer_command import Means, Wanted, answer_lines, answer_one, open_answerer
+        from r2scp.jobs.answered import Ask
+
+        means = Means(encoder, weights, device, at, num_workers, ffmpeg)
+        wanted = Wanted(explain=explain, as_json=as_json, html=html, top=top)
+        ask = Ask(video=video, question=question, missing=missing, choices=tuple(choice or ()))
+        wanted.require(ask, batch)
+        answerer = open_answerer(run, store, fingerprint, storage_options(storage_option), means)
+        answer_lines(answerer, top) if batch else answer_one(answerer, ask, wanted)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folder of a run; several stand side by side.")],
+    studies: Annotated[
+        Path | None, typer.Option(help="Folder with the results of `study`, for n and k (Fig. 4).")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also a PNG and an SVG of each figure, into this folder.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the first run by default.")
+    ] = None,
+    gallery: Annotated[int, typer.Option(min=0, help="Questions to show with their evidence.")] = 12,
+    device: DeviceOption = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            envvar="R2SCP_STORE", help="The store; by default the one that the first run learned from."
+        ),
+    ] = None,
+    fingerprint: FingerprintOption = None,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One page of a run, or several: accuracy, training, retrieval, answered questions, the store."""
+    with speaking():
+        from r2scp.jobs.report import ReportWanted
+        from r2scp.jobs.report_command import brief, report_with_progress
+
+        options = storage_options(storage_option)
+        named = {"store": store, "fingerprint": fingerprint, "storage_options": options}
+        wanted = ReportWanted(
+            runs=tuple(runs), studies=studies, figures=figures, out=out, gallery=gallery, **named
+        )
+        made = report_with_progress(wanted, device)
+        say(made if as_json else brief(made), as_json)
 
 
 @app.command()

@@ -89,12 +89,12 @@ def _content(row: Mapping[str, object]) -> tuple[object, ...]:
     return tuple(tuple(choices) if name == "choices" else row[name] for name in COMPARED)
 
 
-def _choice_texts(question: QuestionRow) -> list[str | None]:
+def choice_texts(question: str, choices: Sequence[str | None]) -> list[str | None]:
     """What the answer head scores a choice by: the question with the choice behind it."""
-    return [None if choice is None else f"{question.question} {choice}" for choice in question.choices]
+    return [None if choice is None else f"{question} {choice}" for choice in choices]
 
 
-class _Texts:
+class Texts:
     """Embeddings of the texts met so far. A choice's words are not kept: nothing reads them."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -103,6 +103,7 @@ class _Texts:
         self._encoder = encoder
 
     def embed(self, texts: Set[str], *, words: bool) -> None:
+        """Have `sentences`, and with `words` those too, of some texts."""
         due = sorted(texts - (self.words if words else self.sentences).keys())
         for start in range(0, len(due), TEXTS_AT_ONCE):
             part = due[start : start + TEXTS_AT_ONCE]
@@ -117,12 +118,13 @@ def _tables(
     questions: Sequence[QuestionRow], encoder: Encoder, store: FeatureStore, run_id: str
 ) -> Iterator[pa.Table]:
     schema = store.address(Table.QUESTIONS).schema
-    texts = _Texts(encoder)
+    texts = Texts(encoder)
     missing = np.zeros(store.dim, np.float16)
     for start in range(0, len(questions), ROWS_PER_FRAGMENT):
         part = questions[start : start + ROWS_PER_FRAGMENT]
+        behind = {q.question_id: choice_texts(q.question, q.choices) for q in part}
         texts.embed({question.question for question in part}, words=True)
-        texts.embed({text for question in part for text in _choice_texts(question) if text}, words=False)
+        texts.embed({text for each in behind.values() for text in each if text}, words=False)
         yield pa.Table.from_pylist(
             [
                 _plain(question)
@@ -133,7 +135,7 @@ def _tables(
                     "sentence": texts.sentences[question.question],
                     "choice_sentences": [
                         missing if text is None else texts.sentences[text].astype(np.float16)
-                        for text in _choice_texts(question)
+                        for text in behind[question.question_id]
                     ]
                     or None,
                     "encoder_fingerprint": store.fingerprint,

@@ -38,6 +38,7 @@ class FailureReason(StrEnum):
     UNREADABLE = "unreadable"  # the operating system refused to read it
     DECODER_CRASHED = "decoder_crashed"  # ffmpeg died of a signal
     EMBED_FAILED = "embed_failed"  # decoded, but the encoder gave no finite embedding
+    NOTHING_RECORDED = "nothing_recorded"  # silence and a blank picture: stored, but no question is about it
 
 
 #: Reasons that may go away by themselves; a re-index job tries these again.

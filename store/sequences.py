@@ -183,7 +183,7 @@ class Sequences:
         for column in columns:
             self.rows_read[column] += len(rows)
         return {
-            name: [view for chunk in table[column].chunks for view in _views(chunk, self._dim)]
+            name: [view for chunk in table[column].chunks for view in views(chunk, self._dim)]
             for name, column in zip(names, columns, strict=True)
         }
 
@@ -199,7 +199,7 @@ class Sequences:
         return np.concatenate([np.zeros((1, self._dim), dtype=np.float16), *parts.values()]), places
 
 
-def _views(column: pa.ListArray, dim: int) -> list[np.ndarray]:
+def views(column: pa.ListArray, dim: int) -> list[np.ndarray]:
     """Each row's (T, D), without a copy."""
     flat = column.values.flatten().to_numpy(zero_copy_only=True)  # offsets are into all of it
     ends = column.offsets.to_numpy()

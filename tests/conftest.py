@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -441,3 +442,104 @@ def copy(tmp_path: Path) -> Callable[[FeatureStore], FeatureStore]:
         return FeatureStore.open(shutil.copytree(store.uri, tmp_path / "copied-store").as_posix())
 
     return copied
+
+
+#: Chromium asks its makers for this and that unless told not to.
+CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
+CHROMIUM += ("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage")
+
+
+class Browser:
+    """Debian's or anybody's Chromium without a window, in a thread of its own.
+
+    Playwright keeps an event loop in its thread, where `asyncio.run` of other tests would meet it.
+    """
+
+    def __init__(self, program: str, start: Callable[[], Any]) -> None:
+        self.program, self.start = program, start
+        self._thread = ThreadPoolExecutor(1, "browser")
+        self._playwright = self.do(lambda: start().start())
+        self.chromium = self.do(
+            lambda: self._playwright.chromium.launch(executable_path=program, args=list(CHROMIUM))
+        )
+
+    def do(self, what: Callable[[], Any]) -> Any:
+        """Have something done where the browser may be spoken to."""
+        return self._thread.submit(what).result(timeout=120)
+
+    def close(self) -> None:
+        """End it, with its processes."""
+        self.do(self.chromium.close)
+        self.do(self._playwright.stop)
+        self._thread.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A Chromium for all tests that look at pages."""
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium on the path: apt-get install chromium")
+    started = Browser(program, api.sync_playwright)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+@dataclass
+class Looked:
+    """A page as a browser shows it. `do(lambda page: ...)` gets playwright's own page."""
+
+    browser: Browser
+    page: Any
+    errors: list[str] = field(default_factory=list)  # of the console: errors and warnings
+    page_errors: list[str] = field(default_factory=list)  # exceptions that nobody caught
+    requests: list[str] = field(default_factory=list)  # other than the file itself and data: addresses
+    dialogs: list[str] = field(default_factory=list)
+
+    def do(self, what: Callable[[Any], Any]) -> Any:
+        """`what(page)`, in the browser's thread."""
+        return self.browser.do(lambda: what(self.page))
+
+    def ask(self, script: str, value: object = None) -> Any:
+        """What a JavaScript expression, or a function of `value`, gives in the page."""
+        return self.do(lambda page: page.evaluate(script, value))
+
+    def screenshot(self, path: Path) -> Path:
+        """A PNG of the whole page."""
+        self.do(lambda page: page.screenshot(path=path, full_page=True))
+        return path
+
+
+@pytest.fixture
+def looked_at(browser: Browser) -> Iterator[Callable[..., Looked]]:
+    """`looked_at(html_path, width=1280, scheme="light")`: the file, opened and laid out."""
+    contexts = []
+
+    def look(html: Path, width: int = 1280, scheme: str = "light") -> Looked:
+        def opened() -> Looked:
+            context = browser.chromium.new_context(
+                viewport={"width": width, "height": 900}, color_scheme=scheme, locale="en-GB"
+            )
+            contexts.append(context)
+            looked = Looked(browser, context.new_page())
+            loud = ("error", "warning")
+            page, itself = looked.page, html.resolve().as_uri()
+            page.on("console", lambda said: said.type in loud and looked.errors.append(said.text))
+            page.on("pageerror", lambda error: looked.page_errors.append(str(error)))
+            page.on("dialog", lambda dialog: (looked.dialogs.append(dialog.message), dialog.dismiss()))
+            page.on(
+                "request",
+                lambda asked: (
+                    asked.url == itself or asked.url.startswith("data:") or looked.requests.append(asked.url)
+                ),
+            )
+            page.goto(itself, wait_until="load")
+            return looked
+
+        return browser.do(opened)
+
+    yield look
+    browser.do(lambda: [context.close() for context in contexts])

@@ -1,0 +1,116 @@
+"""`report`: what a run, or several, came to, as one page that needs nothing beside it.
+
+Everything is read from the run's folder, the studies' results and the store. A part that cannot be made says
+why and which command makes it; the test split is never asked here.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from r2scp.jobs.checkpoints import replace_file
+from r2scp.jobs.figure_style import Drawing, write_copies
+from r2scp.jobs.pages import page
+from r2scp.jobs.report_insides import gallery, purity, vectors
+from r2scp.jobs.report_making import Making, ReportWanted, Told
+from r2scp.jobs.report_provenance import provenance_section
+from r2scp.jobs.report_results import accuracy, studies, training
+from r2scp.jobs.report_runs import read_runs
+from r2scp.jobs.report_store import store_section
+from r2scp.store.errors import R2SCPError, UsageError
+from r2scp.store.feature_store import FeatureStore
+
+
+def run_report(wanted: ReportWanted, told: Told = lambda _: None) -> dict[str, object]:
+    """Write the page, and the figures if they are wanted; where, how large, how long it took, what is missing.
+
+    Raises `UsageError` without a run, `CheckpointError` for a folder that is none, `StoreError` for a store
+    that was named and is not there.
+    """
+    if not wanted.runs:
+        raise UsageError("a report is of one run at least; got none")
+    if wanted.gallery < 0:
+        raise UsageError(f"--gallery must be at least 0; got {wanted.gallery}")
+    started = time.monotonic()
+    made = Making(wanted=wanted, told=told, runs=read_runs(wanted.runs, wanted.store))
+    made.store, made.no_store = _open(made)
+    accuracy(made)
+    training(made)
+    studies(made)
+    vectors(made)
+    purity(made)
+    gallery(made)
+    with made.part("store", "The store") as section:
+        found = store_section(made.opened())
+        section.blocks, section.drawings = found.blocks, found.drawings
+    _provenance(made)
+    return _write(made, started)
+
+
+def _open(made: Making) -> tuple[FeatureStore | None, str]:
+    wanted = made.wanted
+    if wanted.store is not None:
+        return FeatureStore.open(wanted.store, wanted.fingerprint, wanted.storage_options), ""
+    checkpoint = next((run.checkpoint for run in made.runs if run.checkpoint), None)
+    if checkpoint is None:
+        return None, "no run says which store it was trained on"
+    uri, encoder = str(checkpoint.store["uri"]), str(checkpoint.store["fingerprint"])
+    try:
+        return FeatureStore.open(uri, wanted.fingerprint or encoder, wanted.storage_options), ""
+    except R2SCPError as error:
+        return None, str(error)
+
+
+def _provenance(made: Making) -> None:
+    with made.part("provenance", "Where it comes from") as section:
+        found = provenance_section(made.runs, made.wanted.asked)
+        section.blocks = found.blocks
+        if made.gaps:
+            section.head("What this report lacks")
+            rows = [[gap.what, gap.section, gap.why, gap.make or None] for gap in made.gaps]
+            section.table("Missing", ["what", "section", "why", "command that makes it"], rows)
+
+
+def _write(made: Making, started: float) -> dict[str, object]:
+    wanted = made.wanted
+    names = ", ".join(run.name for run in made.runs)
+    out = wanted.out or made.runs[0].folder / "report.html"
+    html = page(
+        "report.html",
+        {
+            "title": f"Report of {names}",
+            "lede": _lede(made),
+            "links": [(section.name, section.heading) for section in made.sections],
+            "sections": made.sections,
+        },
+    ).encode()
+    replace_file(out, html)
+    drawings: list[Drawing] = [drawing for section in made.sections for drawing in section.drawings]
+    copies: list[Path] = []
+    if wanted.figures is not None:
+        begun = time.monotonic()
+        copies = [path for drawing in drawings for path in write_copies(drawing, wanted.figures)]
+        made.seconds["copies"] = round(time.monotonic() - begun, 2)
+    return {
+        "report": str(out),
+        "bytes": len(html),
+        "runs": [str(run.folder) for run in made.runs],
+        "sections": [section.name for section in made.sections],
+        "figures": [drawing.name for drawing in drawings],
+        "copies": [str(path) for path in copies],
+        "missing": [asdict(gap) for gap in made.gaps],
+        "seconds": made.seconds | {"all": round(time.monotonic() - started, 2)},
+    }
+
+
+def _lede(made: Making) -> str:
+    """The main numbers, in a sentence."""
+    said = [
+        f"{run.name}: {100 * one.ours.average:.1f} % on average over sound alone, picture alone and both, "
+        f"beside "
+        f"{100 * one.models[1].average:.1f} % of the best baseline ({one.models[1].name}), {one.n:,} "
+        f"questions"
+        for run in made.runs
+        if (one := run.evaluation) and len(one.models) > 1
+    ]
+    return "; ".join(said) + "." if said else "Not evaluated yet."

@@ -1,0 +1,125 @@
+"""The gallery of a report: validation questions asked again, a modality taken away, with their evidence."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from r2scp.jobs.answer import Answerer, AnswerMeans
+from r2scp.jobs.answer_page import card_of, shown
+from r2scp.jobs.answered import Answered, Ask, Refused
+from r2scp.jobs.report_blocks import Section
+from r2scp.jobs.report_probe import SEED, WITH, Probe
+from r2scp.jobs.report_runs import Gap, RunFacts
+from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.pipelines.examples import MODALITIES
+from r2scp.pipelines.preview import Previews
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Table
+
+LACKING = ("V", "A")  # conditions with a modality missing, in turns
+WORDS = {"A": "picture", "V": "sound"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked:
+    """One question for the gallery, and what the probe said of it."""
+
+    ask: Ask
+    answer: str
+    condition: str
+    right: bool
+
+
+def gallery_section(run: RunFacts, probe: Probe, store: FeatureStore, count: int, device: str) -> Section:
+    """Raises `EncoderError` or the like where recordings cannot be embedded here."""
+    section = Section(name="gallery", heading="Answered questions")
+    picked, on_disk = pick(probe, count)
+    if not picked:
+        section.gap(
+            Gap(
+                section="gallery", what="Gallery", why="the files of validation clips are not where they were"
+            )
+        )
+        return section
+    right = sum(one.right for one in picked)
+    section.say(
+        f"{len(picked)} of the {on_disk} questions of the sample whose file is still there, drawn by seed "
+        f"{SEED}: as far "
+        f"as there are enough, half of them answered right from the store's features ({right} here) and "
+        f"half wrong, "
+        f"with sound and picture taken away in turns. So this is no measure of accuracy. Run {run.name}; "
+        f"the files are "
+        "decoded and embedded anew."
+    )
+    assert run.checkpoint is not None
+    answerer = Answerer.open(store, run.checkpoint.folder, AnswerMeans(device=device))
+    previews = Previews()
+    answers = answerer.answers([one.ask for one in picked])
+    for at, (one, answered) in enumerate(zip(picked, answers, strict=True), start=1):
+        if isinstance(answered, Refused):
+            section.note(f"{one.ask.video}: {one.ask.question}: {answered.message}", "warning")
+            continue
+        section.blocks.append(
+            {
+                "kind": "card",
+                "id": f"answer-{at}",
+                "verdict": _verdict(one, answered),
+                "card": card_of(answered, shown(answered, previews)),
+            }
+        )
+    return section
+
+
+def _verdict(one: Picked, answered: Answered) -> str:
+    said = answered.answers[0].answer
+    gone = f"Its {WORDS[one.condition]} was taken away."
+    if said == one.answer:
+        return f"{gone} Right: {one.answer}."
+    return f"{gone} Wrong: the model says {said}; right is {one.answer}."
+
+
+def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
+    """Questions in turns of (right, wrong) and (V, A); and how many have a file."""
+    examples, opened = probe.examples, probe.opened
+    clips = opened.store.dataset(Table.CLIPS, opened.pins.clips).take(examples.clip_row_B, columns=["uri"])
+    uris = clips["uri"].to_pylist()
+    whole = examples.present_BM.all(axis=1)
+    there = [at for at, uri in enumerate(uris) if uri and whole[at] and Path(uri).is_file()]
+    order = np.random.default_rng(SEED).permutation(there).tolist() if there else []
+    questions = opened.store.dataset(Table.QUESTIONS, opened.pins.questions).take(
+        examples.question_row_B, columns=["question", "choices"]
+    )
+    rows = questions.to_pylist()
+    kinds = [(condition, right) for right in (True, False) for condition in LACKING]
+    waiting = {
+        (condition, right): [at for at in order if bool(probe.seen[WITH, condition].right_Q[at]) == right]
+        for condition, right in kinds
+    }
+    taken: list[tuple[int, str, bool]] = []
+    used: set[int] = set()
+    while len(taken) < count and any(waiting.values()):
+        for kind in kinds:
+            at = next((at for at in waiting[kind] if at not in used), None)
+            waiting[kind] = [other for other in waiting[kind] if other not in used and other != at]
+            if at is not None and len(taken) < count:
+                used.add(at)
+                taken.append((at, *kind))
+    return [
+        Picked(
+            ask=Ask(
+                video=uris[at],
+                question=rows[at]["question"],
+                missing=MODALITIES[CONDITIONS[condition]].value,
+                choices=tuple(choice or "" for choice in rows[at]["choices"] or ())
+                if opened.answers is None
+                else (),
+                source_id=opened.clips.sources[examples.clip_row_B[at]],
+                id=examples.question_ids[at],
+            ),
+            answer=probe.answers[at],
+            condition=condition,
+            right=right,
+        )
+        for at, condition, right in taken
+    ], len(there)
