@@ -465,6 +465,9 @@ def test_many_are_answered_like_one_by_one_and_in_order(
         scale = np.ptp(list(logits(expected).values()))
         assert logits(one) == pytest.approx(logits(expected), abs=0.02 * scale)
         assert [each.clip_id for each in one.neighbours] == [each.clip_id for each in expected.neighbours]
+        assert one.router == pytest.approx(expected.router, abs=0.01)
+        dissonance, again = ([each.dissonance for each in part.recovered] for part in (one, expected))
+        assert dissonance == pytest.approx(again, abs=0.02)
 
 
 def test_a_file_is_decoded_once_however_often_it_is_asked_about(
