@@ -16,6 +16,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -146,7 +147,6 @@ class MemoryBank:
         self.scope = scope
         self.version = version
         self.clip_ids: list[str] = []
-        self.fingerprint = ""
         self._rank: dict[str, int] = {}
         self._sources_K = np.empty(0, dtype=np.int64)
         self._source_number: dict[str, int] = {}
@@ -172,18 +172,24 @@ class MemoryBank:
         bank = cls(store, scope or BankScope(), store.dataset(Table.CLIPS, version).version)
         count = store.dataset(Table.CLIPS, bank.version).count_rows(filter=bank.scope.where())
         keep = count * store.dim * 4 * len(KEY_COLUMNS) <= in_memory_bytes
-        held, digests, sources = [], {}, {}
+        held, sources = [], {}
         for rows in bank._read():
-            for at, (clip_id, source) in enumerate(zip(rows.clip_ids, rows.sources, strict=True)):
-                digests[clip_id], sources[clip_id] = rows.digest(at), source
+            sources |= zip(rows.clip_ids, rows.sources, strict=True)
             bank._serving.update({modality: int(has.sum()) for modality, has in rows.has.items()})
             if keep:
                 held.append(rows)
         bank._held = held if keep else None
         bank._name(sources)
-        together = hashlib.sha256(b"".join(digests[clip_id] for clip_id in bank.clip_ids))
-        bank.fingerprint = together.hexdigest()[:16]
         return bank
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides what a search finds: clips, sources and keys. Costs a reading of the keys."""
+        digests = {
+            clip_id: rows.digest(at) for rows in self._rows() for at, clip_id in enumerate(rows.clip_ids)
+        }
+        together = hashlib.sha256(b"".join(digests[clip_id] for clip_id in self.clip_ids))
+        return together.hexdigest()[:16]
 
     def serving(self, missing: Modality) -> int:
         """How many clips of the bank have the modality."""
@@ -266,7 +272,7 @@ class MemoryBank:
     def _blocks(self, how: Search) -> Iterator[KeyBlock]:
         """What a query is compared with. The hybrid score, w q·a + (1 - w) q·b, is q·(w a + (1 - w) b)."""
         there = OTHER[how.missing]
-        for rows in self._held if self._held is not None else self._read():
+        for rows in self._rows():
             serves = rows.has[how.missing]
             if how.retrieval is not Retrieval.CROSS:
                 serves = serves & rows.has[there]
@@ -284,6 +290,10 @@ class MemoryBank:
                     keys = rows.keys[how.missing if how.retrieval is Retrieval.CROSS else there][at]
                 ranks = ranks_R[at]
                 yield KeyBlock(keys_KD=keys, ranks_K=ranks, sources_K=self._sources_K[ranks])
+
+    def _rows(self) -> Iterator["_Rows"]:
+        """From memory, or read again."""
+        yield from self._held if self._held is not None else self._read()
 
     def _read(self) -> Iterator["_Rows"]:
         columns = ["clip_id", "source_id", *KEY_COLUMNS.values()]

@@ -1,4 +1,4 @@
-"""Cron read slowly, minute by minute, and schedules drawn at random: what those of the program are held to."""
+"""Cron read slowly, minute by minute, and schedules drawn at random: what the program's own are held to."""
 
 import random
 import re
