@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -262,21 +263,33 @@ def test_scores_and_seconds_are_those_of_the_named_clips(world: World, answerer:
     assert sum(one.probability for one in answered.answers) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_same_file_under_another_name_never_stands_in_for_itself(
-    world: World, answerer: Answerer, tmp_path: Path
+@pytest.mark.parametrize(
+    ("twin", "ask"),
+    [
+        ({"source_id": "elsewhere"}, {}),  # the same file
+        ({"content_sha256": "0" * 64}, {}),  # another file of the source of the same file
+        ({"content_sha256": "0" * 64, "source_id": "told"}, {"source_id": "told"}),
+    ],
+)
+def test_nothing_of_the_same_source_stands_in(
+    world: World, tmp_path: Path, twin: dict[str, str], ask: dict[str, str]
 ) -> None:
     clip_id = next(name for name in world.whole() if world.rows()[name]["split"] == "train")
     shutil.copytree(world.store.uri, tmp_path / "store")
     store = FeatureStore.open(str(tmp_path / "store"))
     table = store.clips(where=f"clip_id = '{clip_id}'")
-    row = table.to_pylist()[0] | {"clip_id": "demo/twin", "source_id": "elsewhere"}
-    twin = table.slice(0, 0).from_pylist([row], schema=table.schema)
-    store.commit(Table.CLIPS, [store.stage(Table.CLIPS, twin)], {})
+    rows = pa.Table.from_pylist([table.to_pylist()[0] | twin | {"clip_id": "demo/twin"}], schema=table.schema)
+    also_delete = [clip_id] if ask else []  # then the store does not know the file
+    store.commit(Table.CLIPS, [store.stage(Table.CLIPS, rows)], {}, also_delete)
     copied = tmp_path / "renamed.mp4"
     shutil.copy(world.video(clip_id), copied)
-    found = Answerer.open(store, world.run).answer(copied, QUESTION, "audio")
+    answerer = Answerer.open(store, world.run)
+    found = answerer.ask(Ask(video=str(copied), question=QUESTION, missing="audio", **ask))
     assert len(found.neighbours) == 3
     assert not {"demo/twin", clip_id} & {each.clip_id for each in found.neighbours}
+    if ask:  # or nothing was shown
+        bare = answerer.ask(Ask(video=str(copied), question=QUESTION, missing="audio"))
+        assert bare.neighbours[0].clip_id == "demo/twin"
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +297,7 @@ def damaged(world: World, tmp_path_factory: pytest.TempPathFactory, render: Call
     """One clip of the store in several states of damage."""
     folder, whole = tmp_path_factory.mktemp("damaged"), world.video(world.whole()[0])
     return {
-        name: render(folder / f"{name}.mp4", ["-i", whole, *arguments])
+        name: render(folder / f"{name}.{'mkv' if name == 'unplugged' else 'mp4'}", ["-i", whole, *arguments])
         for name, arguments in {
             "deaf": ["-an", "-c", "copy"],
             "blind": ["-vn", "-c", "copy"],
@@ -292,6 +305,7 @@ def damaged(world: World, tmp_path_factory: pytest.TempPathFactory, render: Call
             "blank": ["-vf", "drawbox=color=black:t=fill", "-c:a", "copy"],
             "nothing": ["-vf", "drawbox=color=gray:t=fill", "-af", "volume=0"],
             "quiet": ["-af", "volume=-60dB", "-c:v", "copy"],
+            "unplugged": ["-af", "volume=-90dB", "-c:v", "copy", "-c:a", "pcm_s16le"],  # last bits alone
         }.items()
     }
 
@@ -302,6 +316,7 @@ def damaged(world: World, tmp_path_factory: pytest.TempPathFactory, render: Call
         ("deaf", "audio", "the file has no sound"),
         ("blind", "visual", "the file has no picture"),
         ("silent", "audio", "the sound is silence from beginning to end"),
+        ("unplugged", "audio", "the sound is silence from beginning to end"),
         ("blank", "visual", "the picture is blank from beginning to end"),
         ("quiet", None, ""),
     ],
@@ -445,6 +460,8 @@ def many(world: World, damaged: dict[str, Path]) -> list[Ask | Refused]:
         Ask(id=str(at), video=videos[at % len(videos)], question=(QUESTION, "Is it loud?")[at % 2])
         for at in range(2 * len(videos) + 5)
     ]
+    for at, missing in enumerate(("audio", "visual", "none", "auto")):  # of one file, one after another
+        asked.append(Ask(id=missing, video=videos[at // 4 - 2], question=QUESTION, missing=missing))
     asked.insert(3, Refused(reason="usage", message="a line that is none", id="bad"))
     return asked
 
