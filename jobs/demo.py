@@ -1,23 +1,27 @@
-"""`demo`: the whole journey on the generated corpus, from making videos to answers in spite of a gap."""
+"""`demo`: the whole journey on the generated corpus, from making videos to a report of what came of it."""
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from r2scp.jobs.config import absolute, default_workers, tell
 from r2scp.jobs.encoders import encoder_spec, pick_device
-from r2scp.jobs.evaluate import EvaluateMeans
+from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans
 from r2scp.jobs.extract import Destination, Source
 from r2scp.jobs.extract_command import run_with_progress
 from r2scp.jobs.index_command import Scope, index_with_progress
+from r2scp.jobs.report_command import report_with_progress
+from r2scp.jobs.report_making import ReportWanted
 from r2scp.jobs.train_command import Wanted, evaluate_with_progress, train_means, train_with_progress
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.pipelines.flows import Resources
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.bank import HITS
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.transaction import sql_literal
 
-STEPS = 5
+STEPS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class DemoWanted:
 
 
 def run_demo(wanted: DemoWanted) -> dict[str, object]:
-    """Generate, extract, index, train, evaluate; the report of the evaluation and the seconds of each."""
+    """Generate, extract, index, train, evaluate, report; what came out, and the seconds of each."""
     workers = wanted.num_workers or default_workers()
     which = f"{wanted.clips}-seed{wanted.seed}"  # clips of another corpus have the same names
     folder = absolute(wanted.folder)
@@ -44,10 +48,12 @@ def run_demo(wanted: DemoWanted) -> dict[str, object]:
     clock.done("generate", f"{generated.written} written, {generated.questions} questions")
     tell(f"2/{STEPS} extracting them into {uri}")
     encoder = encoder_spec("imagebind-demo", None, pick_device(None))
-    report = run_with_progress(
+    extracted = run_with_progress(
         Source("demo", corpus), Destination(uri), encoder, Resources(num_workers=workers)
     )
-    clock.done("extract", f"{report.stored} stored, {report.unchanged} unchanged, {report.dead} dead")
+    clock.done(
+        "extract", f"{extracted.stored} stored, {extracted.unchanged} unchanged, {extracted.dead} dead"
+    )
     store = FeatureStore.open(uri, encoder.fingerprint)
     tell(f"3/{STEPS} finding each clip's neighbours in the memory bank")
     scope = Scope([], list(IndexSettings().bank.splits), [])
@@ -58,19 +64,34 @@ def run_demo(wanted: DemoWanted) -> dict[str, object]:
     trained = train_with_progress(store, run, asked, train_means(1, None, None, workers))
     clock.done("train", f"best after epoch {trained['epoch']}")
     tell(f"5/{STEPS} asking the test split's questions with sound alone, picture alone and both")
-    evaluation = evaluate_with_progress(store, run, EvaluateMeans(device=pick_device(None)), wanted.as_json)
+    means = EvaluateMeans(rates=MISSING_RATES, device=pick_device(None))
+    evaluation = evaluate_with_progress(store, run, means, wanted.as_json)
     clock.done("evaluate", f"{100 * evaluation['average']:.1f} % on average")
+    tell(f"6/{STEPS} writing a report of it")
+    report = report_with_progress(ReportWanted(runs=(run,), store=uri), None)
+    clock.done("report", str(report["report"]))
     ended: dict[str, object] = {
         "seconds": clock.seconds,
         "store": uri,
         "run": str(run),
-        "try_next": f"r2scp-pipe status --store {uri}",
+        "report": report["report"],
+        "try_next": _question(store, run),
     }
     if not wanted.as_json:  # the tables are on the screen already
         return ended
     counts = ("inputs", "stored", "unchanged", "dead", "decoded")
     told = {name: evaluation[name] for name in ("conditions", "average", "baselines")}
-    return ended | told | {"extract": {name: getattr(report, name) for name in counts}}
+    return ended | told | {"extract": {name: getattr(extracted, name) for name in counts}}
+
+
+def _question(store: FeatureStore, run: Path) -> str:
+    """A command that answers a question about a clip as if its sound were lost."""
+    asked = store.questions(["clip_id", "question"], "split = 'test'").slice(0, 1).to_pylist()
+    if not asked:
+        return shlex.join(["r2scp-pipe", "status", "--store", store.uri])
+    clip = store.clips(["uri"], f"clip_id = {sql_literal(asked[0]['clip_id'])}")["uri"][0].as_py()
+    words = ["r2scp-pipe", "answer", "--run", str(run), clip, asked[0]["question"]]
+    return shlex.join([*words, "--missing", "audio", "--explain"])
 
 
 class _Clock:

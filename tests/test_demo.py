@@ -11,7 +11,7 @@ from r2scp.jobs.cli import app
 from r2scp.store.feature_store import FeatureStore
 
 CLIPS, QUESTIONED = 12, {"train", "val", "test"}
-STEPS = ("generate", "extract", "index", "train", "evaluate")
+STEPS = ("generate", "extract", "index", "train", "evaluate", "report")
 SHORT = ("--set", "stage_one.epochs=1", "--set", "stage_two.epochs=1", "--set", "model.dim=16")
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -24,8 +24,8 @@ def test_the_whole_journey_and_again(tmp_path: Path) -> None:
     assert first.stdout.count("\n") == 1
     said = json.loads(first.stdout)
     assert tuple(said["seconds"]) == STEPS
-    assert [line[:3] for line in first.stderr.splitlines() if line[1:3] == "/5"] == [
-        f"{n}/5" for n in range(1, 6)
+    assert [line[:3] for line in first.stderr.splitlines() if line[1:3] == "/6"] == [
+        f"{n}/6" for n in range(1, 7)
     ]
     assert said["extract"] == {"inputs": CLIPS, "stored": CLIPS, "unchanged": 0, "dead": 0, "decoded": CLIPS}
 
@@ -40,6 +40,9 @@ def test_the_whole_journey_and_again(tmp_path: Path) -> None:
     assert {one["n"] for one in said["conditions"].values()} == {asked}
     assert said["conditions"].keys() == {"A", "V", "AV"}
     assert said["baselines"].keys() == {"majority", "question-only", "no-recovery", "no-recovery-dropout"}
+    page = Path(said["report"]).read_text()
+    assert page.startswith("<!doctype html>")
+    assert "</html>" in page
     best = find(Path(said["run"]))
     assert (best.config.model.dim, best.config.stage_two.epochs) == (16, 1)
 
