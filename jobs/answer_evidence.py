@@ -17,6 +17,8 @@ from r2scp.pipelines.recording import NAMES, Recording
 from r2scp.pipelines.stand_ins import StandIn, StandIns
 from r2scp.store.schema import Modality, ModalityStatus, Table
 
+ALIKE = 0.999  # a score above which a clip may be the recording itself, whole or coded otherwise
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
@@ -83,6 +85,11 @@ def evidence(
     notes = shared.notes + (shared.notes_missing if missing else [])
     fallback = bool(answer.evidence.fallback_BM[row].any())
     recovered = bool(answer.evidence.recovered_BM[row].any())
+    if any(found.score >= ALIKE for found in stand_ins):
+        notes = [
+            *notes,
+            "the best clip is so like this recording that it may be the same; no test of recovery",
+        ]
     if fallback:
         notes = [
             *notes,

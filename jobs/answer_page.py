@@ -36,6 +36,7 @@ NEIGHBOUR_COLUMNS = (
     {"text": "version of clips", "numeric": True},
     {"text": "file"},
 )
+SPOKEN = ((None, ""), (True, "yes"), (False, "no"))
 WORDS = {Modality.AUDIO: "sound", Modality.VISUAL: "picture"}
 
 
@@ -209,21 +210,21 @@ def _timeline_words(answered: Answered) -> str:
 
 
 def _asked(answered: Answered) -> Iterator[tuple[str, object]]:
-    yield "recording's SHA-256", answered.content_sha256
+    yield "recording's SHA-256", _cut(answered.content_sha256)
     if answered.id:
         yield "asked as", _cut(answered.id)
 
 
 def _flat(name: str, values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """(name, value) of each; what is in a mapping of its own on one line."""
+    """(name, value) of each, on one line; None where there is nothing."""
     for key, value in values.items():
-        term = _cut(f"{name}: {key.replace('_', ' ')}")
         if isinstance(value, Mapping):
-            yield term, _cut(", ".join(f"{inner} {one}" for inner, one in value.items()))
+            text = ", ".join(f"{inner} {one}" for inner, one in value.items())
         elif isinstance(value, list | tuple):
-            yield term, _cut(", ".join(map(str, value)))
+            text = ", ".join(map(str, value))
         else:
-            yield term, value if value is None else _cut(str(value))
+            text = next((word for known, word in SPOKEN if value is known), str(value))
+        yield _cut(f"{name}: {key.replace('_', ' ')}"), _cut(text) or None
 
 
 def _few(labels: Sequence[str]) -> list[str]:

@@ -156,8 +156,9 @@ def outline(peaks: Sequence[tuple[float, float]]) -> str:
     """The path around (lowest, highest) sample of each slice, one unit wide each."""
     loudest = max((max(-low, high) for low, high in peaks), default=0.0)
     gain = LOUDEST * min(MOST_GAIN, 1 / loudest if loudest > 0 else MOST_GAIN)
-    upper = [f"{x},{round(-gain * high)}" for x, (_, high) in enumerate(peaks)]
-    lower = [f"{x},{round(-gain * low)}" for x, (low, _) in enumerate(peaks)]
+    points = [*enumerate(peaks), *((len(peaks), last) for last in peaks[-1:])]
+    upper = [f"{x},{round(-gain * high)}" for x, (_, high) in points]
+    lower = [f"{x},{round(-gain * low)}" for x, (low, _) in points]
     return "M" + "L".join([*upper, *reversed(lower)]) + "Z"
 
 

@@ -290,6 +290,8 @@ def test_nothing_of_the_same_source_stands_in(
     if ask:  # or nothing was shown
         bare = answerer.ask(Ask(video=str(copied), question=QUESTION, missing="audio"))
         assert bare.neighbours[0].clip_id == "demo/twin"
+        assert any("may be the same" in note for note in bare.notes)
+    assert not any("may be the same" in note for note in found.notes)
 
 
 @pytest.fixture(scope="module")

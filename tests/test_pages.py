@@ -260,6 +260,11 @@ def test_a_name_that_is_missing_raises() -> None:
         page("answer.html", {"title": "x", "lede": "y"})
 
 
+def test_not_even_markup_brings_control_or_direction_characters() -> None:
+    html = page("answer.html", {"title": Markup("a\u202eb\x1bc"), "lede": "", "cards": []})
+    assert "<h1>a\\u202eb\\x1bc</h1>" in html
+
+
 @pytest.mark.parametrize("template", sorted(path.name for path in TEMPLATES.glob("*.html")))
 def test_templates_put_outside_text_only_where_it_is_escaped(template: str) -> None:
     source = re.sub(r"\{#.*?#\}", "", (TEMPLATES / template).read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -275,7 +280,7 @@ def test_templates_put_outside_text_only_where_it_is_escaped(template: str) -> N
             assert re.fullmatch(r"\{\{ [\w.\[\]]+\|(only_data|webp) \}\}", value)
     for tag in ("script", "style"):
         for body in re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", source, re.DOTALL):
-            assert body == f"{{{{ {tag} }}}}"
+            assert body == f"{{{{ {tag} }}}}" or "{{" not in body
 
 
 # --- text from outside ------------------------------------------------------------------------------
@@ -493,6 +498,15 @@ def test_without_its_script_a_page_says_the_same(parts_page: str) -> None:
     assert "9.0 (8–10)" in Parsed(parts_page).text
 
 
+def test_print_is_light_and_fits_paper(plain_page: str, looked_at: Look, written: Any) -> None:
+    looked = looked_at(written(plain_page), 700, "dark")
+    looked.do(lambda page: page.emulate_media(media="print", color_scheme="dark"))
+    looked.ask("dispatchEvent(new Event('beforeprint'))")
+    assert looked.ask("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
+    assert looked.ask(OVERFLOW.replace(".scroll, ", "")) == []
+    assert looked.ask(FAINT)["found"] == []
+
+
 def test_print_opens_what_is_folded(plain_page: str, looked_at: Look, written: Any) -> None:
     looked = looked_at(written(plain_page))
     folded = "[...document.querySelectorAll('details')].map((each) => each.open)"
@@ -585,8 +599,8 @@ def test_a_long_recording_is_not_drawn_to_its_end() -> None:
 
 
 def test_outline_shows_the_loudest_moment_full_and_silence_flat() -> None:
-    assert outline([(-0.1, 0.05), (0.0, 0.0)]) == "M0,-24L1,0L1,0L0,48Z"
-    assert outline([(0.0, 0.0)] * 2) == "M0,0L1,0L1,0L0,0Z"
+    assert outline([(-0.1, 0.05), (0.0, 0.0)]) == "M0,-24L1,0L2,0L2,0L1,0L0,48Z"
+    assert outline([(0.0, 0.0)] * 2) == "M0,0L1,0L2,0L2,0L1,0L0,0Z"
     assert "48" not in outline([(-0.001, 0.001)])
 
 
