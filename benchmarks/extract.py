@@ -8,7 +8,8 @@ All contenders do the same clips, in turn, round after round, so that noise hits
 - *plain loop*: decode one, embed one, write one, in one process with PyTorch's defaults.
 - *Daft*, *Pixeltable*: see `extract_peers`; in processes that live from round to round, encoder loaded.
 - *flow*: the whole of `run_extract` into a fresh store: plan, hash, decode, embed, stage, commit. Its worker
-  processes start and load the encoder anew each time.
+  processes start and load the encoder anew each time. They run at the priority of the others; as Ray comes,
+  they give way to whatever else runs on the machine.
 
 What each costs before its first clip and after its last is timed as a run of a single clip (starting Ray is
 timed apart from both); *started* is the rate of the other clips in the time beyond that: what a long corpus
@@ -50,6 +51,7 @@ from r2scp.store.errors import MediaError, R2SCPError, UsageError
 SEED = 20  # of the generated clips
 DISTINCT = 48  # of them; larger corpora are links to these
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait leave the core to others
+NICENESS = "RAY_worker_niceness"  # Ray's own is 15: the flow would give way to whatever else runs
 DECODE, EMBED = "decode alone", "embed alone"
 LOOP, DAFT, PIXELTABLE, FLOW = "plain loop", "Daft", "Pixeltable", "flow"
 WHOLE = (LOOP, DAFT, PIXELTABLE, FLOW)
@@ -313,6 +315,7 @@ def benchmark(options: argparse.Namespace) -> Report:
         scratch = Path(folder)
         if options.cores:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+        os.environ.setdefault(NICENESS, "0")  # the peers'
         work = _work(options, scratch)
         with processes(scratch) as pools:
             seconds = contest(contenders(work, pools), options.rounds)
@@ -330,6 +333,7 @@ def benchmark(options: argparse.Namespace) -> Report:
         "device": work.spec.device,
         "cores used": work.cores,
         "clips a batch": work.resources.clips_per_batch,
+        "niceness of Ray's workers": os.environ[NICENESS],
         "root": str(options.root or f"generated, seed {SEED}"),
     }
     return Report(sheets=sheets, grades=grades, settings=settings)

@@ -253,22 +253,14 @@ def answer(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folder of a run; several stand side by side.")],
-    studies: Annotated[
-        Path | None, typer.Option(help="Folder with the results of `study`, for n and k (Fig. 4).")
-    ] = None,
-    figures: Annotated[
-        Path | None, typer.Option(help="Also a PNG and an SVG of each figure, into this folder.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The page; report.html in the first run by default.")
-    ] = None,
+    studies: Annotated[Path | None, typer.Option(help="Folder of `study`, for n and k (Fig. 4).")] = None,
+    figures: Annotated[Path | None, typer.Option(help="A folder for a PNG and an SVG of each.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html by default.")] = None,
     gallery: Annotated[int, typer.Option(min=0, help="Questions to show with their evidence.")] = 12,
     device: DeviceOption = None,
     store: Annotated[
         str | None,
-        typer.Option(
-            envvar="R2SCP_STORE", help="The store; by default the one that the first run learned from."
-        ),
+        typer.Option(envvar="R2SCP_STORE", help="The store; by default the one that RUN learned from."),
     ] = None,
     fingerprint: FingerprintOption = None,
     storage_option: StorageOption = None,
@@ -279,10 +271,15 @@ def report(
         from r2scp.jobs.report import ReportWanted
         from r2scp.jobs.report_command import brief, report_with_progress
 
-        options = storage_options(storage_option)
-        named = {"store": store, "fingerprint": fingerprint, "storage_options": options}
         wanted = ReportWanted(
-            runs=tuple(runs), studies=studies, figures=figures, out=out, gallery=gallery, **named
+            runs=tuple(runs),
+            store=store,
+            fingerprint=fingerprint,
+            storage_options=storage_options(storage_option),
+            studies=studies,
+            out=out,
+            figures=figures,
+            gallery=gallery,
         )
         made = report_with_progress(wanted, device)
         say(made if as_json else brief(made), as_json)

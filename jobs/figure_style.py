@@ -7,10 +7,11 @@ below another where there is little room; text in them is text. Nothing here tou
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -47,7 +48,7 @@ DPI = 200  # of the PNG copies
 PX_PER_INCH = 96  # CSS
 GROWS = 1.2  # a panel of a page, at most, where there is room
 LABEL = 30  # characters of a name in a figure; the table beside it has all of it
-_STYLE: Mapping[str, object] = {
+_STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": QUIET,
     "axes.facecolor": "none",
@@ -64,6 +65,8 @@ _STYLE: Mapping[str, object] = {
     "figure.facecolor": "none",
     "font.size": 9,
     "grid.color": RULE,
+    "hatch.color": ORANGE,  # what is hatched is orange, in either theme
+    "hatch.linewidth": 0.8,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8,

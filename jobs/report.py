@@ -22,7 +22,7 @@ from r2scp.store.feature_store import FeatureStore
 
 
 def run_report(wanted: ReportWanted, told: Told = lambda _: None) -> dict[str, object]:
-    """Write the page, and the figures if they are wanted; where, how large, how long it took, what is missing.
+    """Write the page, and the figures if they are wanted; where, how large, how long, and what is missing.
 
     Raises `UsageError` without a run, `CheckpointError` for a folder that is none, `StoreError` for a store
     that was named and is not there.

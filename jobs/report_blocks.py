@@ -73,7 +73,7 @@ def _table(
     if len(rows) > MOST_ROWS:
         note = f"{note} The first {MOST_ROWS:,} of {len(rows):,} rows.".strip()
     heads = [
-        {"text": name, "numeric": at > 0 and all(_numeric(row[at]) for row in rows)}
+        {"text": name, "numeric": at > 0 and _numeric([row[at] for row in rows])}
         for at, name in enumerate(columns)
     ]
     return {
@@ -84,9 +84,11 @@ def _table(
     }
 
 
-def _numeric(cell: object) -> bool:
-    value = cell.get("value") if isinstance(cell, dict) else cell
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+def _numeric(cells: Sequence[object]) -> bool:
+    """Whether a column holds numbers and nothing else but gaps."""
+    values = [cell.get("value") if isinstance(cell, dict) else cell for cell in cells]
+    there = [value for value in values if value is not None]
+    return bool(there) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in there)
 
 
 def share_cell(share: float) -> dict[str, object]:

@@ -66,12 +66,10 @@ def training(runs: Sequence[RunFacts]) -> Drawing | None:
         name="training",
         title="Training",
         caption="Means over each epoch's batches, and accuracy on the validation split after it, nothing "
-        "smoothed. "
-        "Rings: the epoch whose checkpoint answers. Stage I's loss is the sum of three heads, so the "
-        "baseline that "
-        "sees the question alone, with one, starts lower. Validation chose the checkpoints, so it "
-        "flatters all "
-        "models alike." + (" Several runs share a colour; the first is named." if len(runs) > 1 else ""),
+        "smoothed. Rings: each model's best epoch, whose checkpoint is kept. Stage I's loss is the sum of "
+        "three heads, so the baseline that sees the question alone, with one, starts lower. Validation "
+        "chose the checkpoints, so it flatters all models alike."
+        + (" Several runs share a colour; the first is named." if len(runs) > 1 else ""),
         alt="Stage II on validation: " + ("; ".join(ends) or "no epoch yet") + ".",
         panels=[panel for panel in panels if panel],
         columns=["run", "model", "stage", "epoch", *LOSSES, *(f"validation {c}, %" for c in VALIDATED)],
@@ -140,10 +138,9 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
         name="expert-loads",
         title="Expert loads over training (Fig. 6)",
         caption="Router weights α of eq. 11, means over each epoch's training questions, by what was "
-        "missing; hollow "
-        "marks: the source that was recovered. The paper draws them on its test set: the table's last "
-        "lines have "
-        "them there, for the best checkpoint alone." + (" Faint: further runs." if len(epochs) > 1 else ""),
+        "missing; hollow marks: the source that was recovered. The paper draws them on its test set: the "
+        "table's last lines have them there, for the best checkpoint alone."
+        + (" Faint: further runs." if len(epochs) > 1 else ""),
         alt=f"Router weights at the end of {short(first)}. " + "; ".join(ends) + ".",
         panels=[Panel(draw=panel(condition)) for condition in CONDITIONS],
         columns=["run", "epoch", *(f"{c}: {SOURCE_NAMES[s]}" for c in CONDITIONS for s in SOURCES)],
@@ -201,10 +198,9 @@ def along(study: Mapping[str, Any]) -> Drawing | None:
         name=f"study-{name}",
         title=f"Accuracy over {VARIED[name]} (Fig. 4)",
         caption=f"{short(study['split'])} split, n = {int(study['n']):,} questions; means over "
-        f"{len(seeds)} seeds, bars "
-        "one standard deviation of the seeds (not an interval), ticks each seed. Places on the axis are "
-        "even, not to "
-        "scale." + ("" if study["leak_guard"] else " Made WITHOUT the leak guard."),
+        f"{len(seeds)} seeds, bars one standard deviation of the seeds (not an interval), ticks each seed. "
+        "Places on the axis are even, not to scale."
+        + ("" if study["leak_guard"] else " Made WITHOUT the leak guard."),
         alt=f"The mean of the three conditions is highest, {mean:.1f} %, at {name} = {at}, of "
         f"{', '.join(str(x) for x, _ in points)}.",
         panels=[Panel(draw=draw, width=4.4, height=3.0)],

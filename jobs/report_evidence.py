@@ -71,16 +71,12 @@ def joint_vectors(probe: Probe) -> Drawing | None:
         name="joint-vectors",
         title="Joint vectors by answer (Fig. 7)",
         caption=f"t-SNE (perplexity {probe.perplexity:.0f}, cosine, seed {SEED}) of what the joint head "
-        f"answers from, for "
-        f"{len(probe.answers)} of {probe.of} validation questions; the {len(common)} most frequent "
-        f"answers have a colour "
-        "and a mark, all others are grey. t-SNE keeps neighbours, not distances: sizes of clusters, gaps "
-        "between them "
-        "and places on the page mean nothing, each panel is a fit of its own, and a question's wording "
-        "alone can make "
-        f"clusters. The numbers do not depend on it: of the {NEAREST} nearest vectors in the full space "
-        f"by cosine, the "
-        "share with the same answer; chance is two questions of one type.",
+        f"answers from, for {len(probe.answers)} of {probe.of} validation questions; the {len(common)} "
+        "most frequent answers have a colour and a mark, all others are grey. t-SNE keeps neighbours, not "
+        "distances: sizes of clusters, gaps between them and places on the page mean nothing, each panel "
+        "is a fit of its own, and a question's wording alone can make clusters. The numbers do not depend "
+        f"on it: of the {NEAREST} nearest vectors in the full space by cosine, the share with the same "
+        "answer; chance is two questions of one type.",
         alt=f"Share of the {NEAREST} nearest joint vectors with the same answer. {beside}.",
         panels=[Panel(draw=panel(at), width=4.6, height=3.7) for at in shown],
         columns=[
@@ -155,12 +151,10 @@ def purity_by_rank(purity: Purity) -> Drawing | None:
         name="purity",
         title="Retrieval purity by rank",
         caption=f"Queries: the {purity.clips} clips of the validation questions, {purity.retrieval} "
-        f"retrieval. Agreement in "
-        "answer: a question of the query, asked word for word of the neighbour in training, has the same "
-        "answer there; "
-        "in label: the clips share one. Chance: the same of clips drawn from the bank at random. Bars "
-        "are 95 % "
-        "intervals that take clips, not pairs, to be independent.",
+        "retrieval. Agreement in answer: a question of the query, asked word for word of the neighbour in "
+        "training, has the same answer there; in label: the clips share one. Chance: the same of clips "
+        "drawn from the bank at random. Bars are 95 % intervals that take clips, not pairs, to be "
+        "independent.",
         alt="; ".join(best) + ".",
         panels=[Panel(draw=panel(*place), width=4.4, height=2.8) for place in places],
         columns=[
@@ -237,10 +231,9 @@ def scores(purity: Purity) -> Drawing | None:
     return Drawing(
         name="scores",
         title="Scores of neighbours",
-        caption=f"Cosine between a clip's key and the keys compared with it, of the {purity.depth} "
-        f"nearest and farthest of "
-        f"{purity.clips} validation clips, {purity.retrieval} retrieval; shares of each side's hits in "
-        f"{BINS} bins.",
+        caption=f"Cosine between a clip's key and the keys compared with it, of the {purity.depth} nearest "
+        f"and farthest of {purity.clips} validation clips, {purity.retrieval} retrieval; shares of each "
+        f"side's hits in {BINS} bins.",
         alt=f"Medians: {medians}.",
         panels=[Panel(draw=panel(missing), width=4.4) for missing in found],
         columns=["missing", "side", "from", "to", "hits", "share, %"],
@@ -290,11 +283,9 @@ def dissonance(probe: Probe, k: int) -> Drawing | None:
     return Drawing(
         name="dissonance",
         title="Dissonance of recovered tokens",
-        caption=f"δ = 1 − cos(H_miss·W_proj, g_u) of eq. 3, in [0, 2], of all tokens recovered for "
-        f"{len(probe.answers)} "
-        f"validation questions. Of each question the {k} with the largest δ are purged: a token can be "
-        f"purged with a "
-        "smaller δ than one that another question keeps.",
+        caption="δ = 1 − cos(H_miss·W_proj, g_u) of eq. 3, in [0, 2], of all tokens recovered for "
+        f"{len(probe.answers)} validation questions. Of each question the {k} with the largest δ are "
+        "purged: a token can be purged with a smaller δ than one that another question keeps.",
         alt=said + ".",
         panels=[Panel(draw=panel(missing), width=4.4) for missing in found],
         columns=["recovered", "tokens", "δ from", "δ to", "number", "share, %"],

@@ -21,8 +21,8 @@ from r2scp.jobs.report_runs import Evaluation, Judged, Model, RunFacts
 from r2scp.pipelines.dataset import CONDITIONS
 
 CONDITION_TITLES = {
-    "A": "A: sound only, picture missing",
-    "V": "V: picture only, sound missing",
+    "A": "A: sound only",
+    "V": "V: picture only",
     "AV": "AV: both there",
 }
 LOST = {"audio": ("sound", "V"), "visual": ("picture", "A")}  # its name, and the condition without any of it
@@ -82,15 +82,14 @@ def accuracy(runs: Sequence[RunFacts]) -> Drawing | None:
     return Drawing(
         name="accuracy",
         title="Accuracy by condition",
-        caption=f"Accuracy under each condition, ours beside what it must beat. Bars are 95 % Wilson "
-        f"intervals, "
-        f"which hold for questions drawn by themselves, not for seeds. {shared}.",
+        caption="Accuracy under each condition, ours beside what it must beat. Bars are 95 % Wilson "
+        f"intervals, which hold for questions drawn by themselves, not for seeds. {shared}.",
         alt="Accuracy in % with sound alone, picture alone, both: "
         + "; ".join(f"{short(run)} {OURS} {_three(one.ours)}" for run, one in judged)
         + beside
         + ".",
         panels=[Panel(draw=panel(condition), height=height) for condition in CONDITIONS],
-        columns=["run", "model", *_score_columns(CONDITIONS), "mean of the three, %"],
+        columns=["run", "model", *_score_columns([*CONDITIONS]), "mean of the three, %"],
         rows=rows,
     )
 
@@ -143,20 +142,18 @@ def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
     low, high = min(spread, key=lambda s: s.accuracy), max(spread, key=lambda s: s.accuracy)
     beside = ", ".join(short(model.name) for model, _ in shown[1:])
     return Drawing(
-        name=f"accuracy-by-type-{number}",
+        name="accuracy-by-type" + (f"-{number}" if number else ""),
         title="Accuracy by question type" + (f", {short(run.name)}" if number else ""),
         caption=f"{OURS} of {short(run.name)} beside {beside or 'nothing'}, by question type (in brackets "
-        f"how many "
-        f"questions). Bars are 95 % Wilson intervals; the tick is the majority's.{left} "
+        f"how many questions). Bars are 95 % Wilson intervals; the tick is the majority's.{left} "
         f"{shared_of(evaluation)}.",
         alt=f"With both modalities {OURS} ranges over {len(names)} question types from "
-        f"{_percent(low.accuracy)} to "
-        f"{_percent(high.accuracy)} %.",
+        f"{_percent(low.accuracy)} to {_percent(high.accuracy)} %.",
         panels=[
             Panel(draw=panel(condition), width=3.9, height=1.3 + 0.24 * len(names))
             for condition in CONDITIONS
         ],
-        columns=["model", "type", *_score_columns(CONDITIONS)],
+        columns=["model", "type", *_score_columns([*CONDITIONS])],
         rows=rows,
     )
 
@@ -217,10 +214,8 @@ def missing_rates(runs: Sequence[RunFacts]) -> Drawing | None:
         name="missing-rates",
         title="Missing rates (Fig. 5)",
         caption="Accuracy where each question loses the modality with a probability, the same questions "
-        "for every "
-        "model; 0 % is condition AV, 100 % V or A. Bars: 95 % Wilson intervals, of ours alone, so that "
-        "they can be "
-        f"told apart; the table has all. {short(run)}: {shared_of(first)}.",
+        "for every model; 0 % is condition AV, 100 % V or A. Bars: 95 % Wilson intervals, of ours alone, "
+        f"so that they can be told apart; the table has all. {short(run)}: {shared_of(first)}.",
         alt=f"From no question to every question lacking it, {OURS} of {short(run)} goes "
         + " and ".join(ends)
         + ".",

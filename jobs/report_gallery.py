@@ -45,12 +45,9 @@ def gallery_section(run: RunFacts, probe: Probe, store: FeatureStore, count: int
     right = sum(one.right for one in picked)
     section.say(
         f"{len(picked)} of the {on_disk} questions of the sample whose file is still there, drawn by seed "
-        f"{SEED}: as far "
-        f"as there are enough, half of them answered right from the store's features ({right} here) and "
-        f"half wrong, "
-        f"with sound and picture taken away in turns. So this is no measure of accuracy. Run {run.name}; "
-        f"the files are "
-        "decoded and embedded anew."
+        f"{SEED}: as far as there are enough, half of them answered right from the store's features "
+        f"({right} here) and half wrong, with sound and picture taken away in turns. So this is no measure "
+        f"of accuracy. Run {run.name}; the files are decoded and embedded anew."
     )
     assert run.checkpoint is not None
     answerer = Answerer.open(store, run.checkpoint.folder, AnswerMeans(device=device))
@@ -84,7 +81,7 @@ def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
     examples, opened = probe.examples, probe.opened
     clips = opened.store.dataset(Table.CLIPS, opened.pins.clips).take(examples.clip_row_B, columns=["uri"])
     uris = clips["uri"].to_pylist()
-    whole = examples.present_BM.all(axis=1)
+    whole = np.logical_and.reduce(examples.present_BM, axis=1)
     there = [at for at, uri in enumerate(uris) if uri and whole[at] and Path(uri).is_file()]
     order = np.random.default_rng(SEED).permutation(there).tolist() if there else []
     questions = opened.store.dataset(Table.QUESTIONS, opened.pins.questions).take(

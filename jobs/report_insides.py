@@ -34,7 +34,7 @@ def vectors(made: Making) -> None:
             )
         if drawing and rows:
             columns = ["run", *drawing.columns]
-            note = f"With and without recovery. {NEAREST} nearest: by cosine in the full space, mean over questions."
+            note = f"{NEAREST} nearest: by cosine in the full space, mean over questions."
             section.table("How far joint vectors of one answer lie together", columns, rows, note)
 
 
@@ -103,9 +103,8 @@ def _pure(made: Making, section: Section, purity: Purity) -> None:
         else "are in the lists: there was NO leak guard"
     )
     note = (
-        f"Hits of a clip's own source that would be among its {purity.depth}, over all clips of the "
-        f"store; they {what}. "
-        f"A clip of the bank ({purity.serving:,} clips) is such a hit of itself."
+        f"Hits of a clip's own source that would be among its {purity.depth}, over all clips of the store; "
+        f"they {what}. A clip of the bank ({purity.serving:,} clips) is such a hit of itself."
     )
     section.table(
         "Hits of the clip's own source",

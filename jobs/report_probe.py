@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from r2scp.jobs.baselines import NO_RECOVERY_DROPOUT
@@ -85,7 +86,8 @@ class Probe:
     def placed(self, model: str, condition: str) -> np.ndarray:
         """(Q, 2): t-SNE of the joint vectors, the same on every run on one machine."""
         tsne = TSNE(perplexity=self.perplexity, init="pca", random_state=SEED, metric="cosine", n_jobs=1)
-        return tsne.fit_transform(self.seen[model, condition].joint_QD)
+        with threadpool_limits(1):  # many threads wait for each other over so few points
+            return tsne.fit_transform(self.seen[model, condition].joint_QD)
 
 
 def probe(checkpoint: Checkpoint, store: FeatureStore, device: str = "cpu") -> Probe:

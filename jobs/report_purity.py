@@ -50,7 +50,7 @@ def purity_of(opened: Opened, asked: Examples) -> Purity:
     agreements, scores, leaks = {}, {}, {}
     facts = _facts(opened, asked), _facts(opened, opened.learning()[0])
     for column, modality in enumerate(MODALITIES):
-        mine = rows.filter(pc.equal(rows["missing"], modality.value))
+        mine = rows.filter(pc.field("missing") == modality.value)
         bank = Bank(serves_R=in_bank & clips.present_RM[:, column], sources_R=sources)
         kept = []
         for side in SIDES:

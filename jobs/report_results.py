@@ -82,7 +82,7 @@ def _accuracy_table(section: Section, runs: Sequence[RunFacts]) -> None:
         if run.evaluation
         for model in run.evaluation.models
     ]
-    heads = [report_figures.CONDITION_TITLES[condition].partition(",")[0] for condition in CONDITIONS]
+    heads = [report_figures.CONDITION_TITLES[condition] for condition in CONDITIONS]
     if rows:
         note = (
             "In brackets the 95 % interval of each accuracy, for the questions as drawn; mean: of the three."
@@ -126,9 +126,7 @@ def studies(made: Making) -> None:
         names = {path.stem for path in found}
         for name, what in report_curves.VARIED.items():
             if name not in names:
-                why = (
-                    f"no results of `study {name}` in {folder}" if folder else "no --studies FOLDER was given"
-                )
+                why = f"no results of that study in {folder}" if folder else "no --studies FOLDER was given"
                 made.lack(
                     section,
                     Gap(
@@ -149,7 +147,7 @@ def studies(made: Making) -> None:
             try:
                 _study(section, json.loads(path.read_bytes()))
             except (OSError, *MISSHAPEN) as error:
-                why = f"it is not what `study` writes: {type(error).__name__}: {error}"
+                why = f"it is not what a study writes: {type(error).__name__}: {error}"
                 made.lack(section, Gap(section="studies", what=path.name, why=why))
 
 
@@ -169,8 +167,7 @@ def _study(section: Section, study: Mapping[str, Any]) -> None:
     seeds = ", ".join(str(int(seed)) for seed in study["seeds"])
     note = (
         f"{study['asks']} {study['split']} split, n = {int(study['n']):,}; mean ± standard deviation over "
-        f"seeds {seeds}, "
-        f"then the difference in points from “{study['against']}”, paired by seed."
+        f"seeds {seeds}, then the difference in points from “{study['against']}”, paired by seed."
     )
     section.figure(drawing)
     section.table(f"{study['title']}: accuracy, %", ["variant", *columns], rows, note)

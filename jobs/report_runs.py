@@ -218,7 +218,7 @@ def _evaluation(facts: RunFacts, store: str | None) -> None:
         try:
             facts.evaluation = Evaluation.from_json(path.name, json.loads(path.read_bytes()))
         except (OSError, *MISSHAPEN) as error:
-            why = f"{path.name} is not what `evaluate` writes: {type(error).__name__}: {error}"
+            why = f"{path.name} is not what evaluate writes: {type(error).__name__}: {error}"
             facts.gaps.append(Gap(section="accuracy", what=facts.name, why=why, make=make))
     if facts.evaluation is None and not files:
         why = "the run was not evaluated, and a report reads no test split by itself"

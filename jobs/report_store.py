@@ -19,7 +19,7 @@ LONGEST = 300  # characters of a dead letter's detail
 def store_section(store: FeatureStore) -> Section:
     """Counts, statuses, dead letters, versions, runs, recall, and what is wrong as far as is cheap to see."""
     section = Section(name="store", heading="The store")
-    status: Mapping[str, Any] = store.status()
+    status: Any = store.status()
     clips, questions = status["clips"], status["questions"]
     section.define(
         [
@@ -50,7 +50,9 @@ def _checks(section: Section, store: FeatureStore) -> None:
     """What the gate of a re-index run would look at in the rows, and indexes that are behind."""
     settings = GateSettings(min_clips=0, max_partial_share=None, max_lost_share=None)
     rows = [
-        [check.what, check.value, "yes" if check.passed else "no"] for check in row_checks(store, settings)
+        [check.what, check.value, "yes" if check.passed else "no"]
+        for check in row_checks(store, settings)
+        if check.what != "clips"
     ]
     if Table.INDEXES in store.tables():
         latest = store.dataset(Table.CLIPS).version
@@ -68,7 +70,7 @@ def _checks(section: Section, store: FeatureStore) -> None:
         "Checks",
         ["what", "value", "in order"],
         rows,
-        "Versions behind: `r2scp-pipe index` brings neighbours up.",
+        "Versions behind: r2scp-pipe index brings neighbours up.",
     )
 
 
@@ -95,7 +97,7 @@ def _failures(section: Section, store: FeatureStore, dead: int, stored: int) -> 
         f"Dead letters, up to {EXAMPLES} of each reason",
         ["clip", "reason", "stage", "attempts", "the tool's own words, their end"],
         shown,
-        "`r2scp-pipe failures` has all.",
+        "r2scp-pipe failures has all.",
     )
 
 
@@ -126,7 +128,7 @@ def _runs(section: Section, store: FeatureStore) -> None:
             _recall(section, row["run_id"], recall)
             return
     section.say(
-        "Recall of the serving index was not measured: no re-index run (`r2scp-pipe jobs run`) tells of it."
+        "Recall of the serving index was not measured: no re-index run (r2scp-pipe jobs run) tells of it."
     )
 
 

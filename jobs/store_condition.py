@@ -11,7 +11,10 @@ def count_where(store: FeatureStore, where: str) -> int:
     dataset = store.dataset(Table.CLIPS)
     try:
         with told("look for clips in", store.address(Table.CLIPS).uri):
-            return dataset.count_rows(filter=where)
+            count = dataset.count_rows(filter=both(where))
+            if dataset.count_rows(filter=both(where, "false")):  # "a) OR (b" would undo what stands beside it
+                raise ValueError("its parentheses do not match")
+            return count
     except StoreError as error:
         names = ", ".join(clips_schema(store.dim).names)
         said = str(error).partition(": ")[2].rstrip(".")

@@ -106,13 +106,13 @@ def _body(account: Mapping[str, Any]) -> str:
     lines = [
         "# Features of audio-visual clips",
         "",
-        "Made by `r2scp-pipe store export`: embeddings of the pictures and the sound of videos, the questions",
-        "about them, and each clip's neighbours, as they were at one moment of a feature store. No video is in",
-        "here.",
+        "Made by `r2scp-pipe store export`: embeddings of the pictures and the sound of videos, the",
+        "questions about them, and each clip's neighbours, as they were at one moment of a feature store. No",
+        "video is in here.",
         "",
         f"- Encoder: {inert(account['encoder'])}, D = {account['dim']}",
         f"- Versions of the tables: {said}",
-        f"- Sequences: {'an embedding a second and a word' if choice['sequences'] else 'left out, keys only'}",
+        f"- Sequences: {'one embedding a second' if choice['sequences'] else 'left out, keys only'}",
     ]
     for title, key in (("Corpora", "corpora"), ("Splits", "splits")):
         lines += [f"- {title}: {', '.join(map(inert, choice[key])) or 'all'}"]

@@ -42,7 +42,7 @@ def file_names(splits: Iterable[str | None]) -> dict[str | None, str]:
     """
     names: dict[str | None, str] = {}
     taken: set[str] = set(RESERVED)
-    wanted = sorted(set(splits), key=lambda split: (_changed(split), split or "", split is None))
+    wanted = sorted(set(splits), key=_claim)
     for split in wanted:
         name, digits = split or "", HASHED
         if _changed(split) or name.lower() in taken:
@@ -54,6 +54,12 @@ def file_names(splits: Iterable[str | None]) -> dict[str | None, str]:
         taken.add(name.lower())
         names[split] = name
     return names
+
+
+def _claim(split: str | None) -> tuple[bool, bool, str, bool]:
+    """Who comes first gets the name: "train" before "Train"."""
+    name = split or ""
+    return _changed(split), name != name.lower(), name, split is None
 
 
 def _changed(split: str | None) -> bool:

@@ -1,8 +1,8 @@
 """`store search`: clips by a text, through the encoder's text tower, or clips like one that is there.
 
 A text is compared with the picture keys and with the sound keys, and each is ranked by itself. They are not
-merged: an encoder puts texts nearer to pictures than to sounds, or the other way round, for reasons that have
-nothing to do with the text, so that one list would hold one modality alone.
+merged: how near an encoder puts texts to pictures, and how near to sounds, differs for reasons that have
+nothing to do with the text, so a score of one says nothing beside a score of the other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from r2scp.jobs.encoders import encoder_of, pick_device
-from r2scp.jobs.store_condition import count_where
+from r2scp.jobs.store_condition import both, count_where
 from r2scp.jobs.store_show import literal_id, near_names
 from r2scp.jobs.store_tables import listing
 from r2scp.model.tokenizer import CONTEXT, Tokenizer
@@ -97,7 +97,7 @@ def check_text(text: str, notes: list[str]) -> None:
     if length <= START_AND_END:
         raise UsageError(f'there is nothing to look for in {text!a}; give a text, such as "a dog barking"')
     if length >= CONTEXT:
-        notes.append(f"the text is long: the text tower sees its first {CONTEXT - START_AND_END} tokens")
+        notes.append(f"the text is long: no more than its first {CONTEXT - START_AND_END} tokens count")
 
 
 def text_key(encoder: Encoder, text: str) -> np.ndarray:
@@ -153,7 +153,7 @@ def _keys_of(store: FeatureStore, query: Query, notes: list[str]) -> dict[Modali
 def _nearest(index: ServingIndex, query: Query, modality: Modality, key_D: np.ndarray) -> list[Hit]:
     """Without the clip itself, where clips like one are looked for."""
     itself = 0 if query.like is None else 1
-    hits = index.nearest(key_D, modality, query.most + itself, query.where)
+    hits = index.nearest(key_D, modality, query.most + itself, both(query.where))
     return [hit for hit in hits if hit.clip_id != query.like][: query.most]
 
 

@@ -30,7 +30,6 @@ from r2scp.store.transaction import TableAddress
 
 OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
 CORES_PER_EMBED_ACTOR = 4  # on machines without a GPU; each actor holds a copy of the encoder
-CLIPS_PER_TASK = (1, 16)  # least and most that one decode task goes through
 TASKS_PER_CORE = 8  # in small runs, so that no core waits long for the last task
 MAX_RETRIES = 3  # of a task whose process died
 STORE_RETRIES = 3  # of a stage that the store did not take
@@ -48,6 +47,8 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning about it
     "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads, while they wait, leave the core to decoding
+    # Stages take turns; after a second without work a worker would be killed, and be started anew later.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # it warns of our actors' arguments, which live as long as the flow
 }
 
@@ -173,7 +174,7 @@ def extract(
     decode = DecodeClips(resources.limits, resources.ffmpeg)
     stage = StageRows(*tables, provenance)
     rows = sources.num_rows
-    per_task = _between(CLIPS_PER_TASK, rows // (TASKS_PER_CORE * cores))
+    per_task = clips_per_task(rows, cores, resources.clips_per_batch)
     staged = (
         ray.data.from_arrow([sources.slice(at, per_task) for at in range(0, rows, per_task)])
         .map_batches(decode.__call__, batch_size=None, batch_format="pyarrow", num_cpus=DECODE_SHARE)
@@ -217,6 +218,15 @@ def _told() -> Iterator[None]:
             f"the flow lost more machines or processes than it can stand ({said}); what was committed stays, "
             "run the same command again to go on"
         ) from error
+
+
+def clips_per_task(rows: int, cores: int, batch: int) -> int:
+    """How many clips one decode task goes through: a divisor of a batch, at most all of one.
+
+    So whole blocks make up a batch. Of a block that must be cut Ray makes a copy first, with all its frames.
+    """
+    most = max(1, rows // (TASKS_PER_CORE * cores))
+    return next(count for count in range(min(most, batch), 0, -1) if batch % count == 0)
 
 
 def _between(bounds: tuple[int, int], value: int) -> int:

@@ -108,13 +108,13 @@ def label_agreement(
     has_UV = np.zeros((len(sets), max(len(number), 1)), dtype=np.float32)
     for at, one in enumerate(sets):
         has_UV[at, [number[label] for label in one]] = 1
-    labelled_U = has_UV.any(axis=1)
+    labelled_U = np.logical_or.reduce(has_UV > 0, axis=1)
     agree_QN = np.full(hits_QN.shape, math.nan)
     chance_Q = np.full(len(queries_Q), math.nan)
     for at, clip in enumerate(queries_Q):
         if not labelled_U[set_R[clip]]:
             continue
-        meets_U = has_UV @ has_UV[set_R[clip]] > 0
+        meets_U = np.greater(has_UV @ has_UV[set_R[clip]], 0)
         hits_N = hits_QN[at]
         told_N = (hits_N != NO_ROW) & labelled_U[set_R[hits_N]]
         agree_QN[at, told_N] = meets_U[set_R[hits_N[told_N]]]
@@ -197,7 +197,9 @@ def _interval(agreed_C: np.ndarray, told_C: np.ndarray) -> tuple[float, float]:
     """95 % interval of a ratio of sums over clips, by its linearisation (W. G. Cochran, "Sampling
     Techniques", 1977, section 6.4); Wilson's for the number of clips where all or none agree."""
     clips, share = len(told_C), agreed_C.sum() / told_C.sum()
-    if clips < 2 or share in (0.0, 1.0):
+    if clips < 2:
+        return 0.0, 1.0
+    if share in (0.0, 1.0):
         return wilson(round(share * clips), clips)
     residual_C = agreed_C - share * told_C
     error = math.sqrt(clips / (clips - 1) * float(np.square(residual_C).sum())) / told_C.sum()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -73,17 +74,33 @@ class DecodeClips:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.select(SOURCE_SCHEMA.names).to_pylist():
-            yield pa.Table.from_pylist([row | self._decoded(row)], schema=DECODED_SCHEMA)
+            values, raw = self._decoded(row)
+            table = pa.Table.from_pylist([row | values], schema=DECODED_SCHEMA)
+            for name, array in raw.items():
+                table = table.set_column(DECODED_SCHEMA.get_field_index(name), name, cell(array))
+            yield table
 
-    def _decoded(self, row: Mapping[str, str]) -> dict[str, object]:
+    def _decoded(self, row: Mapping[str, str]) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+        """The columns that come of one file, and the arrays of those that are large."""
         facts: dict[str, object] = {}
         try:
             facts = file_facts(row["uri"])
             if facts["content_sha256"] == row["known_sha256"]:
-                return facts | {"outcome": "unchanged"}
-            return facts | {"outcome": "decoded"} | _columns(decode(row["uri"], self._limits, self._ffmpeg))
+                return facts | {"outcome": "unchanged"}, {}
+            clip = decode(row["uri"], self._limits, self._ffmpeg)
         except MediaError as error:
-            return facts | dead("decode", error.reason, error.detail)
+            return facts | dead("decode", error.reason, error.detail), {}
+        raw = {"frames": clip.frames, "waveform": clip.waveform}
+        return facts | {"outcome": "decoded"} | _columns(clip), {
+            name: array for name, array in raw.items() if array is not None
+        }
+
+
+def cell(array: np.ndarray) -> pa.LargeBinaryArray:
+    """The bytes of one C-contiguous array as the one cell of a column, in the array's own memory: no copy."""
+    data = pa.py_buffer(array)
+    ends = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, data])
 
 
 def file_facts(path: str) -> dict[str, object]:
@@ -108,8 +125,6 @@ def dead(stage_name: str, reason: FailureReason, detail: str) -> dict[str, objec
 
 def _columns(clip: Clip) -> dict[str, object]:
     return {
-        "frames": None if clip.frames is None else clip.frames.tobytes(),
-        "waveform": None if clip.waveform is None else clip.waveform.tobytes(),
         "duration_s": clip.duration_s,
         "visual_status": clip.visual.status.value,
         "audio_status": clip.audio.status.value,

@@ -1,0 +1,197 @@
+"""`store show` tells what the tables say of a clip, and nothing else: checked against the rows themselves.
+
+A clip that is not there is answered with names like it; ids from outside steer neither SQL nor a terminal.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from r2scp.jobs.cli import app
+from r2scp.jobs.store_show import clip_facts, near_names
+from r2scp.store.errors import StoreError
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Table
+
+AT = datetime(2026, 1, 31, tzinfo=UTC)
+HOSTILE = (
+    "folder/it's; DROP TABLE clips --",
+    'folder/"quoted" \\ back',
+    "folder/<script>alert(1)</script>",
+    "folder/[red]x[/red]",
+    "folder/\x1b[2J\x1b]0;owned\x07\u202egpj.exe\r\n",
+    "folder/%' OR '1'='1",
+    "-n",
+)
+STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "80"})
+
+
+def test_it_tells_what_the_tables_say(asked_store: FeatureStore) -> None:
+    rows = asked_store.clips().to_pylist()
+    for row in rows:
+        told = clip_facts(asked_store, row["clip_id"])
+        assert told["clip"]["corpus"] == row["corpus"]
+        assert told["clip"]["source_id"] == row["source_id"]
+        for name in ("audio", "visual"):
+            assert told["modalities"][name]["tokens"] == len(row[name] or [])
+            assert told["modalities"][name]["status"] == row[f"{name}_status"]
+        assert told["provenance"]["ingested_at"] == row["ingested_at"].isoformat()
+        assert told["failure"] is None
+        where = f"clip_id = '{row['clip_id']}'"
+        asked = {q["question_id"]: q for q in asked_store.questions(where=where).to_pylist()}
+        assert {q["question_id"] for q in told["questions"]} == set(asked)
+        assert all(q[name] == asked[q["question_id"]][name] for q in told["questions"] for name in q)
+    assert any(told["questions"] for told in (clip_facts(asked_store, r["clip_id"]) for r in rows))
+
+
+def test_neighbours_are_those_that_index_found(asked_store: FeatureStore) -> None:
+    known = {row["clip_id"]: row for row in asked_store.clips(["clip_id", "split", "source_id"]).to_pylist()}
+    found = asked_store.neighbours().to_pylist()
+    assert found
+    for row in found:
+        told = clip_facts(asked_store, row["clip_id"])["neighbours"]
+        [each] = [one for one in told if one["missing"] == row["missing"]]
+        for side in ("nearest", "farthest"):
+            assert [hit["clip_id"] for hit in each[side]] == row[f"{side}_ids"]
+            assert [hit["score"] for hit in each[side]] == row[f"{side}_scores"]
+            assert all(hit["split"] == known[hit["clip_id"]]["split"] for hit in each[side])
+        assert each["settings"] == json.loads(row["settings"])
+
+
+def test_a_neighbour_that_is_gone_is_named_all_the_same(own_store: FeatureStore) -> None:
+    row = own_store.neighbours().to_pylist()[0]
+    gone = row["nearest_ids"][0]
+    own_store.commit(Table.CLIPS, [], {}, also_delete=[gone])
+    told = clip_facts(own_store, row["clip_id"])["neighbours"]
+    [hit] = [
+        h for one in told if one["missing"] == row["missing"] for h in one["nearest"] if h["clip_id"] == gone
+    ]
+    assert hit["split"] is None
+    assert hit["labels"] is None
+    shown = call("store", "show", row["clip_id"], "--store", own_store.uri, "-n", 4)
+    assert shown.exit_code == 0
+    assert gone in shown.stdout
+
+
+def test_failures_and_when_they_are_past(own_store: FeatureStore, write: Callable[..., None]) -> None:
+    dead: dict[str, Any] = {"corpus": "avqa", "stage": "decode", "detail": "moov atom", "attempts": 2}
+    stored = own_store.clips(["clip_id"])["clip_id"].to_pylist()[:2]
+    failures = [
+        dead | {"clip_id": "avqa/broken", "reason": "truncated", "at": AT},
+        dead | {"clip_id": stored[0], "reason": "timeout", "at": AT - timedelta(days=1)},
+        dead | {"clip_id": stored[1], "reason": "timeout", "at": AT + timedelta(days=1)},
+    ]
+    write(own_store, Table.FAILURES, failures)
+    alone = clip_facts(own_store, "avqa/broken")
+    assert alone["clip"] is alone["modalities"] is alone["provenance"] is None
+    assert alone["failure"]["reason"] == "truncated"
+    assert alone["failure"]["detail"] == "moov atom"
+    assert [clip_facts(own_store, one)["failure"]["past"] for one in stored] == [True, False]
+    shown = call("store", "show", "avqa/broken", "--store", own_store.uri)
+    assert shown.exit_code == 0
+    assert "not stored" in shown.stdout
+    assert "truncated" in shown.stdout
+
+
+def test_what_became_of_the_file(own_store: FeatureStore, write: Callable[..., None], tmp_path: Path) -> None:
+    file = tmp_path / "a film.mp4"
+    file.write_bytes(b"12345")
+    facts = file.stat()
+    row = {"clip_id": "folder/a film.mp4", "corpus": "folder", "ingested_at": AT, "uri": str(file)}
+    row |= {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    write(own_store, Table.CLIPS, [row])
+
+    def now() -> str:
+        return clip_facts(own_store, row["clip_id"])["provenance"]["file"]
+
+    assert now() == "as stored"
+    file.write_bytes(b"123456")
+    assert now() == "changed"
+    file.unlink()
+    assert now() == "gone"
+    for uri, said in (("s3://bucket/x.mp4", "elsewhere"), ("", "elsewhere"), ("a\0b", "gone")):
+        write(own_store, Table.CLIPS, [row | {"uri": uri}])
+        assert now() == said
+
+
+def test_names_like_it_are_told(own_store: FeatureStore, write: Callable[..., None]) -> None:
+    names = ["folder/holiday/beach party.mp4", "folder/holiday/beach walk.mp4", "folder/kitchen.mp4"]
+    write(own_store, Table.CLIPS, [{"clip_id": name, "ingested_at": AT} for name in names])
+    write(own_store, Table.FAILURES, [{"clip_id": "folder/broken film.mp4", "at": AT}])
+    assert near_names(own_store, "beach party.mp4")[0] == names[0]
+    assert near_names(own_store, "FOLDER/holiday/beach_walk.mp4")[0] == names[1]
+    assert near_names(own_store, "broken film")[0] == "folder/broken film.mp4"
+    assert near_names(own_store, "\u4e09\u4e09\u4e09\u4e09") == []
+    with pytest.raises(StoreError, match=r"near it: folder/kitchen\.mp4"):
+        clip_facts(own_store, "kitchen.mp4")
+
+
+def test_ids_from_outside_are_inert(own_store: FeatureStore, write: Callable[..., None]) -> None:
+    before = own_store.clips().num_rows
+    rows = [
+        {"clip_id": name, "split": name, "labels": [name], "uri": name, "ingested_at": AT} for name in HOSTILE
+    ]
+    write(own_store, Table.CLIPS, rows)
+    asked = {
+        "question": HOSTILE[4],
+        "type": HOSTILE[3],
+        "answer": HOSTILE[4],
+        "choices": [],
+        "answer_index": -1,
+    }
+    write(own_store, Table.QUESTIONS, [{"question_id": n, "clip_id": n, **asked} for n in HOSTILE])
+    for name in HOSTILE:
+        told = clip_facts(own_store, name)
+        assert told["clip"]["labels"] == [name]
+        shown = call("store", "show", "--store", own_store.uri, "--", name)
+        assert shown.exit_code == 0, shown.output
+        assert not STEERING.search(shown.stdout)
+        machine = call("store", "show", "--store", own_store.uri, "--json", "--", name)
+        assert machine.stdout.count("\n") == 1
+        assert json.loads(machine.stdout)["clip_id"] == name
+    assert own_store.clips().num_rows == before + len(HOSTILE)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a'b", "\x1b[2J", "a\udcffb", "x" * 5000, ""])
+def test_a_clip_that_is_not_there_is_one_clear_error(asked_store: FeatureStore, name: str) -> None:
+    result = call("store", "show", "--store", asked_store.uri, "--", name)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not STEERING.search(result.stderr)
+
+
+def test_it_shows_a_moment_that_has_a_name(own_store: FeatureStore, write: Callable[..., None]) -> None:
+    own_store.name_snapshot("before")
+    write(own_store, Table.CLIPS, [{"clip_id": "avqa/new", "ingested_at": AT}])
+    assert call("store", "show", "avqa/new", "--store", own_store.uri).exit_code == 0
+    then = call("store", "show", "avqa/new", "--store", own_store.uri, "--at", "before")
+    assert then.exit_code == 1
+    assert "there is no clip" in then.stderr
+
+
+def test_it_loads_neither_torch_nor_ray(asked_store: FeatureStore) -> None:
+    code = (
+        "import sys\nfrom r2scp.jobs.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'torch', 'ray', 'av'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    clip = asked_store.clips(["clip_id"])["clip_id"][0].as_py()
+    words = ["store", "show", clip, "--store", asked_store.uri]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
