@@ -4,8 +4,7 @@ The joint vector is what the joint head answers from: the question's vector afte
 sequence, which the head's last layer turns into logits. The test split is not touched.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 
 from r2scp.jobs.baselines import NO_RECOVERY_DROPOUT
 from r2scp.jobs.checkpoints import Checkpoint, find
@@ -150,9 +149,10 @@ def _ask(found: Probe, name: str, model: R2SCP, checkpoint: Checkpoint, worker: 
             batches,
         )
         vectors, right, noted = [], [], []
-        with closing(prepared), _listening(model, vectors), torch.inference_mode(), worker.autocast():
+        with closing(prepared), torch.inference_mode(), worker.autocast():
             for rows, batch in zip(batches, prepared, strict=True):
                 answer = model(batch.to(worker.device))
+                vectors.append(answer.evidence.joint_BD.float().cpu().numpy())
                 right.append(answer.logits_BK.argmax(dim=1).cpu().numpy() == found.examples.target_B[rows])
                 if missing != NOTHING and (purified := answer.evidence.purified[missing]) is not None:
                     noted.append(_told_of(purified.dissonance_BL, purified.noise_BL))
@@ -167,20 +167,3 @@ def _told_of(dissonance_BL: Tensor, noise_BL: Tensor) -> tuple[np.ndarray, np.nd
     values_BL = dissonance_BL.float().cpu().numpy()
     there_BL = ~np.isnan(values_BL)
     return values_BL[there_BL], noise_BL.cpu().numpy()[there_BL]
-
-
-@contextmanager
-def _listening(model: R2SCP, vectors: list[np.ndarray]) -> Iterator[None]:
-    """Keep what the last layer of the joint head is given, batch by batch."""
-    joint = model.decoders.joint
-    last: nn.Module | None = joint.classes if joint.classes is not None else joint.choices
-    assert last is not None
-
-    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        vectors.append(given[0].float().cpu().numpy())
-
-    handle = last.register_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()

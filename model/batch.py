@@ -194,6 +194,7 @@ class Evidence(NamedTuple):
     fallback_BM: Tensor  # bool, recovered without any neighbour, from the available modality alone
     neighbours_BN: Tensor | None  # int64, ids of the neighbours that were used, -1 for none
     purified: tuple[Purification | None, Purification | None]  # of AUDIO, of VISUAL
+    joint_BD: Tensor  # what the joint head answers from
 
 
 class Answer(NamedTuple):

@@ -63,17 +63,24 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tokens, question: Question) -> Tensor:
         """Logits (B, K) float32, -inf for a missing choice. ValueError if the question lacks choices."""
+        return self.score(self.read(tokens, question), question)
+
+    def read(self, tokens: Tokens, question: Question) -> Tensor:
+        """The question's vector after it has read the tokens, (B, D): all that an answer rests on."""
         sentence_BC = question.sentence_BC.to(self.question.weight.dtype) * self.question_scale
         query_B1D = self.question(sentence_BC)[:, None]
         for layer in self.layers:
             query_B1D = layer(query_B1D, tokens)
-        joint_BD = query_B1D[:, 0]
+        return query_B1D[:, 0]
+
+    def score(self, vector_BD: Tensor, question: Question) -> Tensor:
+        """Logits (B, K) of what `read` gave."""
         if self.classes is not None:
-            return self.classes(joint_BD).float()
+            return self.classes(vector_BD).float()
         assert self.choices is not None
         if question.choices_BKC is None or question.choices_mask_BK is None:
             raise ValueError("this model scores choices and must get choices_BKC; the batch has none")
-        return self.choices(joint_BD, question.choices_BKC, question.choices_mask_BK)
+        return self.choices(vector_BD, question.choices_BKC, question.choices_mask_BK)
 
 
 class Heads(nn.Module):
@@ -87,11 +94,13 @@ class Heads(nn.Module):
 
     def forward(
         self, joint: Tokens, audio: Tokens, visual: Tokens, there_BM: Tensor, question: Question
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(sum, joint, audio, visual), each (B, K) float32; zeros where a modality is not there."""
-        joint_BK = self.joint(joint, question)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Logits (sum, joint, audio, visual), each (B, K) float32, zeros where a modality is not there; and what
+        the joint head answers from, (B, D)."""
+        joint_BD = self.joint.read(joint, question)
+        joint_BK = self.joint.score(joint_BD, question)
         alone = [
             torch.where(there_BM[:, column, None], head(tokens, question), 0.0)
             for column, (head, tokens) in enumerate(((self.audio, audio), (self.visual, visual)))
         ]
-        return joint_BK + alone[0] + alone[1], joint_BK, alone[0], alone[1]
+        return joint_BK + alone[0] + alone[1], joint_BK, alone[0], alone[1], joint_BD

@@ -175,7 +175,7 @@ class R2SCP(nn.Module):
         there_BS = F.pad(there_BM, (0, 1), value=True)
         router_BS = self.router(sources, there_BS) if self.stage is Stage.MIXING else even(there_BS)
         joint = fuse(sources, router_BS, there_BS, self.config.fusion)
-        logits = self.decoders(joint, sources[AUDIO], sources[VISUAL], there_BM, encoded.question)
+        *logits, joint_BD = self.decoders(joint, sources[AUDIO], sources[VISUAL], there_BM, encoded.question)
         evidence = Evidence(
             router_BS=router_BS,
             there_BM=there_BM,
@@ -183,6 +183,7 @@ class R2SCP(nn.Module):
             fallback_BM=fallback_BM,
             neighbours_BN=self._used(encoded, (recovered_BM & ~fallback_BM).any(dim=1)),
             purified=(found[AUDIO].purification, found[VISUAL].purification),
+            joint_BD=joint_BD.detach(),
         )
         return Answer(*logits, evidence=evidence)
 
