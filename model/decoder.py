@@ -95,8 +95,9 @@ class Heads(nn.Module):
     def forward(
         self, joint: Tokens, audio: Tokens, visual: Tokens, there_BM: Tensor, question: Question
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Logits (sum, joint, audio, visual), each (B, K) float32, zeros where a modality is not there; and what
-        the joint head answers from, (B, D)."""
+        """Logits (sum, joint, audio, visual), each (B, K) float32, zeros where a modality is not there;
+        behind them what the joint head answers from, (B, D).
+        """
         joint_BD = self.joint.read(joint, question)
         joint_BK = self.joint.score(joint_BD, question)
         alone = [
