@@ -107,6 +107,7 @@ class Answerer:
 
     def ask(self, ask: Ask) -> Answered:
         """The same with everything that can be said of a question."""
+        self._check(ask)
         return self._answered([(ask, self._read(ask))])[0]
 
     def answers(self, asked: Iterable[Ask | Refused]) -> Iterator[Answered | Refused]:
@@ -116,7 +117,7 @@ class Answerer:
         model together; a file that is asked about again is not decoded again. What cannot be answered is
         `Refused`, and so is what comes in as such.
         """
-        for lot in in_lots(asked, self._read, self.means.workers, AT_ONCE):
+        for lot in in_lots(map(self._sifted, asked), self._read, self.means.workers, AT_ONCE):
             results: dict[int, Answered | Refused] = {}
             due: list[tuple[int, Ask, Recording]] = []
             for at, (ask, recording) in enumerate(lot):
@@ -138,8 +139,7 @@ class Answerer:
             yield from (results[at] for at in range(len(lot)))
 
     def _read(self, ask: Ask) -> Recording:
-        """Decode, and find what is missing. Raises `MediaError`, `UsageError`."""
-        self._check(ask)
+        """Decode, and find what is missing; the same for all questions of one file. Raises `MediaError`."""
         recording = Recording.read(
             ask.video, self.means.limits, self.means.ffmpeg, judge=ask.missing != "none"
         )
@@ -147,6 +147,15 @@ class Answerer:
             without(recording, Modality(ask.missing), "it was to be taken as missing")
         recording.require()
         return recording
+
+    def _sifted(self, ask: Ask | Refused) -> Ask | Refused:
+        """What can be asked as it is, what cannot as `Refused`."""
+        if isinstance(ask, Ask):
+            try:
+                self._check(ask)
+            except UsageError as error:
+                return Refused.of(ask, error)
+        return ask
 
     def _check(self, ask: Ask) -> None:
         """Raises `UsageError` for what cannot be asked."""

@@ -23,7 +23,7 @@ from r2scp.jobs.checkpoints import find, replace_file
 from r2scp.jobs.config import absolute, default_workers, printable, tell
 from r2scp.jobs.evaluation_table import grid
 from r2scp.jobs.extract_command import ALL_FAILED
-from r2scp.store.errors import MediaError, UsageError
+from r2scp.store.errors import MediaError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 
 BAR = 24  # characters of a probability of 1
@@ -47,10 +47,12 @@ class Wanted:
 
     def require(self, ask: Ask, batch: bool) -> None:
         """Raises `UsageError` for what does not go together."""
-        if batch and (ask.video or ask.question or ask.choices or self.html or self.explain):
+        given = ask.video or ask.question or ask.choices or ask.missing != "auto"
+        if batch and (given or self.html or self.explain):
             raise UsageError(
-                "--batch reads videos, questions and choices from standard input, an object a line, and "
-                "writes JSON lines; leave out VIDEO, QUESTION, --choice, --html and --explain"
+                "--batch reads videos, questions, choices and what is missing from standard input, an object "
+                "a line, and writes JSON lines; leave out VIDEO, QUESTION, --choice, --missing, --html and "
+                "--explain"
             )
         if not batch and not (ask.video and ask.question):
             raise UsageError('give a video and a question: r2scp-pipe answer --run RUN VIDEO "QUESTION"')
@@ -96,7 +98,7 @@ def answer_one(answerer: Answerer, ask: Ask, wanted: Wanted) -> None:
         raise MediaError(error.reason, f"{error.detail} ({ask.video})") from error
     if wanted.html:
         replace_file(absolute(wanted.html), answer_page(answered).encode())
-        tell(f"kept in {absolute(wanted.html)}")
+        tell(printable(f"kept in {absolute(wanted.html)}"))
     if wanted.as_json:
         sys.stdout.write(_line(answered, wanted.top))
     else:
@@ -105,20 +107,32 @@ def answer_one(answerer: Answerer, ask: Ask, wanted: Wanted) -> None:
 
 def answer_lines(answerer: Answerer, top: int) -> None:
     """Answer the JSON lines of standard input with JSON lines, in their order; exit 3 where none could be."""
+    if sys.stdin is None or sys.stdout is None:
+        raise UsageError("--batch needs standard input and output; one of them is closed")
     counts: Counter[str] = Counter()
     started = time.monotonic()
-    try:
-        for answered in answerer.answers(asked_lines(sys.stdin.fileno())):
-            counts["" if isinstance(answered, Answered) else answered.reason] += 1
-            sys.stdout.write(_line(answered, top))
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for answered in answerer.answers(asked_lines(sys.stdin.fileno())):
+        counts["" if isinstance(answered, Answered) else answered.reason] += 1
+        if not _put(_line(answered, top)):
+            break
     seconds = time.monotonic() - started
     refused = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason)
     tell(f"{counts['']} answered, {refused or 'none'} refused, {seconds:.1f} s")
     if counts and not counts[""]:
         raise typer.Exit(ALL_FAILED)
+
+
+def _put(line: str) -> bool:
+    """Write a line now; False where whoever reads has read enough. Raises `R2SCPError`."""
+    try:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        if isinstance(error, BrokenPipeError):
+            return False
+        raise R2SCPError(f"cannot write to standard output: {error.strerror}") from error
+    return True
 
 
 def told(answered: Answered, wanted: Wanted) -> Group:

@@ -17,7 +17,7 @@ from r2scp.pipelines.recording import NAMES, Recording
 from r2scp.pipelines.stand_ins import StandIn, StandIns
 from r2scp.store.schema import Modality, ModalityStatus, Table
 
-ALIKE = 0.999  # a score above which a clip may be the recording itself, whole or coded otherwise
+ALIKE = 0.999  # cosine of what both have, above which a clip may be the recording itself, coded otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,10 @@ def evidence(
     notes = shared.notes + (shared.notes_missing if missing else [])
     fallback = bool(answer.evidence.fallback_BM[row].any())
     recovered = bool(answer.evidence.recovered_BM[row].any())
-    if any(found.score >= ALIKE for found in stand_ins):
+    if any(found.alike >= ALIKE for found in stand_ins):
         notes = [
             *notes,
-            "the best clip is so like this recording that it may be the same; no test of recovery",
+            "a clip that stood in is so like this recording that it may be the same; no test of recovery",
         ]
     if fallback:
         notes = [
@@ -127,11 +127,13 @@ def _other(missing: Modality | None, recovered: bool) -> str:
 
 
 def _candidates(logits_K: torch.Tensor, names: Sequence[str]) -> list[Candidate]:
-    """The best first; of equal logits the one that is named first. Choices that are missing are left out."""
-    probabilities = logits_K.float().softmax(dim=0).tolist()
+    """The best first; of equal logits the one that is named first. Choices that are missing are left out,
+    and so is what other questions of the batch have more of them."""
+    logits_K = logits_K[: len(names)].float()
+    probabilities = logits_K.softmax(dim=0).tolist()
     found = [
         Candidate(answer=name, probability=probability, logit=logit)
-        for name, probability, logit in zip(names, probabilities, logits_K.float().tolist(), strict=True)
+        for name, probability, logit in zip(names, probabilities, logits_K.tolist(), strict=True)
         if name
     ]
     return sorted(found, key=lambda one: -one.logit)

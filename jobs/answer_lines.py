@@ -16,7 +16,7 @@ def asked_lines(descriptor: int) -> Iterator[Ask | Refused]:
     """An `Ask` for each line that can be read from a file descriptor, `Refused` for a line that is none.
 
     A line is `{"video": ..., "question": ...}` and, where wanted, the other fields of `Ask`. Blank lines are
-    passed over. Each comes as soon as its line is whole.
+    passed over. Each comes as soon as its line is whole. Raises `UsageError` where it cannot be read.
     """
     for number, line in enumerate(_lines(descriptor), start=1):
         if line is None:
@@ -49,7 +49,7 @@ def _refused(number: int, message: str) -> Refused:
 def _lines(descriptor: int) -> Iterator[bytes | None]:
     """Lines as they come; None for one that is too long."""
     begun, too_long = bytearray(), False
-    while chunk := os.read(descriptor, CHUNK):
+    while chunk := _read(descriptor):
         *whole, rest = chunk.split(b"\n")
         for part in whole:
             begun += part
@@ -62,3 +62,10 @@ def _lines(descriptor: int) -> Iterator[bytes | None]:
             too_long = True
     if begun or too_long:
         yield None if too_long else bytes(begun)
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, CHUNK)
+    except OSError as error:
+        raise UsageError(f"the lines of questions cannot be read: {error.strerror}") from error

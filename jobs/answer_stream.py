@@ -4,7 +4,6 @@ A lot never waits for a question that is still to come or to be decoded, only fo
 caller who asks one at a time is answered one at a time, and one who asks quickly is answered at full speed.
 """
 
-import os
 import queue
 import threading
 from collections import OrderedDict
@@ -14,10 +13,12 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from r2scp.jobs.answered import Ask, Refused
-from r2scp.pipelines.recording import Recording
+from r2scp.pipelines.recording import Recording, file_identity
+from r2scp.store.errors import TRANSIENT_REASONS, MediaError
 
 AHEAD = 2  # recordings decoded, or being decoded, ahead of the lot at work, for each worker
-REMEMBERED = 256  # recordings whose tokens are kept for further questions: 60 MB of 60 s each at D = 1024
+REMEMBERED = 256  # recordings whose tokens are kept for further questions: 126 MB of 60 s each at D = 1024
+REMEMBERED_BYTES = 256 << 20  # of them at most: an hour takes 29 MB
 LOOK_UP_S = 0.1  # how often a full queue looks whether it is still wanted
 
 Key = tuple[object, ...]
@@ -102,12 +103,14 @@ class _Feeder:
     def _start(self, ask: Ask) -> Future[Recording]:
         key = _identity(ask)
         found = self._known.get(key) if key else None
-        if found is None:
+        if found is None or _passing(found):
             found = self._pool.submit(self._read, ask)
         if key:
             self._known[key] = found
             self._known.move_to_end(key)
-            while len(self._known) > REMEMBERED:
+            while len(self._known) > 1 and (
+                len(self._known) > REMEMBERED or sum(map(_bytes, self._known.values())) > REMEMBERED_BYTES
+            ):
                 self._known.popitem(last=False)
         return found
 
@@ -118,10 +121,19 @@ class _Feeder:
                 return
 
 
+def _bytes(recording: Future[Recording]) -> int:
+    """What is held of a recording; 0 while it is decoded."""
+    done = recording.done() and not recording.cancelled() and recording.exception() is None
+    return recording.result().bytes if done else 0
+
+
+def _passing(recording: Future[Recording]) -> bool:
+    """Whether it failed for a reason that may have gone away by now."""
+    error = recording.exception() if recording.done() and not recording.cancelled() else None
+    return error is not None and (not isinstance(error, MediaError) or error.reason in TRANSIENT_REASONS)
+
+
 def _identity(ask: Ask) -> Key | None:
     """What tells one recording, as it is asked about, from another; None where the file cannot be seen."""
-    try:
-        facts = os.stat(ask.video)
-    except (OSError, ValueError):
-        return None
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, ask.missing
+    found = file_identity(ask.video)
+    return None if found is None else (*found, ask.missing)

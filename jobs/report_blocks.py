@@ -53,12 +53,13 @@ class Section:
         """A figure with its numbers; whether there was one."""
         if drawing is None:
             return False
+        image = page_markup(drawing)  # first: what cannot be drawn must not stand in the lists
         self.drawings.append(drawing)
         self.blocks.append(
             {
                 "kind": "figure",
                 "title": drawing.title,
-                "image": page_markup(drawing),
+                "image": image,
                 "caption": drawing.caption,
                 "alt": drawing.alt,
                 "table": _table(f"Numbers of “{drawing.title}”", drawing.columns, drawing.rows, ""),

@@ -1,7 +1,7 @@
 """The gallery of a report: validation questions asked again, a modality taken away, with their evidence."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -36,18 +36,15 @@ def gallery_section(run: RunFacts, probe: Probe, store: FeatureStore, count: int
     section = Section(name="gallery", heading="Answered questions")
     picked, on_disk = pick(probe, count)
     if not picked:
-        section.gap(
-            Gap(
-                section="gallery", what="Gallery", why="the files of validation clips are not where they were"
-            )
-        )
+        why = "no file of a validation clip with sound and picture is where it was"
+        section.gap(Gap(section="gallery", what="Gallery", why=why))
         return section
     right = sum(one.right for one in picked)
     section.say(
-        f"{len(picked)} of the {on_disk} questions of the sample whose file is still there, drawn by seed "
-        f"{SEED}: as far as there are enough, half of them answered right from the store's features "
-        f"({right} here) and half wrong, with sound and picture taken away in turns. So this is no measure "
-        f"of accuracy. Run {run.name}; the files are decoded and embedded anew."
+        f"{len(picked)} of the {on_disk} questions of the sample that are about clips with sound and picture "
+        f"whose file is still there, drawn by seed {SEED}: as far as there are enough, half of them answered "
+        f"right from the store's features ({right} here) and half wrong, sound or picture taken away in "
+        f"turns. So this is no measure of accuracy. Run {run.name}; the files are decoded and embedded anew."
     )
     assert run.checkpoint is not None
     answerer = Answerer.open(store, run.checkpoint.folder, AnswerMeans(device=device))
@@ -77,12 +74,12 @@ def _verdict(one: Picked, answered: Answered) -> str:
 
 
 def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
-    """Questions in turns of (right, wrong) and (V, A); and how many have a file."""
+    """Questions in turns of (right, wrong) and (V, A); and how many are about whole clips with a file."""
     examples, opened = probe.examples, probe.opened
     clips = opened.store.dataset(Table.CLIPS, opened.pins.clips).take(examples.clip_row_B, columns=["uri"])
     uris = clips["uri"].to_pylist()
     whole = np.logical_and.reduce(examples.present_BM, axis=1)
-    there = [at for at, uri in enumerate(uris) if uri and whole[at] and Path(uri).is_file()]
+    there = [at for at, uri in enumerate(uris) if uri and whole[at] and os.path.isfile(uri)]  # raises nothing
     order = np.random.default_rng(SEED).permutation(there).tolist() if there else []
     questions = opened.store.dataset(Table.QUESTIONS, opened.pins.questions).take(
         examples.question_row_B, columns=["question", "choices"]

@@ -65,7 +65,7 @@ class Probe:
         rows = []
         for (model, condition), seen in self.seen.items():
             agree_Q = neighbour_agreement(seen.joint_QD, self.answers, NEAREST)
-            low, high = mean_interval(agree_Q)
+            low, high = mean_interval(agree_Q, self.examples.clip_row_B)
             ends = [round(100 * float(share), 2) for share in (agree_Q.mean(), low, high, chance)]
             rows.append(
                 [model, condition, round(100 * float(seen.right_Q.mean()), 2), *ends, self._silhouette(seen)]

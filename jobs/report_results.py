@@ -153,7 +153,8 @@ def studies(made: Making) -> None:
 
 def _study(section: Section, study: Mapping[str, Any]) -> None:
     """Raises one of `MISSHAPEN`, before anything of it stands in the section."""
-    columns = list(next(iter(study["variants"].values()))["accuracy"])
+    [first, *_] = study["variants"].values()  # ValueError where there is none
+    columns = list(first["accuracy"])
     rows = []
     for variant, row in study["variants"].items():
         cells: list[object] = [variant]

@@ -173,6 +173,6 @@ def _columns(account: Mapping[str, Any], config: str) -> str:
 
 
 def inert(text: str) -> str:
-    """Text from outside as Markdown that shows it and does nothing else."""
-    plain = " -.,:/"
+    """Text from outside as Markdown that shows it and does nothing else; no address becomes a link."""
+    plain = " -,"
     return "".join(c if c.isalnum() or c in plain else f"&#{ord(c)};" for c in printable(text))

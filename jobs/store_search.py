@@ -79,7 +79,8 @@ def run_search(store: FeatureStore, query: Query, encoder: Encoder | None = None
     index = ServingIndex(store, in_memory_bytes=0)  # for one search it is not worth reading all keys
     found: dict[str, list[dict[str, Any]]] = {modality.value: [] for modality in query.modalities}
     for modality, key_D in keys.items():
-        found[modality.value] = _described(store, modality, key_D, _nearest(index, query, modality, key_D))
+        hits = _nearest(index, query, modality, key_D)
+        found[modality.value] = _described(store, index.version, (modality, key_D), hits)
     return {
         "store": store.uri,
         "encoder": store.fingerprint,
@@ -158,13 +159,15 @@ def _nearest(index: ServingIndex, query: Query, modality: Modality, key_D: np.nd
 
 
 def _described(
-    store: FeatureStore, modality: Modality, key_D: np.ndarray, hits: Sequence[Hit]
+    store: FeatureStore, version: int, asked: tuple[Modality, np.ndarray], hits: Sequence[Hit]
 ) -> list[dict[str, Any]]:
-    """What a person needs to know of each hit, in their order."""
+    """What a person needs to know of each hit, in their order; of the very version that was searched."""
+    modality, key_D = asked
     if not hits:
         return []
     ids = ", ".join(sql_literal(hit.clip_id) for hit in hits)
-    table = store.clips([*TOLD, f"{modality}_status", modality.value], where=f"clip_id IN ({ids})")
+    columns = [*TOLD, f"{modality}_status", modality.value]
+    table = store.clips(columns, f"clip_id IN ({ids})", version)
     tokens = [tokens_TD for chunk in table[modality.value].chunks for tokens_TD in views(chunk, store.dim)]
     rows = {}
     for row, tokens_TD in zip(table.drop_columns([modality.value]).to_pylist(), tokens, strict=True):

@@ -184,13 +184,13 @@ def chance_agreement(answers: Sequence[str], kinds: Sequence[str]) -> float:
     return float(np.mean(told)) if told else math.nan
 
 
-def mean_interval(values_Q: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of shares, by the normal distribution, within [0, 1]."""
-    if len(values_Q) < 2:
-        return 0.0, 1.0
-    half = CONFIDENCE_Z * float(np.std(values_Q, ddof=1)) / math.sqrt(len(values_Q))
-    mean = float(np.mean(values_Q))
-    return max(0.0, mean - half), min(1.0, mean + half)
+def mean_interval(values_Q: np.ndarray, clip_Q: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of shares, within [0, 1]; it takes clips, not questions, to be independent.
+
+    `clip_Q`: whose questions belong together.
+    """
+    at_Q = np.unique(clip_Q, return_inverse=True)[1]
+    return _interval(np.bincount(at_Q, weights=values_Q), np.bincount(at_Q).astype(float))
 
 
 def _interval(agreed_C: np.ndarray, told_C: np.ndarray) -> tuple[float, float]:

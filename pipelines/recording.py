@@ -6,6 +6,7 @@ also fail and leave a stream that decodes well and holds nothing: such a stream 
 Legend: T one-second tokens of one stream, D the encoder's width.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,10 +47,14 @@ class Recording:
     ) -> "Recording":
         """Decode a file. Without `judge` silence passes for sound and a blank picture for a picture.
 
-        Raises `MediaError` where no stream gives anything.
+        Raises `MediaError` where no stream gives anything, or where the file is written to meanwhile: then
+        its digest would be of another content than its frames.
         """
-        facts = file_facts(path)
+        before = file_identity(path)
         clip = decode(path, limits, ffmpeg)
+        facts = file_facts(path)
+        if before != file_identity(path):
+            raise MediaError(FailureReason.UNREADABLE, "the file changed while it was read; ask again")
         streams = {Modality.AUDIO: clip.audio, Modality.VISUAL: clip.visual}
         empty = {modality: _gone(modality, report) for modality, report in streams.items()}
         if judge:
@@ -65,6 +70,12 @@ class Recording:
             waveform=clip.waveform,
         )
 
+    @property
+    def bytes(self) -> int:
+        """What it holds; may be asked while `embed` works."""
+        arrays = [self.frames, self.waveform, *list(self.tokens.values())]
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def require(self) -> None:
         """Raises `MediaError` where neither modality can be used."""
         if len(self.empty) == len(Modality):
@@ -72,6 +83,15 @@ class Recording:
             raise MediaError(
                 FailureReason.NOTHING_RECORDED, f"neither sound nor picture can be used: {reasons}"
             )
+
+
+def file_identity(path: str) -> tuple[int, ...] | None:
+    """What changes when a file is replaced, written to or given other rights; None where there is none."""
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def embed(encoder: Encoder, recordings: Sequence[Recording]) -> None:

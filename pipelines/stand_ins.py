@@ -6,6 +6,7 @@ alone, and never a hit of the recording's own source, or the same file under ano
 Legend: Q recordings, T one-second tokens of a clip, D their width.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from r2scp.pipelines.embed import key_of
 from r2scp.store.bank import OTHER, BankScope, MemoryBank, Queries, Search, source_of
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval
@@ -26,7 +28,7 @@ FACTS = ("uri", "split", "source_id", "content_sha256")
 class Lacking:
     """A recording that lacks a modality. `key_D`: of the other one, float32 and unit norm.
 
-    `source_id`: what the leak guard compares, where the store does not hold the same file.
+    `source_id`: what the leak guard compares, beside the sources of the same file in the store.
     """
 
     key_D: np.ndarray
@@ -39,11 +41,14 @@ class StandIn:
     """One clip whose missing modality stands in.
 
     `second`: the one whose token is most like the recording's key, of the modality that the search compared.
+    `alike`: cosine of the clip's and the recording's keys of the modality that is there, NaN where the clip
+    lacks it; whatever the search compared.
     """
 
     clip_id: str
     score: float
     second: int
+    alike: float
     tokens_TD: np.ndarray  # float16
     facts: dict[str, object]  # FACTS
     labels: list[str]
@@ -58,12 +63,11 @@ class StandIns:
 
     def find(self, lacking: Sequence[Lacking], how: Search) -> list[list[StandIn]]:
         """The nearest clips for each recording, best first; fewer than `how.n` where the bank has no more."""
-        held = self._held({one.content_sha256 for one in lacking})
-        sources = [held.get(one.content_sha256, [one.source_id])[0] for one in lacking]
-        # one file may be stored under several names
-        spare = max((len(held.get(one.content_sha256, [])) for one in lacking), default=0)
+        barred = self._barred(lacking)
+        # the search keeps one source away; clips of the others, and no more than these, are left out after it
+        spare = self._clips_of({source for each in barred for source in each[1:]})
         keys_QD = np.stack([one.key_D for one in lacking])
-        queries = Queries(keys_QD=keys_QD, sources=sources)
+        queries = Queries(keys_QD=keys_QD, sources=[next(iter(each), "") for each in barred])
         nearest = self.bank.search(queries, replace(how, n=how.n + spare)).nearest
         ids = [nearest.ids(query) for query in range(len(lacking))]
         rows = self._read({clip_id for found in ids for clip_id in found})
@@ -71,10 +75,25 @@ class StandIns:
             [
                 self._stand_in(rows[clip_id], one.key_D, float(score), how)
                 for clip_id, score in zip(found, nearest.scores(query), strict=True)
-                if rows[clip_id]["content_sha256"] != one.content_sha256
+                if source_of(clip_id, rows[clip_id]["source_id"]) not in barred[query]
             ][: how.n]
             for query, (found, one) in enumerate(zip(ids, lacking, strict=True))
         ]
+
+    def _barred(self, lacking: Sequence[Lacking]) -> list[list[str]]:
+        """The sources of each recording: its own, and those of all clips that the store holds its file as."""
+        held = self._held({one.content_sha256 for one in lacking})
+        return [
+            list(dict.fromkeys(filter(None, (one.source_id, *held.get(one.content_sha256, ())))))
+            for one in lacking
+        ]
+
+    def _clips_of(self, sources: Collection[str]) -> int:
+        """At most so many clips are of these sources; a clip without any is a source of its own."""
+        if not sources:
+            return 0
+        where = f"source_id IN ({', '.join(map(sql_literal, sorted(sources)))})"
+        return self.store.clips(["clip_id"], where, self.bank.version).num_rows + len(sources)
 
     def _held(self, contents: Collection[str]) -> dict[str, list[str]]:
         """Content -> the sources of the clips that the store holds it as."""
@@ -100,6 +119,7 @@ class StandIns:
         return StandIn(
             clip_id=str(row["clip_id"]),
             score=score,
+            alike=float(key_of(there_TD) @ key_D) if len(there_TD) else math.nan,
             second=int(np.sum([part[:seconds] for part in like], axis=0).argmax()),
             tokens_TD=missing_TD,
             facts={name: row[name] for name in FACTS},

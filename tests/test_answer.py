@@ -441,6 +441,41 @@ def test_a_model_that_chooses_gets_its_choices(
         opened.answer(damaged["deaf"], QUESTION)
 
 
+def test_choices_of_questions_asked_together_are_their_own(
+    world: World, damaged: dict[str, Path], tmp_path: Path
+) -> None:
+    opened = Answerer.open(world.store, checkpoint_in(tmp_path / "run", world.store, None))
+    lists = [("one", "two"), ("three", "", "four", "five"), (), ("one",), ("six", "seven", "eight")]
+    asked = [
+        Ask(id=str(at), video=str(damaged["deaf"]), question=QUESTION, choices=lists[at % len(lists)])
+        for at in range(3 * len(lists))
+    ]
+    for ask, one in zip(asked, opened.answers(asked), strict=True):
+        if not ask.choices:
+            assert isinstance(one, Refused)
+            assert "give some" in one.message
+            continue
+        assert isinstance(one, Answered)
+        assert {each.answer for each in one.answers} == set(filter(None, ask.choices))
+        assert sum(each.probability for each in one.answers) == pytest.approx(1, abs=1e-5)
+        expected = logits(opened.ask(ask))
+        assert logits(one) == pytest.approx(expected, abs=0.02 + 0.02 * np.ptp(list(expected.values())))
+
+
+def test_a_clip_that_may_be_the_recording_is_said_to_be_however_it_was_found(
+    world: World, damaged: dict[str, Path], tmp_path: Path
+) -> None:
+    run = checkpoint_in(tmp_path / "run", world.store, ["a", "b"], retrieval=Retrieval.CROSS)
+    config = find(run).config
+    wide = replace(config.model, neighbours=config.index.n)
+    opened = Answerer.open(world.store, run)
+    opened.checkpoint = replace(opened.checkpoint, config=replace(config, model=wide))
+    answered = opened.answer(damaged["deaf"], QUESTION)
+    assert world.whole()[0] in {each.clip_id for each in answered.neighbours}
+    assert max(each.score for each in answered.neighbours) < 0.99
+    assert any("may be the same" in note for note in answered.notes)
+
+
 @pytest.mark.parametrize("retrieval", list(Retrieval))
 def test_every_way_to_retrieve_has_its_evidence(
     world: World, damaged: dict[str, Path], tmp_path: Path, retrieval: Retrieval
@@ -487,6 +522,17 @@ def test_many_are_answered_like_one_by_one_and_in_order(
         assert one.router == pytest.approx(expected.router, abs=0.01)
         dissonance, again = ([each.dissonance for each in part.recovered] for part in (one, expected))
         assert dissonance == pytest.approx(again, abs=0.02)
+
+
+def test_one_question_that_cannot_be_asked_spoils_no_other_of_its_file(
+    world: World, answerer: Answerer
+) -> None:
+    good = Ask(video=world.video(world.whole()[0]), question=QUESTION)
+    bad = [replace(good, question=" "), replace(good, choices=("a", "b")), replace(good, missing="smell")]
+    for asked in ([good, *bad, good], [*bad, good, *bad]):
+        for ask, one in zip(asked, answerer.answers(asked), strict=True):
+            assert isinstance(one, Answered if ask is good else Refused)
+            assert isinstance(one, Answered) or one.reason == "usage"
 
 
 def test_a_file_is_decoded_once_however_often_it_is_asked_about(
@@ -586,6 +632,7 @@ def test_outside_text_is_inert_on_a_terminal(world: World, tmp_path: Path, answe
         ([], 2, "give a video and a question"),
         (["--batch", "a.mp4"], 2, "leave out VIDEO"),
         (["--batch", "--explain"], 2, "leave out VIDEO"),
+        (["--batch", "--missing", "audio"], 2, "leave out VIDEO"),
     ],
 )
 def test_the_command_refuses_in_one_line(world: World, words: list[str], code: int, says: str) -> None:
@@ -646,6 +693,27 @@ def test_a_caller_who_waits_for_each_line_gets_each_line(world: World, damaged: 
         process.stdin.close()
         assert process.wait() == 0
         killer.cancel()
+
+
+@pytest.mark.parametrize(
+    ("plumbing", "code", "says"),
+    [
+        ("<&-", 2, "is closed"),
+        (">&- </dev/null", 2, "is closed"),
+        ("0> written", 2, "cannot be read: Bad file descriptor"),
+        ("< asked.jsonl > /dev/full", 1, "cannot write to standard output: No space left"),
+    ],
+)
+def test_pipes_that_are_none_are_one_clear_error(
+    world: World, tmp_path: Path, plumbing: str, code: int, says: str
+) -> None:
+    ask = {"video": "no.mp4", "question": QUESTION}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(ask) + "\n")
+    shell = ["bash", "-c", f'"$@" {plumbing}', "bash", *command(world)]
+    ran = subprocess.run(shell, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=tmp_path, timeout=240)
+    assert ran.returncode == code, ran.stderr.decode()
+    assert says in ran.stderr.decode()
+    assert ran.stderr.count(b"\n") == 1
 
 
 def test_all_lines_refused_is_exit_3(world: World) -> None:

@@ -109,7 +109,10 @@ def test_chance_of_two_questions_of_a_kind() -> None:
 
 
 def test_the_interval_of_a_mean() -> None:
-    assert mean_interval(np.array([0.4])) == (0.0, 1.0)
-    low, high = mean_interval(np.array([0.2, 0.4, 0.6]))
+    assert mean_interval(np.array([0.4]), np.array([7])) == (0.0, 1.0)
+    low, high = mean_interval(np.array([0.2, 0.4, 0.6]), np.array([7, 1, 4]))
     half = 1.959963984540054 * 0.2 / math.sqrt(3)
     assert (low, high) == pytest.approx((0.4 - half, 0.4 + half))
+    # ten questions of each clip that all say the same tell no more than one of each
+    told = mean_interval(np.repeat([0.2, 0.4, 0.6], 10), np.repeat([7, 1, 4], 10))
+    assert told == pytest.approx((low, high))

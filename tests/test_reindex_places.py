@@ -99,6 +99,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+@pytest.mark.slow  # the whole path on two nodes, one of which is killed
 def test_a_cluster_that_loses_a_node(
     job: Callable[..., Path], cluster: Cluster, rendered_media: Mapping[str, bytes], tmp_path: Path
 ) -> None:

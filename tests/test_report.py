@@ -52,7 +52,7 @@ from r2scp.pipelines.questions import plan_questions, write_questions
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
 from r2scp.store.errors import CheckpointError, StoreError, UsageError
-from r2scp.store.feature_store import FeatureStore
+from r2scp.store.feature_store import DESCRIBED, FeatureStore
 from r2scp.store.schema import Table
 from r2scp.store.transaction import Staged
 
@@ -241,6 +241,24 @@ def test_a_study_is_drawn_in_the_order_of_its_number(study: Path) -> None:
     assert row[2:] == pytest.approx(
         [100 * x for x in (spread["mean"], spread["sd"], *spread["values"])], abs=0.006
     )
+
+
+@pytest.mark.parametrize("how", ["no variant", "no number", "no object"])
+def test_a_study_that_is_none_is_told_of_and_leaves_nothing(
+    own_run: Path, study: Path, tmp_path: Path, how: str
+) -> None:
+    told = json.loads((study / "n.json").read_bytes())
+    if how == "no variant":
+        told["variants"] = {}
+    if how == "no number":
+        told["variants"]["n = 3"]["accuracy"]["A"] = {"mean": np.nan, "sd": np.nan, "values": [np.nan] * 3}
+    (tmp_path / "n.json").write_text(json.dumps([told] if how == "no object" else told))
+    out, figures = tmp_path / "r.html", tmp_path / "figures"
+    wanted = ReportWanted(runs=(own_run,), studies=tmp_path, out=out, figures=figures, gallery=0)
+    report = run_report(wanted)
+    [why] = [gap["why"] for gap in report["missing"] if gap["what"] == "n.json"]  # pyright: ignore
+    assert "not what a study writes" in why
+    assert "study-n" not in report["figures"]  # pyright: ignore
 
 
 def test_joint_vectors_are_what_the_joint_head_answers_from(evaluated: tuple[FeatureStore, Path]) -> None:
@@ -556,6 +574,18 @@ def test_questions_for_the_gallery_are_half_right_half_wrong(real: tuple[Feature
         assert one.ask.missing == {"A": "visual", "V": "audio"}[one.condition]
     assert len({one.ask.id for one in picked}) == len(picked)
     assert pick(found, 4) == (picked, there)
+
+
+def test_a_clip_whose_file_can_have_no_such_name_is_no_end(
+    real: tuple[FeatureStore, Path], copy: Callable[[FeatureStore], FeatureStore]
+) -> None:
+    store = copy(real[0])
+    rows = store.clips(["clip_id", *DESCRIBED], "split = 'val'").to_pylist()
+    store.redescribe([row | {"uri": name} for row, name in zip(rows, ("a" * 5000, "a\0b"), strict=False)], {})
+    checkpoint = find(real[1])
+    pins = {name: store.versions()[name] for name in ("clips", "questions", "neighbours")}
+    picked, there = pick(probe(replace(checkpoint, store=checkpoint.store | {"versions": pins}), store), 4)
+    assert there == len(picked)
 
 
 def check_looks(looked: Any) -> None:

@@ -191,6 +191,12 @@ def test_the_card_is_yaml_and_tells_every_column(
         assert set(MEANINGS[table.value]) == set(own_store.address(table).schema.names)
         assert all(f"| `{name}` |" in body for name in MEANINGS[table.value])
     assert inert("a*b_c&d") == "a&#42;b&#95;c&#38;d"
+    for address in (
+        "https://example.org/a",
+        "www.example.org",
+        "a@example.org",
+    ):  # GitHub links these
+        assert not set(":./@") & set(inert(address))
 
 
 def test_the_same_again_writes_nothing_and_another_is_refused(

@@ -16,6 +16,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from r2scp.jobs import store_search
 from r2scp.jobs.cli import app
 from r2scp.jobs.encoders import encoder_spec
 from r2scp.jobs.store_search import Query, check_text, run_search, text_key
@@ -27,6 +28,7 @@ from r2scp.pipelines.embed import Encoder, EncoderSpec, key_of
 from r2scp.store.errors import FingerprintMismatch, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
+from r2scp.store.serving_search import Hit
 
 AT = datetime(2026, 1, 31, tzinfo=UTC)
 CLIPS = 90
@@ -127,6 +129,22 @@ def test_clips_like_one_are_found_without_itself(store: FeatureStore) -> None:
     assert deaf["notes"] == ["the clip has no audio key"]
     with pytest.raises(StoreError, match="near it: folder/004"):
         run_search(store, Query(like="004"))
+
+
+def test_what_is_told_of_a_hit_is_of_the_version_that_was_searched(
+    store: FeatureStore, copy: Callable[[FeatureStore], FeatureStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = copy(store)
+    expected = run_search(own, Query(like="folder/003", modality="visual", most=5))
+    nearest = store_search._nearest
+
+    def and_then_they_go(*asked: Any) -> list[Hit]:
+        hits = nearest(*asked)
+        own.commit(Table.CLIPS, [], {}, also_delete=[hit.clip_id for hit in hits])
+        return hits
+
+    monkeypatch.setattr(store_search, "_nearest", and_then_they_go)
+    assert run_search(own, Query(like="folder/003", modality="visual", most=5)) == expected
 
 
 @pytest.mark.parametrize(

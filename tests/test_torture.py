@@ -374,6 +374,7 @@ def test_a_short_torture_finds_nothing(
     assert not os.path.ismount(tmp_path / "rack" / "disk")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_torture_sees_a_bug(tmp_path: Path, rendered: Rendered, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first blow on, a commit of clips forgets one fragment."""
