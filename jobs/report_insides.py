@@ -34,9 +34,7 @@ def vectors(made: Making) -> None:
             )
         if drawing and rows:
             columns = ["run", *drawing.columns]
-            note = (
-                f"{NEAREST} nearest by cosine in the full space: mean over questions, interval over clips."
-            )
+            note = f"{NEAREST} nearest by cosine in the full space: mean over questions, interval over clips."
             section.table("How far joint vectors of one answer lie together", columns, rows, note)
 
 

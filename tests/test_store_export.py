@@ -5,9 +5,7 @@ nowhere more than names.
 """
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -302,13 +300,15 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(asked_store: FeatureSto
     )
     words = [sys.executable, "-c", code, asked_store.uri, str(out), str(mark)]
     with subprocess.Popen(words, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
-        while not mark.exists() and time.monotonic() < deadline:
-            threading.Event().wait(0.02)
-        assert mark.exists()
-        with pytest.raises(UsageError, match="another export writes"):
-            export(asked_store, out, Export())
-        os.kill(process.pid, signal.SIGKILL)
+        try:
+            deadline = time.monotonic() + 60
+            while not mark.exists() and time.monotonic() < deadline:
+                threading.Event().wait(0.02)
+            assert mark.exists()
+            with pytest.raises(UsageError, match="another export writes"):
+                export(asked_store, out, Export())
+        finally:
+            process.kill()
     assert not out.exists()
     assert export(asked_store, out, Export())["unchanged"] is False
     mark.unlink()
