@@ -160,6 +160,8 @@ def _study(section: Section, study: Mapping[str, Any]) -> None:
         cells: list[object] = [variant]
         for measure in columns:
             mean, deviation = (float(row["accuracy"][measure][part]) for part in ("mean", "sd"))
+            if not 0 <= mean <= 1:  # also where it is no number
+                raise ValueError(f"an accuracy must be in [0, 1]; got {mean}")
             apart = 100 * float(row["difference"][measure]["mean"])
             minor = f"± {100 * deviation:.1f}" + ("" if variant == study["against"] else f", {apart:+.1f}")
             cells.append({"text": f"{100 * mean:.1f}", "value": mean, "minor": minor})
