@@ -238,7 +238,7 @@ def answer(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question about a recording of which sound or picture may be missing, and say why so."""
-    with speaking():
+    with speaking("what was answered is written; files that are being decoded come to their end"):
         from r2scp.jobs.answer_command import Means, Wanted, answer_lines, answer_one, open_answerer
         from r2scp.jobs.answered import Ask
 

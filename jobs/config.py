@@ -95,13 +95,19 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+GO_ON = "what was committed stays; run the same command again to go on"
+
+
 @contextmanager
-def speaking() -> Iterator[None]:
-    """Turn our errors into one line and exit code 1 (2 for a wrong option), Ctrl-C and SIGTERM into 130."""
+def speaking(interrupted: str = GO_ON) -> Iterator[None]:
+    """Turn our errors into one line and exit code 1 (2 for a wrong option), Ctrl-C and SIGTERM into 130.
+
+    `interrupted`: what is so then.
+    """
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if here else None
     try:
-        with _spoken():
+        with _spoken(interrupted):
             yield
     finally:
         if here:
@@ -109,7 +115,7 @@ def speaking() -> Iterator[None]:
 
 
 @contextmanager
-def _spoken() -> Iterator[None]:
+def _spoken(interrupted: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
@@ -119,7 +125,7 @@ def _spoken() -> Iterator[None]:
         tell(f"error: {printable(str(error))}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        tell("interrupted: what was committed stays; run the same command again to go on")
+        tell(f"interrupted: {interrupted}")
         raise typer.Exit(130) from error
 
 
