@@ -249,6 +249,7 @@ def test_crash_between_the_two_tables(media_folder: Path, tmp_path: Path, tiny_e
     assert store.clips(columns=["clip_id"])["clip_id"].to_pylist().count(mended) == 1
 
 
+@pytest.mark.slow  # nearly all of it is waiting
 def test_nothing_of_the_killed_drivers_is_left(orphans: list[psutil.Process]) -> None:
     """Ray's and ffmpeg's processes end by themselves; Ray's agents take up to a minute to notice."""
     if not orphans:
