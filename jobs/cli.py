@@ -257,6 +257,7 @@ def report(
     figures: Annotated[Path | None, typer.Option(help="A folder for a PNG and an SVG of each.")] = None,
     out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html by default.")] = None,
     gallery: Annotated[int, typer.Option(min=0, help="Questions to show with their evidence.")] = 12,
+    weights: WeightsOption = None,
     device: DeviceOption = None,
     store: Annotated[
         str | None,
@@ -280,6 +281,7 @@ def report(
             out=out,
             figures=figures,
             gallery=gallery,
+            weights=weights,
         )
         made = report_with_progress(wanted, device)
         say(made if as_json else brief(made), as_json)

@@ -64,5 +64,6 @@ def _asked(wanted: ReportWanted) -> tuple[str, ...]:
         ("--figures", wanted.figures),
         ("--out", wanted.out),
         ("--gallery", str(wanted.gallery)),
+        ("--weights", wanted.weights),
     )
     return tuple(words + [word for name, value in named if value is not None for word in (name, str(value))])

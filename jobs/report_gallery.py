@@ -31,7 +31,9 @@ class Picked:
     right: bool
 
 
-def gallery_section(run: RunFacts, probe: Probe, store: FeatureStore, count: int, device: str) -> Section:
+def gallery_section(
+    run: RunFacts, probe: Probe, store: FeatureStore, count: int, means: AnswerMeans
+) -> Section:
     """Raises `EncoderError` or the like where recordings cannot be embedded here."""
     section = Section(name="gallery", heading="Answered questions")
     picked, on_disk = pick(probe, count)
@@ -47,7 +49,7 @@ def gallery_section(run: RunFacts, probe: Probe, store: FeatureStore, count: int
         f"turns. So this is no measure of accuracy. Run {run.name}; the files are decoded and embedded anew."
     )
     assert run.checkpoint is not None
-    answerer = Answerer.open(store, run.checkpoint.folder, AnswerMeans(device=device))
+    answerer = Answerer.open(store, run.checkpoint.folder, means)
     previews = Previews()
     answers = answerer.answers([one.ask for one in picked])
     for at, (one, answered) in enumerate(zip(picked, answers, strict=True), start=1):

@@ -1,6 +1,7 @@
 """The sections of a report on what lies behind answers: joint vectors, retrieval, a gallery."""
 
 from r2scp.jobs import report_evidence
+from r2scp.jobs.answer import AnswerMeans
 from r2scp.jobs.evaluate import questions_of
 from r2scp.jobs.report_blocks import Section, share_cell
 from r2scp.jobs.report_gallery import gallery_section
@@ -122,7 +123,8 @@ def gallery(made: Making) -> None:
         run = next((run for run in made.runs if run.name in made.probes), None)
         if run is None:
             raise R2SCPError("no run could be asked, see above")
-        found = gallery_section(run, made.probes[run.name], store, made.wanted.gallery, made.wanted.device)
+        means = AnswerMeans(weights=made.wanted.weights, device=made.wanted.device)
+        found = gallery_section(run, made.probes[run.name], store, made.wanted.gallery, means)
         section.blocks = found.blocks
         if not any(block["kind"] == "card" for block in section.blocks):
             made.gaps.append(

@@ -30,6 +30,7 @@ class ReportWanted:
     figures: Path | None = None
     gallery: int = GALLERY
     device: str = "cpu"
+    weights: str | None = None  # of the encoder that filled the store; by themselves the ones that fit
     asked: tuple[str, ...] = ("report",)
 
 

@@ -560,6 +560,15 @@ def test_the_gallery_shows_real_answers_wide_and_narrow(
         assert loaded
 
 
+def test_the_gallery_takes_the_weights_it_is_given(
+    real: tuple[FeatureStore, Path], tmp_path: Path, tiny_weights: Path
+) -> None:
+    """Those of another encoder: that it is told so shows that they were looked at."""
+    wanted = ReportWanted(runs=(real[1],), out=tmp_path / "r.html", gallery=1, weights=str(tiny_weights))
+    [why] = [gap["why"] for gap in run_report(wanted)["missing"] if gap["section"] == "gallery"]  # pyright: ignore
+    assert "name the encoder that filled it (--encoder, --weights)" in why
+
+
 def test_questions_for_the_gallery_are_half_right_half_wrong(real: tuple[FeatureStore, Path]) -> None:
     store, run = real
     found = probe(find(run), store)
