@@ -40,6 +40,7 @@ from r2scp.store.snapshots import SERVING
 
 AT_ONCE = 16  # questions that go through towers and model together
 TEXTS_KEPT = 2_048  # embeddings of questions and choices: 80 MB of twenty words each at D = 1024
+MOST_CHOICES = 1_000  # of one question: each is embedded
 MISSING = ("auto", "none", *Modality)  # what may be asked for
 
 
@@ -163,6 +164,8 @@ class Answerer:
             raise UsageError("a question must have words; got none")
         if ask.missing not in MISSING:
             raise UsageError(f"missing must be one of {', '.join(MISSING)}; got {ask.missing!r}")
+        if len(ask.choices) > MOST_CHOICES:
+            raise UsageError(f"a question must have at most {MOST_CHOICES} choices; got {len(ask.choices)}")
         answers = self.checkpoint.answers
         if answers is not None and ask.choices:
             raise UsageError(

@@ -23,17 +23,12 @@ from r2scp.jobs.checkpoints import find, replace_file
 from r2scp.jobs.config import absolute, default_workers, printable, tell
 from r2scp.jobs.evaluation_table import grid
 from r2scp.jobs.extract_command import ALL_FAILED
+from r2scp.pipelines.preview import Previews
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import WORDS, Modality
 
 BAR = 24  # characters of a probability of 1
-NAMES = {"audio": "sound", "visual": "picture"}
-RECOVERIES = {
-    "neighbours": "the {name} of {count} clips of the memory bank stood in",
-    "fallback": "nothing in the memory bank could stand in; what is there served for the {name} too",
-    "common": "what is there served for the {name} too",
-    "dropped": "the model answered without it",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +92,9 @@ def answer_one(answerer: Answerer, ask: Ask, wanted: Wanted) -> None:
     except MediaError as error:
         raise MediaError(error.reason, f"{error.detail} ({ask.video})") from error
     if wanted.html:
-        replace_file(absolute(wanted.html), answer_page(answered).encode())
+        replace_file(
+            absolute(wanted.html), answer_page(answered, Previews(ffmpeg=answerer.means.ffmpeg)).encode()
+        )
         tell(printable(f"kept in {absolute(wanted.html)}"))
     if wanted.as_json:
         sys.stdout.write(_line(answered, wanted.top))
@@ -141,7 +138,8 @@ def told(answered: Answered, wanted: Wanted) -> Group:
         Text(printable(answered.question), style="bold"),
         _answers(answered, wanted.top),
     ]
-    parts += [Text(line) for line in _streams(answered)]
+    if finding := answered.finding():
+        parts.append(Text(printable(finding)))
     if wanted.explain:
         parts += list(_evidence(answered))
     parts += [Text(f"note: {printable(note)}", style="yellow") for note in answered.notes]
@@ -165,13 +163,6 @@ def _answers(answered: Answered, top: int) -> Grid:
     return made
 
 
-def _streams(answered: Answered) -> Iterator[str]:
-    for key, stream in (("audio", answered.audio), ("visual", answered.visual)):
-        if not stream.used:
-            how = RECOVERIES[answered.recovery].format(name=NAMES[key], count=len(answered.neighbours))
-            yield f"The {NAMES[key]} is missing ({printable(stream.why)}): {how}."
-
-
 def _evidence(answered: Answered) -> Iterator[RenderableType]:
     for at, found in enumerate(answered.neighbours, start=1):
         if at == 1:
@@ -185,7 +176,7 @@ def _evidence(answered: Answered) -> Iterator[RenderableType]:
             if said:
                 yield Text(f"   {printable(said)}")
     if purged := [one for one in answered.recovered if one.purged]:
-        other = NAMES["visual" if answered.missing == "audio" else "audio"]
+        other = WORDS[Modality.VISUAL if answered.missing == "audio" else Modality.AUDIO]
         made = grid(
             f"\n{len(purged)} of {len(answered.recovered)} seconds purged",
             ("second", "dissonance δ", f"replaced by the guided {other} of second"),

@@ -13,9 +13,9 @@ from r2scp.model.batch import SOURCES, Answer
 from r2scp.model.r2scp import R2SCP
 from r2scp.pipelines.embed import EncoderSpec
 from r2scp.pipelines.examples import MODALITIES
-from r2scp.pipelines.recording import NAMES, Recording
+from r2scp.pipelines.recording import Recording
 from r2scp.pipelines.stand_ins import StandIn, StandIns
-from r2scp.store.schema import Modality, ModalityStatus, Table
+from r2scp.store.schema import WORDS, Modality, ModalityStatus, Table
 
 ALIKE = 0.999  # cosine of what both have, above which a clip may be the recording itself, coded otherwise
 
@@ -116,7 +116,7 @@ def evidence(
         model=shared.model,
         store=shared.store,
         notes=notes
-        + [f"{NAMES[m]}: {streams[m].why}" for m in Modality if streams[m].used and streams[m].why],
+        + [f"{WORDS[m]}: {streams[m].why}" for m in Modality if streams[m].used and streams[m].why],
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from r2scp.jobs.answered import Answered, Neighbour, Second, Stream
 from r2scp.jobs.pages import decimal, page
 from r2scp.pipelines.preview import Preview, Previews
-from r2scp.store.schema import Modality
+from r2scp.store.schema import WORDS, Modality
 
 ANSWERS = 5  # the best ones, named
 STILLS = 6  # of the recording, spread over it
@@ -37,7 +37,6 @@ NEIGHBOUR_COLUMNS = (
     {"text": "file"},
 )
 SPOKEN = ((None, ""), (True, "yes"), (False, "no"))
-WORDS = {Modality.AUDIO: "sound", Modality.VISUAL: "picture"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +95,7 @@ def card_of(answered: Answered, seen: Shown) -> dict[str, object]:
         "shown_answers": ANSWERS,
         "other_answers": len(rest),
         "other_share": sum(each.probability for each in rest),
-        "finding": _finding(answered),
+        "finding": _cut(answered.finding()) or "Sound and picture are both there; nothing had to stand in.",
         "neighbours": [
             (_brief(asdict(each) | {"labels": _few(each.labels)}), preview)
             for each, preview in zip(answered.neighbours, seen.neighbours, strict=True)
@@ -111,22 +110,6 @@ def card_of(answered: Answered, seen: Shown) -> dict[str, object]:
         "streams": [_stream(name, stream) for name, stream in _streams(answered)],
         "provenance": [*_flat("model", answered.model), *_flat("store", answered.store), *_asked(answered)],
     }
-
-
-def _finding(answered: Answered) -> str:
-    """What was missing, why, and what was done about it."""
-    if answered.missing is None:
-        return "Sound and picture are both there; nothing had to stand in."
-    gone, stream = WORDS[Modality(answered.missing)], _stream_of(answered, answered.missing)
-    why = f": {stream.why.rstrip('.')}" if stream.why else ""
-    n = len(answered.neighbours)
-    done = {
-        "neighbours": f"The {gone} of {n} clip{'s'[: n != 1]} of the memory bank stood in for it.",
-        "fallback": "The bank had no clip to stand in; what the recording still has was used in its place.",
-        "common": "This model does not retrieve: what the recording still has was used in its place.",
-        "dropped": "This model recovers nothing: it answered without.",
-    }
-    return f"The {gone} is missing{_cut(why)}. {done.get(answered.recovery, '')}".strip()
 
 
 def _neighbour(each: Neighbour) -> list[object]:

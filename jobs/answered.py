@@ -7,6 +7,7 @@ the store (the neighbours' ids and the version of `clips` say which tokens stood
 from dataclasses import asdict, dataclass, field
 
 from r2scp.store.errors import MediaError, R2SCPError
+from r2scp.store.schema import WORDS, Modality
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +101,15 @@ class Second:
     replaced_by: int | None  # second of the modality that is there, whose guided token took its place
 
 
+#: By recovery, what was done about a missing modality.
+_DONE = {
+    "neighbours": "the {gone} of {count} of the memory bank stood in",
+    "fallback": "the memory bank held no clip that could stand in; what is there served for the {gone} too",
+    "common": "this model does not retrieve; what is there served for the {gone} too",
+    "dropped": "this model recovers nothing; it answered without",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
     """The answer and its evidence.
@@ -125,6 +135,15 @@ class Answered:
     store: dict[str, object]  # uri, snapshot, versions, encoder, retrieval, bank
     notes: list[str] = field(default_factory=list)  # what a careful reader should know
     id: str = ""  # the asker's own
+
+    def finding(self) -> str:
+        """What is missing, why, and what was done about it, in one sentence; "" where nothing is."""
+        if self.missing is None:
+            return ""
+        gone, stream = WORDS[Modality(self.missing)], self.audio if self.missing == "audio" else self.visual
+        clips = f"{len(self.neighbours)} clip{'s'[: len(self.neighbours) != 1]}"
+        done = _DONE.get(self.recovery, "").format(gone=gone, count=clips)
+        return f"The {gone} is missing ({stream.why}){': ' if done else ''}{done}."
 
     def to_json(self) -> dict[str, object]:
         """Plain values, ready for JSON."""

@@ -19,6 +19,7 @@ from r2scp.jobs.config import (
     speaking,
     storage_options,
 )
+from r2scp.store.errors import UsageError
 
 store_app = typer.Typer(
     help="Look into a store: one clip, a search by text, or a copy of it as Parquet.",
@@ -84,6 +85,8 @@ def store_search(
         from r2scp.jobs.store_search_page import write_page
         from r2scp.store.feature_store import FeatureStore
 
+        if like is not None and (encoder or weights or device):
+            raise UsageError("--like needs no encoder; leave out --encoder, --weights and --device")
         query = Query(text=text, like=like, modality=modality, most=most, where=where)
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
         opened = opened.at(at) if at else opened

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from r2scp.jobs.config import printable
 from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.store.schema import WORDS
 
 HEADINGS = {"A": "A: sound only", "V": "V: picture only", "AV": "AV: both"}
 OURS = "R²ScP"
@@ -88,7 +89,7 @@ def _types(report: Mapping[str, Any]) -> Grid:
 
 def _rates(report: Mapping[str, Any], modality: str) -> Grid:
     shares = [name.split()[1] for name in report["missing_rates"] if name.split()[0] == modality]
-    gone = {"audio": "sound", "visual": "picture"}[modality]
+    gone = WORDS[modality]
     made = grid(f"\nWhere a share of the questions lacks its {gone}", ("model", *shares))
     for label, row, style in _rows(report):
         cells = [_cell(row["missing_rates"][f"{modality} {share}"]) for share in shares]

@@ -14,8 +14,9 @@ from r2scp.jobs.study import MEASURES
 from r2scp.model.batch import SOURCES
 from r2scp.model.settings import Stage
 from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.store.schema import WORDS
 
-SOURCE_NAMES = {"audio": "sound", "visual": "picture", "text": "question"}
+SOURCE_NAMES: dict[str, str] = {**WORDS, "text": "question"}
 GONE = {"A": "visual", "V": "audio", "AV": ""}  # the source that a condition lacks
 TO_PERCENT = 100
 LOSSES = ("loss", "loss/real", "loss/lacking", "loss/rank_positive", "loss/rank_negative")
@@ -230,20 +231,7 @@ def _curve_panel(
             named.add(name)
     if not lines:
         return None
-
-    def draw(ax: Axes) -> None:
-        values = [y for line in lines for y in line.ys]
-        if validated:
-            percent(ax, values)
-        else:
-            ax.set_ylim(0, 1.08 * max(values))
-        draw_lines(ax, lines, points=False)
-        whole_numbers(ax)
-        ax.set_title(titles[0])
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(titles[1])
-
-    return Panel(draw=draw, width=4.4)
+    return _over_epochs(lines, titles, "epoch", shares=validated)
 
 
 def _own_panel(
@@ -257,19 +245,24 @@ def _own_panel(
             told = [(epoch.epoch, y) for epoch in epochs if (y := value(epoch)) is not None]
             xs, ys = [x for x, _ in told], [y for _, y in told]
             lines.append(Line(name=name, xs=xs, ys=ys, mark=mark_of(at), faint=order > 0))
-    values = [y for line in lines for y in line.ys]
-    if not values:
+    if not any(line.ys for line in lines):
         return None
+    return _over_epochs(lines, titles, "epoch of stage II", shares=titles[1].endswith("%"))
+
+
+def _over_epochs(lines: Sequence[Line], titles: tuple[str, str], along: str, *, shares: bool) -> Panel:
+    """Lines over epochs; `titles` of the panel and of its axis of values."""
+    values = [y for line in lines for y in line.ys]
 
     def draw(ax: Axes) -> None:
-        if titles[1].endswith("%"):
+        if shares:
             percent(ax, values)
         else:
             ax.set_ylim(0, 1.08 * max(values) or 1)
         draw_lines(ax, lines, points=False)
         whole_numbers(ax)
         ax.set_title(titles[0])
-        ax.set_xlabel("epoch of stage II")
+        ax.set_xlabel(along)
         ax.set_ylabel(titles[1])
 
     return Panel(draw=draw, width=4.4)

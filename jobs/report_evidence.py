@@ -12,10 +12,10 @@ from r2scp.jobs.figure_style import BLUE, COLOURS, MARKERS, ORANGE, PAPER, STONE
 from r2scp.jobs.report_probe import FEWEST, NEAREST, OFF, SEED, WITH, WITHOUT, Probe
 from r2scp.jobs.report_purity import Purity
 from r2scp.pipelines.purity import Agreements
+from r2scp.store.schema import WORDS
 
 NAMED = 6  # answers with a colour and a name; the others are grey
 BINS = 40
-WORDS = {"audio": "sound", "visual": "picture"}
 LOST = {"A": "picture missing", "V": "sound missing"}
 
 
@@ -216,14 +216,7 @@ def scores(purity: Purity) -> Drawing | None:
             "cosine of the keys",
         )
 
-    rows = _counted(
-        edges,
-        [
-            (WORDS[m], name, s)
-            for m, sides in found.items()
-            for name, s in zip(("nearest", "farthest"), sides, strict=True)
-        ],
-    )
+    rows = _counted(edges, _by_side(found, ("nearest", "farthest")))
     medians = "; ".join(
         f"{WORDS[m]} missing: nearest {np.median(a):.2f}, farthest {np.median(b):.2f}"
         for m, (a, b) in found.items()
@@ -239,6 +232,17 @@ def scores(purity: Purity) -> Drawing | None:
         columns=["missing", "side", "from", "to", "hits", "share, %"],
         rows=rows,
     )
+
+
+def _by_side(
+    found: Mapping[str, tuple[np.ndarray, np.ndarray]], names: tuple[str, str]
+) -> list[tuple[str, str, np.ndarray]]:
+    """What is missing, which side, its values."""
+    return [
+        (WORDS[missing], name, side)
+        for missing, sides in found.items()
+        for name, side in zip(names, sides, strict=True)
+    ]
 
 
 def dissonance(probe: Probe, k: int) -> Drawing | None:
@@ -263,14 +267,7 @@ def dissonance(probe: Probe, k: int) -> Drawing | None:
             whole=True,
         )
 
-    rows = _counted(
-        edges,
-        [
-            (WORDS[m], name, s)
-            for m, sides in found.items()
-            for name, s in zip(("kept", "purged"), sides, strict=True)
-        ],
-    )
+    rows = _counted(edges, _by_side(found, ("kept", "purged")))
     said = "; ".join(
         f"{WORDS[m]}: {len(b)} of {len(a) + len(b)} tokens purged"
         + (

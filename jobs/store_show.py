@@ -14,7 +14,7 @@ from rich.text import Text
 from r2scp.jobs.store_tables import cell, facts, listing
 from r2scp.store.errors import TRANSIENT_REASONS, StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import Modality, Table
+from r2scp.store.schema import WORDS, Modality, Table
 from r2scp.store.transaction import sql_literal
 
 KEYS = ("visual_key", "audio_key")
@@ -245,7 +245,7 @@ def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def _near(found: Mapping[str, Any], most: int) -> RenderableType:
-    gone = {"audio": "sound", "visual": "picture"}.get(found["missing"], str(cell(found["missing"])))
+    gone = WORDS.get(found["missing"], str(cell(found["missing"])))
     shown = found["nearest"][:most]
     rows = [
         (at, hit["clip_id"], hit["score"], hit["split"], _joined(hit["labels"]))

@@ -70,13 +70,14 @@ def preview(
     seconds: Iterable[int],
     content_sha256: str | None = None,
     limits: DecodeLimits = PREVIEW_LIMITS,
+    ffmpeg: str | None = None,
 ) -> Preview:
     """Pictures of some seconds of a local regular file, and the shape of its sound. No file makes it raise.
 
     `content_sha256`: what the store recorded; a file that has another is not shown. Seconds that the
     recording does not have are left out.
     """
-    return _picked(_look(path, content_sha256, limits), seconds)
+    return _picked(_look(path, content_sha256, limits, ffmpeg), seconds)
 
 
 def preview_of(clip: Clip, seconds: Iterable[int]) -> Preview:
@@ -90,10 +91,15 @@ class Previews:
     Not for several threads at once. `decoded` counts the files that were decoded.
     """
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES, limits: DecodeLimits = PREVIEW_LIMITS) -> None:
+    def __init__(
+        self,
+        kept_bytes: int = KEPT_BYTES,
+        limits: DecodeLimits = PREVIEW_LIMITS,
+        ffmpeg: str | None = None,
+    ) -> None:
         self.decoded = 0
         self._kept_bytes = kept_bytes
-        self._limits = limits
+        self._limits, self._ffmpeg = limits, ffmpeg
         self._looks: OrderedDict[tuple[str, str | None], _Look] = OrderedDict()
 
     def preview(self, path: str | Path, seconds: Iterable[int], content_sha256: str | None = None) -> Preview:
@@ -101,7 +107,7 @@ class Previews:
         key = (str(path), content_sha256)
         look = self._looks.get(key)
         if look is None:
-            look = _look(path, content_sha256, self._limits)
+            look = _look(path, content_sha256, self._limits, self._ffmpeg)
             self.decoded += look.clip is not None
             self._looks[key] = look
         self._looks.move_to_end(key)
@@ -110,14 +116,14 @@ class Previews:
         return _picked(look, seconds)
 
 
-def _look(path: str | Path, content_sha256: str | None, limits: DecodeLimits) -> _Look:
+def _look(path: str | Path, content_sha256: str | None, limits: DecodeLimits, ffmpeg: str | None) -> _Look:
     try:
         before = _identity(path)
         if content_sha256 is not None:
             found = str(file_facts(str(path))["content_sha256"])
             if found != content_sha256:
                 return _Look(Sight.CHANGED, fault=_changed(found, content_sha256))
-        clip = decode(path, limits)
+        clip = decode(path, limits, ffmpeg)
         if content_sha256 is not None and _identity(path) != before:
             return _Look(Sight.CHANGED, fault="The file changed while it was read.")
     except FileNotFoundError:

@@ -16,11 +16,10 @@ from r2scp.pipelines.decode import DecodeLimits, StreamReport, decode
 from r2scp.pipelines.embed import Encoder
 from r2scp.pipelines.stages import file_facts
 from r2scp.store.errors import FailureReason, MediaError
-from r2scp.store.schema import Modality, ModalityStatus
+from r2scp.store.schema import WORDS, Modality, ModalityStatus
 
 SILENT_PEAK = 3 / 2**15  # three steps of 16 bits, -81 dBFS: less than any room that a microphone hears
 BLANK_DEVIATION = 2.0  # levels of 255, over one frame: less than the noise of a sensor in the dark
-NAMES = {Modality.AUDIO: "sound", Modality.VISUAL: "picture"}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -126,9 +125,9 @@ def without(recording: Recording, modality: Modality, why: str) -> None:
 def _gone(modality: Modality, report: StreamReport) -> str:
     """Why a stream gives nothing; "" where it gives something."""
     if report.status is ModalityStatus.ABSENT:
-        return f"the file has no {NAMES[modality]}"
+        return f"the file has no {WORDS[modality]}"
     if report.status is ModalityStatus.CORRUPT:
-        return f"the {NAMES[modality]} of the file cannot be decoded"
+        return f"the {WORDS[modality]} of the file cannot be decoded"
     return ""
 
 

@@ -23,6 +23,10 @@ class Modality(StrEnum):
     VISUAL = "visual"
 
 
+#: What people call them.
+WORDS: dict[str, str] = {Modality.AUDIO: "sound", Modality.VISUAL: "picture"}
+
+
 class ModalityStatus(StrEnum):
     """What decoding found of one modality of one file."""
 

@@ -370,6 +370,7 @@ def test_a_partial_stream_is_used_and_said_to_be(
         ({"question": "  "}, "a question must have words"),
         ({"missing": "smell"}, "missing must be one of auto, none, audio, visual; got 'smell'"),
         ({"choices": ("a", "b")}, "takes no choices"),
+        ({"choices": ("a",) * 1001}, "at most 1000 choices; got 1001"),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_error(

@@ -540,7 +540,7 @@ def test_an_answer_says_what_was_found_missing_and_used() -> None:
     )
     text = re.sub(r"\s+", " ", Parsed(answer_page(answered, Drawn())).text)
     assert "What sounds?" in text
-    assert "The sound is missing: there is no such stream. The sound of 3 clips" in text
+    assert "The sound is missing (there is no such stream): the sound of 3 clips" in text
     assert "60.0 %" in text
     assert "2 more share 2.8 %" in text
     assert "Second 1: dissonance 0.75, purged, replaced by the guided token of second 2." in text

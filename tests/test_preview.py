@@ -18,6 +18,7 @@ from PIL import Image
 from r2scp.pipelines import preview as preview_module
 from r2scp.pipelines.decode import decode
 from r2scp.pipelines.preview import MOST_PEAKS, PEAK_S, SIDE, Preview, Previews, Sight, preview, preview_of
+from r2scp.store.errors import UsageError
 
 Render = Callable[[Path, Sequence[str]], Path]
 SECONDS = 6
@@ -152,7 +153,7 @@ def test_a_file_that_is_swapped_while_it_is_read_is_not_shown(
 ) -> None:
     recorded = digest(own)
 
-    def swapped(path: Path, limits: object) -> object:
+    def swapped(path: Path, *_: object) -> object:
         os.replace(shutil.copy(stepped, own.with_suffix(".new")), own)
         return decode(path)
 
@@ -215,3 +216,8 @@ def test_what_is_kept_is_bounded(own: Path, stepped: Path) -> None:
         previews.preview(path, [0])
     assert previews.decoded == 3  # the last one is kept, whatever its size
     assert len(previews._looks) == 1
+
+
+def test_the_ffmpeg_that_is_named_is_the_one_that_runs(own: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere"):
+        Previews(ffmpeg="/nowhere/ffmpeg").preview(own, [0])

@@ -199,6 +199,13 @@ def test_options_that_cannot_be(store: FeatureStore, tiny_weights: Path) -> None
     assert store.fingerprint in wrong.stderr
 
 
+def test_an_encoder_that_nothing_would_use_is_refused(store: FeatureStore, tiny_weights: Path) -> None:
+    for words in (("--weights", tiny_weights), ("--device", "cpu"), ("--encoder", "imagebind-demo")):
+        result = call("store", "search", "--like", "folder/004", "--store", store.uri, *words)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: --like needs no encoder")
+
+
 def test_for_people_and_for_programs(store: FeatureStore, encoder: Encoder, tiny_weights: Path) -> None:
     words = ["store", "search", TEXT, "--store", store.uri, "--weights", tiny_weights, "-n", 3]
     machine = call(*words, "--json")
