@@ -45,7 +45,7 @@ from r2scp.pipelines.decode import Clip, decode
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.pipelines.embed import EncoderSpec
 from r2scp.pipelines.ffmpeg_program import find_program
-from r2scp.pipelines.flows import Resources, ray_session
+from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 
 SEED = 20  # of the generated clips

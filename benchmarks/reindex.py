@@ -42,7 +42,7 @@ from r2scp.pipelines.corpora import open_corpus
 from r2scp.pipelines.corpus import ClipRow
 from r2scp.pipelines.decode import decode_fingerprint
 from r2scp.pipelines.demo_corpus import generate
-from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.runs import now
 from r2scp.store.schema import Table

@@ -26,7 +26,7 @@ from r2scp.jobs.train_data import Opened
 from r2scp.model.batch import Batch, Neighbours
 from r2scp.pipelines.dataset import Dataset
 from r2scp.pipelines.examples import MODALITIES
-from r2scp.pipelines.flows import RAY_ENVIRONMENT
+from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
 from r2scp.store.schema import Table
 
 ROWS_AT_ONCE = 256  # of clips, while files are written

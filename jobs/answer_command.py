@@ -19,11 +19,12 @@ from r2scp.jobs.answer import Answerer, AnswerMeans
 from r2scp.jobs.answer_lines import asked_lines
 from r2scp.jobs.answer_page import answer_page
 from r2scp.jobs.answered import Answered, Ask, Refused
-from r2scp.jobs.checkpoints import find, replace_file
+from r2scp.jobs.checkpoints import find
 from r2scp.jobs.config import absolute, default_workers, printable, tell
 from r2scp.jobs.evaluation_table import grid
 from r2scp.jobs.extract_command import ALL_FAILED
 from r2scp.pipelines.preview import Previews
+from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import WORDS, Modality

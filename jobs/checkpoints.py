@@ -16,7 +16,6 @@ stage I and where stage II begins.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from torch import Tensor
 from r2scp.jobs.plain_values import built
 from r2scp.jobs.train_config import TrainConfig
 from r2scp.model.r2scp import R2SCP, Stage
-from r2scp.store.errors import CheckpointError, FingerprintMismatch, R2SCPError, UsageError
+from r2scp.store.atomic_file import replace_file
+from r2scp.store.errors import CheckpointError, FingerprintMismatch, UsageError
 from r2scp.store.feature_store import FeatureStore
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # where this program was not installed from a wheel
@@ -226,20 +226,6 @@ def code_version(root: Path = CHECKOUT) -> str:
         return next((parts[0] for parts in packed if parts[1:] == [name]), "")
     except OSError:
         return ""
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also if the machine goes down. Raises `R2SCPError`."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise R2SCPError(f"cannot write {path}: {error.strerror}; nothing there has changed") from error
 
 
 def _write_tensors(stem: Path, kind: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:

@@ -269,8 +269,7 @@ def report(
 ) -> None:
     """One page of a run, or several: accuracy, training, retrieval, answered questions, the store."""
     with speaking():
-        from r2scp.jobs.report import ReportWanted
-        from r2scp.jobs.report_command import brief, report_with_progress
+        from r2scp.jobs.report import ReportWanted, brief, report_with_progress
 
         wanted = ReportWanted(
             runs=tuple(runs),

@@ -11,11 +11,11 @@ from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans
 from r2scp.jobs.extract import Destination, Source
 from r2scp.jobs.extract_command import run_with_progress
 from r2scp.jobs.index_command import Scope, index_with_progress
-from r2scp.jobs.report_command import report_with_progress
-from r2scp.jobs.report_making import ReportWanted
+from r2scp.jobs.report import report_with_progress
+from r2scp.jobs.report_blocks import ReportWanted
 from r2scp.jobs.train_command import Wanted, evaluate_with_progress, train_means, train_with_progress
 from r2scp.pipelines.demo_corpus import generate
-from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.ray_session import Resources
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.bank import HITS
 from r2scp.store.feature_store import FeatureStore

@@ -14,9 +14,10 @@ from r2scp.jobs.writing import Intent, Writer, writing
 from r2scp.pipelines.corpora import Corpus, open_corpus
 from r2scp.pipelines.decode import decode_fingerprint
 from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.flows import Resources, extract, ray_session
+from r2scp.pipelines.flows import extract
 from r2scp.pipelines.plan import Plan, Scope, make_plan
 from r2scp.pipelines.questions import QuestionPlan, plan_questions, write_questions
+from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.pipelines.stages import Provenance
 from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError
 from r2scp.store.feature_store import FeatureStore

@@ -11,7 +11,7 @@ from r2scp.jobs.config import absolute, default_workers, progress_bar, tell
 from r2scp.jobs.extract import Destination, Report, Source, run_extract
 from r2scp.jobs.weights import DEMO_WEIGHTS
 from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.ray_session import Resources
 
 LINE_EVERY_S = 30.0  # plain progress lines, where there is no terminal
 ALL_FAILED = 3  # exit code: finished, but every input failed

@@ -23,9 +23,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from r2scp.jobs.checkpoints import replace_file
 from r2scp.jobs.config import printable
 from r2scp.jobs.pages import inline_svg
+from r2scp.store.atomic_file import replace_file
 
 INK, QUIET, RULE, PAPER = "#1b1d22", "#5c6069", "#d3d6dc", "#fffffe"
 #: Okabe and Ito's palette without its yellow, which white paper swallows: told apart by all kinds of eyes.

@@ -20,8 +20,8 @@ from r2scp.jobs.gate import Check, dead_check, drift_checks, neighbour_checks, r
 from r2scp.jobs.index import Index
 from r2scp.jobs.reindex_config import ReindexConfig
 from r2scp.jobs.writing import Intent, Writer, writing
-from r2scp.pipelines.flows import Resources, ray_session
 from r2scp.pipelines.neighbour_plan import neighbours_current
+from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store.errors import GateFailed
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

@@ -3,9 +3,8 @@
 from r2scp.jobs import report_evidence
 from r2scp.jobs.answer import AnswerMeans
 from r2scp.jobs.evaluate import questions_of
-from r2scp.jobs.report_blocks import Section, share_cell
+from r2scp.jobs.report_blocks import Making, Section, share_cell
 from r2scp.jobs.report_gallery import gallery_section
-from r2scp.jobs.report_making import Making
 from r2scp.jobs.report_probe import NEAREST, SPLIT, probe
 from r2scp.jobs.report_purity import Purity, purity_of
 from r2scp.jobs.report_runs import Gap

@@ -15,10 +15,10 @@ from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from r2scp.jobs.baselines import NO_RECOVERY_DROPOUT
 from r2scp.jobs.checkpoints import Checkpoint, find
 from r2scp.jobs.evaluate import BASELINES, open_for, questions_of
 from r2scp.jobs.evaluation_table import TITLES
+from r2scp.jobs.train_config import NO_RECOVERY_DROPOUT
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_stages import Worker
 from r2scp.model.r2scp import R2SCP

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from r2scp.jobs import report_curves, report_figures
-from r2scp.jobs.report_blocks import Section, share_cell
-from r2scp.jobs.report_making import Making
+from r2scp.jobs.report_blocks import Making, Section, share_cell
 from r2scp.jobs.report_runs import MISSHAPEN, Gap, Judged, RunFacts, command
 from r2scp.pipelines.dataset import CONDITIONS
 

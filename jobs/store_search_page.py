@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r2scp.jobs.checkpoints import replace_file
 from r2scp.jobs.config import absolute, progress_bar
 from r2scp.jobs.pages import page
 from r2scp.jobs.store_search import HEADINGS
 from r2scp.pipelines.preview import Previews
+from r2scp.store.atomic_file import replace_file
 
 MOST_DRAWN = 60  # clips of each list: a quarter of a second each to decode
 LEDE = (

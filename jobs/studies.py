@@ -7,26 +7,12 @@ same for them.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from r2scp.jobs.baselines import NO_RECOVERY, NO_RECOVERY_DROPOUT, baselines
-from r2scp.jobs.train_config import StageConfig, TrainConfig
+from r2scp.jobs.train_config import NO_RECOVERY, NO_RECOVERY_DROPOUT, TrainConfig, baselines
 from r2scp.model.losses import LossConfig, Rank
-from r2scp.model.settings import ModelConfig
 from r2scp.store.errors import UsageError
 from r2scp.store.schema import Retrieval
 
 FULL = "CMR+CAP"
-#: Settings of the model that stage I looks at.
-STAGE_ONE_SETTINGS = (
-    "encoder_dim",
-    "classes",
-    "dim",
-    "layers",
-    "heads",
-    "ffn",
-    "dropout",
-    "positions",
-    "fusion",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,25 +211,6 @@ def study_of(name: str, base: TrainConfig, corpora: tuple[str, ...]) -> Study:
             "stage_two.epochs must be above 0, and sees must be everything"
         )
     return bank(base, corpora) if name == "bank" else STUDIES[name](base)
-
-
-def experts_of(config: TrainConfig) -> TrainConfig:
-    """The training of stage I that `config` begins with: the same for all that differ in stage II alone.
-
-    Of the index only the way to split matters here.
-    """
-    nothing = StageConfig(epochs=0)
-    plain = TrainConfig(model=ModelConfig(), stage_one=config.stage_one, stage_two=nothing)
-    ours = {name: getattr(config.model, name) for name in STAGE_ONE_SETTINGS}
-    return replace(
-        config,
-        model=replace(plain.model, cmr=False, cap=False, **ours),
-        stage_two=nothing,
-        loss=plain.loss,
-        index=replace(plain.index, bank=replace(plain.index.bank, disjoint=config.index.bank.disjoint)),
-        retrieval=plain.retrieval,
-        negatives=plain.negatives,
-    )
 
 
 def _model(config: TrainConfig, **settings: object) -> TrainConfig:

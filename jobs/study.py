@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from r2scp.jobs.checkpoints import find, replace_file
+from r2scp.jobs.checkpoints import find
 from r2scp.jobs.evaluate import questions_of
 from r2scp.jobs.studies import Study
 from r2scp.jobs.study_runs import Contents, Job, experts_job, job_of, work
@@ -20,7 +20,8 @@ from r2scp.jobs.train import TrainPlan
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_log import lines
 from r2scp.pipelines.dataset import CONDITIONS
-from r2scp.pipelines.flows import Resources, fan_out, ray_session
+from r2scp.pipelines.ray_session import Resources, fan_out, ray_session
+from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError
 from r2scp.store.feature_store import FeatureStore
 

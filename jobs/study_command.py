@@ -6,14 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
-from r2scp.jobs.checkpoints import replace_file
 from r2scp.jobs.config import absolute, default_workers, tell
 from r2scp.jobs.encoders import pick_device
 from r2scp.jobs.studies import study_of
 from r2scp.jobs.study import StudyMeans, run_study
 from r2scp.jobs.study_table import markdown, tables
 from r2scp.jobs.train_command import Wanted, plan_of
-from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.ray_session import Resources
+from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 

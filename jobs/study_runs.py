@@ -16,13 +16,13 @@ from urllib.parse import quote
 
 import torch
 
-from r2scp.jobs.checkpoints import find, find_last, replace_file
+from r2scp.jobs.checkpoints import find, find_last
 from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
-from r2scp.jobs.studies import experts_of
 from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_config import TrainConfig
+from r2scp.jobs.train_config import TrainConfig, experts_of
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.store.atomic_file import replace_file
 from r2scp.store.bank import HITS
 from r2scp.store.errors import R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore

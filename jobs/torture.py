@@ -35,7 +35,7 @@ from r2scp.jobs.torture_rack import Rack
 from r2scp.jobs.torture_reader import Moment, Reader, moment
 from r2scp.jobs.torture_report import Round, TortureReport, TortureWanted, fault_order
 from r2scp.jobs.torture_site import INDEX, Rendered, Site
-from r2scp.pipelines.flows import Resources, ray_session
+from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store.errors import R2SCPError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.snapshots import SERVING

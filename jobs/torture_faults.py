@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from r2scp.jobs import extract, reindex
 from r2scp.pipelines import flows
+from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.pipelines.stages import StageRows
 from r2scp.store import feature_store, transaction, upkeep
 from r2scp.store.feature_store import FeatureStore
@@ -76,7 +77,7 @@ class Order:
 
 def main() -> None:
     """Be a victim. `sys.argv[1]`: cores to decode on."""
-    with flows.ray_session(flows.Resources(num_workers=int(sys.argv[1]))):
+    with ray_session(Resources(num_workers=int(sys.argv[1]))):
         print("ready", file=sys.__stdout__, flush=True)
         said = sys.stdin.readline()
         if not said:  # whoever started us is gone

@@ -22,14 +22,15 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from r2scp.jobs.checkpoints import EXPERTS, Checkpoint, code_version, find, find_last, replace_file
+from r2scp.jobs.checkpoints import EXPERTS, Checkpoint, code_version, find, find_last
 from r2scp.jobs.train_config import TrainConfig
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_log import lines
 from r2scp.jobs.train_loop import Training, Where
 from r2scp.jobs.train_stages import Worker
 from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.flows import Resources, ray_session
+from r2scp.pipelines.ray_session import Resources, ray_session
+from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import CheckpointError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.sequences import CACHE_BYTES

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.markup import escape
 
-from r2scp.jobs.checkpoints import BEST, find, replace_file
+from r2scp.jobs.checkpoints import BEST, find
 from r2scp.jobs.config import absolute, default_workers, printable, progress_bar, tell
 from r2scp.jobs.encoders import pick_device
 from r2scp.jobs.evaluate import EvaluateMeans, run_evaluate
@@ -22,7 +22,8 @@ from r2scp.jobs.train_data import answers_of
 from r2scp.jobs.train_together import OURS, run_together
 from r2scp.model.settings import Stage
 from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.ray_session import Resources
+from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 

@@ -20,6 +20,22 @@ from r2scp.store.schema import Retrieval
 Schedule = Literal["step", "cosine", "constant"]
 Sees = Literal["everything", "question"]
 
+QUESTION_ONLY = "question-only"
+NO_RECOVERY = "no-recovery"
+NO_RECOVERY_DROPOUT = "no-recovery-dropout"
+#: Settings of the model that stage I looks at.
+STAGE_ONE_SETTINGS = (
+    "encoder_dim",
+    "classes",
+    "dim",
+    "layers",
+    "heads",
+    "ffn",
+    "dropout",
+    "positions",
+    "fusion",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
@@ -149,6 +165,46 @@ def paper_avqa(encoder_dim: int, classes: int | None) -> TrainConfig:
 
 
 PRESETS = {"demo": demo, "paper_music_avqa": paper_music_avqa, "paper_avqa": paper_avqa}
+
+
+def experts_of(config: TrainConfig) -> TrainConfig:
+    """The training of stage I that `config` begins with: the same for all that differ in stage II alone.
+
+    Of the index only the way to split matters here.
+    """
+    nothing = StageConfig(epochs=0)
+    plain = TrainConfig(model=ModelConfig(), stage_one=config.stage_one, stage_two=nothing)
+    ours = {name: getattr(config.model, name) for name in STAGE_ONE_SETTINGS}
+    return replace(
+        config,
+        model=replace(plain.model, cmr=False, cap=False, **ours),
+        stage_two=nothing,
+        loss=plain.loss,
+        index=replace(plain.index, bank=replace(plain.index.bank, disjoint=config.index.bank.disjoint)),
+        retrieval=plain.retrieval,
+        negatives=plain.negatives,
+    )
+
+
+def baselines(config: TrainConfig) -> dict[str, TrainConfig]:
+    """Name -> config.
+
+    `question-only` gets neither sound nor picture. `no-recovery` drops what is missing and has learned from
+    complete data alone, as in the paper's Table 2; `no-recovery-dropout` has learned to do without as well.
+    """
+    without = replace(config, model=replace(config.model, cmr=False, cap=False))
+    only_stage = config.stage_one if config.stage_one.epochs else config.stage_two
+    blind = replace(config, stage_one=only_stage, stage_two=replace(config.stage_two, epochs=0))
+    return {
+        QUESTION_ONLY: replace(blind, sees="question"),
+        NO_RECOVERY: replace(without, loss=replace(config.loss, modality_dropout=False)),
+        NO_RECOVERY_DROPOUT: replace(without, loss=replace(config.loss, modality_dropout=True)),
+    }
+
+
+def takes_experts(config: TrainConfig) -> bool:
+    """Whether a baseline begins where stage I of the model that it is compared with ended."""
+    return config.sees == "everything"
 
 
 def _require(holds: bool, name: str, must: str, got: object) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from r2scp.jobs.checkpoints import replace_file
+from r2scp.store.atomic_file import replace_file
 
 
 class TrainLog:

@@ -12,14 +12,13 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from r2scp.jobs.baselines import baselines, takes_experts
 from r2scp.jobs.checkpoints import Checkpoint, find_last
 from r2scp.jobs.evaluate import BASELINES
-from r2scp.jobs.studies import experts_of
 from r2scp.jobs.train import Following, TrainMeans, TrainPlan, run_training
+from r2scp.jobs.train_config import baselines, experts_of, takes_experts
 from r2scp.jobs.train_data import Opened, complete
 from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.flows import fan_out, ray_session
+from r2scp.pipelines.ray_session import fan_out, ray_session
 from r2scp.store.feature_store import FeatureStore
 
 EXPERTS_NAME = "experts"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.bank import KEY_COLUMNS, OTHER, MemoryBank, Queries, source_of, unit_keys
+from r2scp.store.bank import KEY_COLUMNS, OTHER, MemoryBank, Queries, unit_keys
 from r2scp.store.schema import Modality, Table
+from r2scp.store.splits import source_of
 from r2scp.store.transaction import sql_literal
 
 QUERY_CHUNK = 16_384  # queries searched together: 67 MB at D = 1024

@@ -24,12 +24,13 @@ import pyarrow.compute as pc
 
 from r2scp.pipelines.clip_queries import chunks_of, query_table
 from r2scp.pipelines.retrieve import Counts, IndexSettings
-from r2scp.store.bank import MemoryBank, source_of
+from r2scp.store.bank import MemoryBank
 from r2scp.store.changes import Changes, clip_changes
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.nearest import product_error
 from r2scp.store.schema import Modality, Retrieval, Table
+from r2scp.store.splits import source_of
 from r2scp.store.transaction import sql_literal
 
 SEARCH_VERSION = 2  # rows of another one are searched again

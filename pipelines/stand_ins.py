@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from r2scp.pipelines.embed import key_of
-from r2scp.store.bank import OTHER, BankScope, MemoryBank, Queries, Search, source_of
+from r2scp.store.bank import OTHER, BankScope, MemoryBank, Queries, Search
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval
 from r2scp.store.sequences import views
+from r2scp.store.splits import source_of
 from r2scp.store.transaction import sql_literal
 
 FACTS = ("uri", "split", "source_id", "content_sha256")

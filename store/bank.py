@@ -25,7 +25,7 @@ from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.nearest import NO_RANK, Best, KeyBlock, Top, Wanted, nothing_yet, offer_own, search
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.splits import disjoint_split
+from r2scp.store.splits import disjoint_split, source_of
 from r2scp.store.transaction import sql_literal
 
 HITS = 15  # neighbours kept a query; a model uses the first few
@@ -332,11 +332,6 @@ class _Rows:
         for modality in KEY_COLUMNS:
             digest.update(self.keys[modality][at].tobytes() if self.has[modality][at] else b"none")
         return digest.digest()
-
-
-def source_of(clip_id: str, source_id: str | None) -> str:
-    """What the leak guard compares: the clip's source or, where none is known, the clip itself."""
-    return source_id or f"clip:{clip_id}"
 
 
 def _sources(table: pa.Table) -> list[str]:

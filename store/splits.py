@@ -1,4 +1,4 @@
-"""A split by source: no source is in two of them.
+"""Where a clip comes from, and a split by it: no source is in two splits.
 
 Corpora are split by their authors, MUSIC-AVQA by question, so that a video may be asked about in training and
 in the test. Under this split what a model sees in training and what serves as its memory is of other videos
@@ -18,3 +18,8 @@ def disjoint_split(source: str) -> str:
             return split
         draw -= share
     raise AssertionError("the shares make up the whole")
+
+
+def source_of(clip_id: str, source_id: str | None) -> str:
+    """What the leak guard compares: the clip's source or, where none is known, the clip itself."""
+    return source_id or f"clip:{clip_id}"

@@ -32,7 +32,7 @@ from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.dataset import Dataset, NeighbourRows
 from r2scp.pipelines.embed import EncoderSpec, key_of
 from r2scp.pipelines.examples import Asked, Clips, Examples, Pins
-from r2scp.pipelines.flows import RAY_ENVIRONMENT
+from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table

@@ -22,7 +22,7 @@ from r2scp.pipelines import flows
 from r2scp.pipelines.decode import decode
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec, ImageBindEncoder, embedded_schema, key_of
 from r2scp.pipelines.ffmpeg_program import find_program
-from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.ray_session import Resources
 from r2scp.pipelines.stages import SOURCE_SCHEMA, DecodeClips
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore

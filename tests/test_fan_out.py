@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray.exceptions
 
-from r2scp.pipelines.flows import MAX_RETRIES, fan_out
+from r2scp.pipelines.ray_session import MAX_RETRIES, fan_out
 from r2scp.store.errors import CheckpointError, R2SCPError
 
 pytestmark = pytest.mark.usefixtures("local_ray")

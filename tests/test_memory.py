@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.flows import RAY_ENVIRONMENT
+from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
 
 MOST_GROWTH = 200 << 20  # bytes
 LINKS_PER_FOLDER = 1_000
@@ -29,7 +29,7 @@ from r2scp.jobs.extract import Destination, Source, run_extract
 from r2scp.pipelines import flows, stages
 from r2scp.pipelines.decode import Clip, StreamReport
 from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.flows import Resources
+from r2scp.pipelines.ray_session import Resources
 from r2scp.store.schema import ModalityStatus
 
 DIM = 1024  # as wide as the published encoder

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from r2scp.jobs.baselines import baselines
-from r2scp.jobs.studies import STAGE_ONE_SETTINGS, STUDIES, Study, experts_of, study_of
+from r2scp.jobs.studies import STUDIES, Study, study_of
 from r2scp.jobs.train import TrainPlan
-from r2scp.jobs.train_config import StageConfig, TrainConfig, demo
+from r2scp.jobs.train_config import STAGE_ONE_SETTINGS, StageConfig, TrainConfig, baselines, demo, experts_of
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_stages import ExpertsStage, Worker
 from r2scp.model.losses import LossConfig, StageOne

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.jobs.baselines import baselines
 from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
 from r2scp.jobs.evaluate import EvaluateMeans, run_evaluate
-from r2scp.jobs.studies import experts_of
 from r2scp.jobs.train import TrainMeans, TrainPlan
-from r2scp.jobs.train_config import StageConfig
+from r2scp.jobs.train_config import StageConfig, baselines, experts_of
 from r2scp.jobs.train_log import lines
 from r2scp.jobs.train_together import OURS, run_together
 from r2scp.pipelines.examples import Pins
