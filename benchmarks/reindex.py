@@ -44,7 +44,7 @@ from r2scp.pipelines.decode import decode_fingerprint
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import now
+from r2scp.store.lease import now
 from r2scp.store.schema import Table
 
 DIM = 1024  # as ImageBind's

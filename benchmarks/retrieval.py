@@ -34,10 +34,10 @@ import torch
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, reason, run
 from benchmarks.retrieval_contenders import CONTENDERS, HITS, OURS, Ask, Contender, Index
 from benchmarks.retrieval_data import AMONG, CLIPS_A_SOURCE, DIM, Bank, Mixture, fill
-from r2scp.store.bank import BLOCK_KEYS, MemoryBank, Queries, Search
-from r2scp.store.bank import HITS as NEIGHBOURS
-from r2scp.store.nearest import QUERY_ROWS, TILE_KEYS
 from r2scp.store.schema import Retrieval
+from r2scp.store.search.bank import BLOCK_KEYS, MemoryBank, Queries, Search
+from r2scp.store.search.bank import HITS as NEIGHBOURS
+from r2scp.store.search.exact import QUERY_ROWS, TILE_KEYS
 
 CLIPS, SHORT_CLIPS, FULL_CLIPS = 200_000, 20_000, 1_000_000
 QUERIES, SHORT_QUERIES, TUNING = 500, 200, 200

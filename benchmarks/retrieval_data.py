@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.bank import KEY_COLUMNS
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
+from r2scp.store.search.bank import KEY_COLUMNS
 
 DIM = 1024  # as ImageBind's
 CENTRES = 2_000

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import now
+from r2scp.store.lease import now
 from r2scp.store.schema import Table
 
 CLIPS, SHORT_CLIPS = 200_000, 20_000

@@ -19,7 +19,7 @@ from benchmarks.training_store import Scale, fill
 from r2scp.pipelines.dataset import NOTHING, Ask
 from r2scp.pipelines.feed import read_ahead, shuffled
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.sequences import CACHE_BYTES
+from r2scp.store.token_cache import CACHE_BYTES
 
 SHARES = (10, 3, 1)  # of the store: a tenth, a third, all
 SMALL_CACHE = 256 << 20  # bytes

@@ -13,7 +13,7 @@ from r2scp.pipelines.dataset import Dataset
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.feed import shuffled
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.sequences import CACHE_BYTES
+from r2scp.store.token_cache import CACHE_BYTES
 
 SEED = (1, 1, 0)  # of the order of questions
 

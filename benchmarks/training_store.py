@@ -17,7 +17,7 @@ from r2scp.pipelines.flows import ROWS_PER_FRAGMENT as CLIPS_PER_FRAGMENT
 from r2scp.pipelines.questions import ROWS_PER_FRAGMENT as QUESTIONS_PER_FRAGMENT
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import now
+from r2scp.store.lease import now
 from r2scp.store.schema import Retrieval, Table
 
 DIM = 1024  # imagebind-huge's

@@ -32,10 +32,10 @@ from r2scp.pipelines.questions import Texts, choice_texts
 from r2scp.pipelines.recorded_batch import RecordedQuestion, recorded_batch
 from r2scp.pipelines.recording import Recording, embed, without
 from r2scp.pipelines.stand_ins import Lacking, StandIn, StandIns
-from r2scp.store.bank import OTHER
 from r2scp.store.errors import FailureReason, MediaError, R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
+from r2scp.store.search.bank import OTHER
 from r2scp.store.snapshots import SERVING
 
 AT_ONCE = 16  # questions that go through towers and model together

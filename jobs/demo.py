@@ -17,9 +17,9 @@ from r2scp.jobs.train_command import Wanted, evaluate_with_progress, train_means
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.pipelines.ray_session import Resources
 from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.store.bank import HITS
+from r2scp.store.commits import sql_literal
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import HITS
 
 STEPS = 6
 

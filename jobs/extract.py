@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from r2scp.jobs.writing import Intent, Writer, writing
 from r2scp.pipelines.corpora import Corpus, open_corpus
 from r2scp.pipelines.decode import decode_fingerprint
 from r2scp.pipelines.embed import EncoderSpec
@@ -19,12 +18,13 @@ from r2scp.pipelines.plan import Plan, Scope, make_plan
 from r2scp.pipelines.questions import QuestionPlan, plan_questions, write_questions
 from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.pipelines.stages import Provenance
+from r2scp.store.commits import Staged
 from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import Lease
+from r2scp.store.lease import Lease
+from r2scp.store.maintenance import compact
+from r2scp.store.runs import Intent, Writer, writing
 from r2scp.store.schema import Table
-from r2scp.store.transaction import Staged
-from r2scp.store.upkeep import compact
 
 COMMIT_EVERY_S = 5.0  # what a crash can cost in finished work
 COMMIT_EVERY_FRAGMENTS = 16

@@ -8,9 +8,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from r2scp.jobs.config import printable
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import FailureReason, UsageError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.transaction import sql_literal
 
 SHOWN = ("clip_id", "reason", "detail", "attempts", "uri", "stage", "at")
 CELL = 160  # characters of one cell; --json has all

@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 from r2scp.jobs.plain_values import hold_to_types
 from r2scp.pipelines.neighbour_plan import index_key, validity
 from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.store.bank import KEY_COLUMNS, unit_keys
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, ModalityStatus, Table
+from r2scp.store.search.bank import KEY_COLUMNS, unit_keys
 from r2scp.store.snapshots import SERVING
 
 DRIFT_SAMPLE = 4_096  # keys of either side

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from r2scp.jobs.writing import Intent, Writer, writing
 from r2scp.pipelines.neighbour_plan import ModePlan, plan_neighbours
 from r2scp.pipelines.neighbour_rows import Writing, note_valid, write_neighbours
 from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.store.bank import MemoryBank
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.runs import Intent, Writer, writing
 from r2scp.store.schema import Modality, Table
+from r2scp.store.search.bank import MemoryBank
 
 
 @dataclass(kw_only=True)

@@ -19,17 +19,17 @@ from r2scp.jobs.extract import Destination, Extraction, Progress, Source
 from r2scp.jobs.gate import Check, dead_check, drift_checks, neighbour_checks, row_checks
 from r2scp.jobs.index import Index
 from r2scp.jobs.reindex_config import ReindexConfig
-from r2scp.jobs.writing import Intent, Writer, writing
 from r2scp.pipelines.neighbour_plan import neighbours_current
 from r2scp.pipelines.ray_session import Resources, ray_session
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import GateFailed
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.maintenance import clean, compact
+from r2scp.store.runs import Intent, Writer, writing
 from r2scp.store.schema import Table
-from r2scp.store.serving_index import index_due, refresh_index, segments
-from r2scp.store.serving_recall import Sampling, measure_recalls
+from r2scp.store.search.recall import Sampling, measure_recalls
+from r2scp.store.search.vector_index import index_due, refresh_index, segments
 from r2scp.store.snapshots import PREVIOUS, SERVING
-from r2scp.store.transaction import sql_literal
-from r2scp.store.upkeep import clean, compact
 
 SEED = 1  # of samples that recall and drift are measured on
 COMPACTED = (Table.CLIPS, Table.QUESTIONS, Table.FAILURES, Table.RUNS)

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from r2scp.jobs.config import printable
-from r2scp.jobs.writing import Intent, writing
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.runs import Intent, writing
 from r2scp.store.schema import Table
 from r2scp.store.snapshots import PREVIOUS, SERVING
 

@@ -1,9 +1,9 @@
 """What `--where` says: an SQL condition on the columns of `clips`."""
 
+from r2scp.store.commits import told
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table, clips_schema
-from r2scp.store.transaction import told
 
 
 def count_where(store: FeatureStore, where: str) -> int:

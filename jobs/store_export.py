@@ -30,10 +30,10 @@ from r2scp.jobs.config import absolute, progress_bar
 from r2scp.jobs.store_condition import both, count_where
 from r2scp.jobs.store_export_card import card
 from r2scp.jobs.store_export_files import Limits, Written, file_names, portable, write_files
+from r2scp.store.commits import sql_literal, told
 from r2scp.store.errors import R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES, Table
-from r2scp.store.transaction import sql_literal, told
 
 FORMAT = 1  # of export.json
 ACCOUNT, CARD, DATA, LOCK = "export.json", "README.md", "data", "lock"

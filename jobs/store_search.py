@@ -19,13 +19,13 @@ from r2scp.jobs.store_show import literal_id, near_names
 from r2scp.jobs.store_tables import listing
 from r2scp.model.tokenizer import CONTEXT, Tokenizer
 from r2scp.pipelines.embed import Encoder
-from r2scp.store.bank import KEY_COLUMNS
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality
-from r2scp.store.sequences import views
-from r2scp.store.serving_search import Hit, ServingIndex
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import KEY_COLUMNS
+from r2scp.store.search.vector_search import Hit, ServingIndex
+from r2scp.store.token_cache import views
 
 BOTH = "both"
 ORDER = (Modality.VISUAL, Modality.AUDIO)  # as they are shown

@@ -12,10 +12,10 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from r2scp.jobs.store_tables import cell, facts, listing
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import TRANSIENT_REASONS, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import WORDS, Modality, Table
-from r2scp.store.transaction import sql_literal
 
 KEYS = ("visual_key", "audio_key")
 SEQUENCES = ("visual", "audio")

@@ -23,11 +23,11 @@ from r2scp.jobs.train_config import TrainConfig, experts_of
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.atomic_file import replace_file
-from r2scp.store.bank import HITS
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import HITS
 
 CLIP_COLUMNS = ("clip_id", "corpus", "split", "source_id", "content_sha256", "audio_key", "visual_key")
 QUESTION_COLUMNS = ("question_id", "clip_id", "corpus", "split", "type", "answer", "choices", "sentence")

@@ -18,10 +18,10 @@ import pyarrow as pa
 from r2scp.jobs.torture_site import Expected
 from r2scp.pipelines.clip_queries import chunks_of, query_table
 from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.store.bank import KEY_COLUMNS, MemoryBank
+from r2scp.store.commits import TableAddress
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
-from r2scp.store.transaction import TableAddress
+from r2scp.store.search.bank import KEY_COLUMNS, MemoryBank
 
 NEWEST_FIRST = 2**64 - 1  # Lance names the manifest of version v by this less v
 LEASES = "leases.lance"

@@ -25,11 +25,13 @@ from r2scp.jobs import extract, reindex
 from r2scp.pipelines import flows
 from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.pipelines.stages import StageRows
-from r2scp.store import feature_store, transaction, upkeep
+from r2scp.store import commits as transaction
+from r2scp.store import feature_store
+from r2scp.store import maintenance as upkeep
+from r2scp.store.commits import TableAddress, told
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import Lease
+from r2scp.store.lease import Lease
 from r2scp.store.schema import Table
-from r2scp.store.transaction import TableAddress, told
 
 
 class Fault(StrEnum):

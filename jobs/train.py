@@ -33,7 +33,7 @@ from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import CheckpointError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.sequences import CACHE_BYTES
+from r2scp.store.token_cache import CACHE_BYTES
 
 MAX_FAILURES = 3  # of the group of workers, before a training gives up
 TOLD_EVERY_S = 0.5  # how often the driver looks at what distant workers wrote

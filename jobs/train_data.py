@@ -10,7 +10,7 @@ from r2scp.pipelines.dataset import Dataset, NeighbourRows
 from r2scp.pipelines.examples import NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.sequences import CACHE_BYTES, SequenceCache
+from r2scp.store.token_cache import CACHE_BYTES, SequenceCache
 
 
 @dataclass(frozen=True, kw_only=True)

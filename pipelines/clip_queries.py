@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.bank import KEY_COLUMNS, OTHER, MemoryBank, Queries, unit_keys
+from r2scp.store.commits import sql_literal
 from r2scp.store.schema import Modality, Table
-from r2scp.store.splits import source_of
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import KEY_COLUMNS, OTHER, MemoryBank, Queries, unit_keys
+from r2scp.store.sources import source_of
 
 QUERY_CHUNK = 16_384  # queries searched together: 67 MB at D = 1024
 FEW = 2_000  # clips that are asked for by name; of more, all keys are read

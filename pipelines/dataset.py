@@ -22,7 +22,7 @@ from r2scp.pipelines.retrieve import IndexSettings, read_neighbours
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.sequences import CACHE_BYTES, NO_ROW, SequenceCache, Sequences
+from r2scp.store.token_cache import CACHE_BYTES, NO_ROW, SequenceCache, Sequences
 
 Negatives = Literal["farthest", "random"]
 NOTHING = NO_ROW  # in missing_B: nothing is missing in this row; in rows of neighbours: there is none

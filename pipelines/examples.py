@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
-from r2scp.store.splits import disjoint_split, source_of
+from r2scp.store.sources import disjoint_split, source_of
 
 MODALITIES = (Modality.AUDIO, Modality.VISUAL)  # in the order of the model's columns
 NO_ANSWER = -1  # the target of a question whose answer no training question has: always wrong

@@ -20,8 +20,8 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec
 from r2scp.pipelines.ray_session import Resources
 from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
+from r2scp.store.commits import TableAddress
 from r2scp.store.errors import R2SCPError, StoreError
-from r2scp.store.transaction import TableAddress
 
 CORES_PER_EMBED_ACTOR = 4  # on machines without a GPU; each actor holds a copy of the encoder
 TASKS_PER_CORE = 8  # in small runs, so that no core waits long for the last task

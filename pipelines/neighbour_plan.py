@@ -23,15 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.pipelines.clip_queries import chunks_of, query_table
+from r2scp.pipelines.neighbour_changes import Changes, clip_changes
 from r2scp.pipelines.retrieve import Counts, IndexSettings
-from r2scp.store.bank import MemoryBank
-from r2scp.store.changes import Changes, clip_changes
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.nearest import product_error
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.splits import source_of
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import MemoryBank
+from r2scp.store.search.exact import product_error
+from r2scp.store.sources import source_of
 
 SEARCH_VERSION = 2  # rows of another one are searched again
 NEW_KEYS = 8_192  # compared at once with a chunk of queries: 0.5 GB of scores

@@ -13,10 +13,10 @@ import pyarrow as pa
 from r2scp.pipelines.clip_queries import Chunk, chunks_of
 from r2scp.pipelines.neighbour_plan import ModePlan
 from r2scp.pipelines.retrieve import Counts, IndexSettings
-from r2scp.store.bank import Found, Known, Listed, MemoryBank
-from r2scp.store.runs import now
+from r2scp.store.commits import sql_literal
+from r2scp.store.lease import now
 from r2scp.store.schema import Modality, Table
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import Found, Known, Listed, MemoryBank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from r2scp.pipelines.corpus import Corpus, QuestionRow
 from r2scp.pipelines.embed import Encoder, EncoderSpec
+from r2scp.store.commits import sql_literal
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import now
+from r2scp.store.lease import now
 from r2scp.store.schema import Table
-from r2scp.store.transaction import sql_literal
 
 COMPARED = ("clip_id", "split", "question", "type", "answer", "choices", "answer_index")
 ROWS_PER_FRAGMENT = 4_096

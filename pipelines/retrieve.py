@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
-from r2scp.store.bank import HITS, BankScope, Search
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import HITS, BankScope, Search
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

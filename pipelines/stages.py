@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.pipelines.decode import Clip, DecodeLimits, decode, decode_fingerprint
+from r2scp.store.commits import TableAddress, stage
 from r2scp.store.errors import FailureReason, MediaError
-from r2scp.store.runs import now
+from r2scp.store.lease import now
 from r2scp.store.schema import ModalityStatus
-from r2scp.store.transaction import TableAddress, stage
 
 HASH_CHUNK = 1 << 20  # bytes
 FRAME_SHAPE = (224, 224, 3)

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from r2scp.pipelines.embed import key_of
-from r2scp.store.bank import OTHER, BankScope, MemoryBank, Queries, Search
+from r2scp.store.commits import sql_literal
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval
-from r2scp.store.sequences import views
-from r2scp.store.splits import source_of
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.bank import OTHER, BankScope, MemoryBank, Queries, Search
+from r2scp.store.sources import source_of
+from r2scp.store.token_cache import views
 
 FACTS = ("uri", "split", "source_id", "content_sha256")
 

@@ -23,11 +23,11 @@ import lance
 import pyarrow as pa
 
 from r2scp.store import schema
+from r2scp.store.commits import Staged, TableAddress, commit, sql_literal, stage, told
 from r2scp.store.errors import TRANSIENT_REASONS, FingerprintMismatch, StoreError
-from r2scp.store.runs import LEASE_SCHEMA, Lease, put_row
+from r2scp.store.lease import LEASE_SCHEMA, Lease, put_row
 from r2scp.store.schema import LATER_TABLES, PRIMARY_KEY, SCHEMA_VERSION, SNAPSHOT_TABLES, Table
 from r2scp.store.snapshots import Snapshot, name_moment, protect, publish, read_snapshots, rollback
-from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage, told
 
 REDESCRIBED_AT_ONCE = 512  # rows in memory, features included
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from r2scp.store.commits import TableAddress, told
 from r2scp.store.errors import StoreError, UsageError
-from r2scp.store.runs import now, put_rows
+from r2scp.store.lease import now, put_rows
 from r2scp.store.schema import SNAPSHOT_TABLES, Table
-from r2scp.store.transaction import TableAddress, told
 
 SERVING, PREVIOUS = "serving", "previous"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

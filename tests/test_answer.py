@@ -42,10 +42,10 @@ from r2scp.pipelines.questions import plan_questions, write_questions
 from r2scp.pipelines.recording import Recording
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
+from r2scp.store.commits import Staged
 from r2scp.store.errors import FailureReason, FingerprintMismatch, MediaError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
-from r2scp.store.transaction import Staged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

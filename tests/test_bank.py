@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from r2scp.store import bank as bank_module
-from r2scp.store import nearest
-from r2scp.store.bank import BankScope, Hits, MemoryBank, Queries, Search
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.splits import SHARES, disjoint_split
+from r2scp.store.search import bank as bank_module
+from r2scp.store.search import exact as nearest
+from r2scp.store.search.bank import BankScope, Hits, MemoryBank, Queries, Search
+from r2scp.store.sources import SHARES, disjoint_split
 
 DIM = 24
 AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL

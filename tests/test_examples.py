@@ -11,7 +11,7 @@ from r2scp.pipelines.examples import MODALITIES, NO_ANSWER, Asked, Clips, Exampl
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
-from r2scp.store.splits import SHARES, disjoint_split
+from r2scp.store.sources import SHARES, disjoint_split
 
 Write = Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]
 

@@ -16,8 +16,8 @@ import pytest
 from r2scp.store import feature_store
 from r2scp.store.errors import FailureReason, FingerprintMismatch, LeaseHeld, StoreError
 from r2scp.store.feature_store import FeatureStore, Known
+from r2scp.store.maintenance import clean
 from r2scp.store.schema import SCHEMA_VERSION, Table
-from r2scp.store.upkeep import clean
 
 DIM = 4
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)

@@ -23,7 +23,7 @@ from r2scp.jobs.reindex import ReindexReport, run_reindex
 from r2scp.jobs.reindex_config import read_config
 from r2scp.store.errors import LeaseHeld
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import LEASE_SECONDS
+from r2scp.store.lease import LEASE_SECONDS
 from r2scp.store.schema import Table
 from r2scp.store.snapshots import SERVING
 

@@ -51,10 +51,10 @@ from r2scp.pipelines.plan import Scope, make_plan
 from r2scp.pipelines.questions import plan_questions, write_questions
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
+from r2scp.store.commits import Staged
 from r2scp.store.errors import CheckpointError, StoreError, UsageError
 from r2scp.store.feature_store import DESCRIBED, FeatureStore
 from r2scp.store.schema import Table
-from r2scp.store.transaction import Staged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,13 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from r2scp.store import nearest, serving_index, serving_recall, serving_search
-from r2scp.store.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.serving_index import ServingSettings, refresh_index
-from r2scp.store.serving_recall import Sampling, measure_recalls
-from r2scp.store.serving_search import MOST_CANDIDATES, ServingIndex
+from r2scp.store.search import exact as nearest
+from r2scp.store.search import recall as serving_recall
+from r2scp.store.search import vector_index as serving_index
+from r2scp.store.search import vector_search as serving_search
+from r2scp.store.search.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
+from r2scp.store.search.recall import Sampling, measure_recalls
+from r2scp.store.search.vector_index import ServingSettings, refresh_index
+from r2scp.store.search.vector_search import MOST_CANDIDATES, ServingIndex
 
 DIM, CLIPS, HITS = 32, 3_000, 10
 ALWAYS = ServingSettings(exact_below=0)

@@ -17,14 +17,15 @@ import pytest
 from r2scp.jobs.index import IndexReport, run_index
 from r2scp.pipelines import clip_queries
 from r2scp.pipelines.retrieve import IndexSettings, read_neighbours
-from r2scp.store import bank, nearest
-from r2scp.store.bank import BankScope
 from r2scp.store.errors import LeaseHeld, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.nearest import Best, KeyBlock, Wanted
-from r2scp.store.runs import now
+from r2scp.store.lease import now
+from r2scp.store.maintenance import clean
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.upkeep import clean
+from r2scp.store.search import bank
+from r2scp.store.search import exact as nearest
+from r2scp.store.search.bank import BankScope
+from r2scp.store.search.exact import Best, KeyBlock, Wanted
 
 DIM = 16
 WHEN = {"run_id", "at", "bank_version", "bank_fingerprint"}  # columns that say when, not what

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.store import runs
+from r2scp.store import lease as runs
+from r2scp.store.commits import TableAddress
 from r2scp.store.errors import LeaseHeld, StoreError
-from r2scp.store.runs import LEASE_SCHEMA, LEASE_SECONDS, LONG_AGO_S, Lease, new_run_id, put_row
+from r2scp.store.lease import LEASE_SCHEMA, LEASE_SECONDS, LONG_AGO_S, Lease, new_run_id, put_row
 from r2scp.store.schema import runs_schema
-from r2scp.store.transaction import TableAddress
 
 #: Takes the lease, says so, and holds it until a line comes in.
 HOLDER = """
 import sys
 from r2scp.store.errors import LeaseHeld
-from r2scp.store.runs import LEASE_SCHEMA, Lease
-from r2scp.store.transaction import TableAddress
+from r2scp.store.lease import LEASE_SCHEMA, Lease
+from r2scp.store.commits import TableAddress
 
 lease = Lease(TableAddress(uri=sys.argv[1], schema=LEASE_SCHEMA), "holder")
 print("ready", flush=True)

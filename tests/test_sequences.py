@@ -9,7 +9,7 @@ import pytest
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
-from r2scp.store.sequences import BLANK, NO_ROW, Found, SequenceCache, Sequences
+from r2scp.store.token_cache import BLANK, NO_ROW, Found, SequenceCache, Sequences
 
 Write = Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]
 CLIP_COLUMNS = ("audio", "visual")

@@ -15,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from r2scp.store import serving_index, serving_search
-from r2scp.store.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.maintenance import clean, compact
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.serving_index import ServingSettings, index_due, refresh_index
-from r2scp.store.serving_recall import Sampling, measure_recall
-from r2scp.store.serving_search import ServingIndex
-from r2scp.store.upkeep import clean, compact
+from r2scp.store.search import vector_index as serving_index
+from r2scp.store.search import vector_search as serving_search
+from r2scp.store.search.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
+from r2scp.store.search.recall import Sampling, measure_recall
+from r2scp.store.search.vector_index import ServingSettings, index_due, refresh_index
+from r2scp.store.search.vector_search import ServingIndex
 
 DIM = 32
 AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL

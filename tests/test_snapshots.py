@@ -8,8 +8,8 @@ import pytest
 from r2scp.pipelines.examples import Pins
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.maintenance import clean
 from r2scp.store.schema import Table
-from r2scp.store.upkeep import clean
 
 Write = Callable[..., None]
 

@@ -10,10 +10,10 @@ import pytest
 
 from r2scp.pipelines.embed import key_of
 from r2scp.pipelines.stand_ins import Lacking, StandIns
-from r2scp.store.bank import KEY_COLUMNS, OTHER, BankScope, Search
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.splits import source_of
+from r2scp.store.search.bank import KEY_COLUMNS, OTHER, BankScope, Search
+from r2scp.store.sources import source_of
 
 EVERYTHING = BankScope(splits=())
 DIGEST = "a" * 64

@@ -28,7 +28,7 @@ from r2scp.pipelines.embed import Encoder, EncoderSpec, key_of
 from r2scp.store.errors import FingerprintMismatch, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
-from r2scp.store.serving_search import Hit
+from r2scp.store.search.vector_search import Hit
 
 AT = datetime(2026, 1, 31, tzinfo=UTC)
 CLIPS = 90

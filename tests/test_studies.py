@@ -22,10 +22,10 @@ from r2scp.model.r2scp import R2SCP
 from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.dataset import NOTHING
 from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.store.bank import BankScope
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval
+from r2scp.store.search.bank import BankScope
 
 BASE = demo(24, 6)
 NAMES = (*STUDIES, "bank")

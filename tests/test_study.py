@@ -33,10 +33,10 @@ from r2scp.jobs.train_config import StageConfig, TrainConfig
 from r2scp.jobs.train_log import lines
 from r2scp.pipelines.examples import Pins
 from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.store.bank import BankScope
 from r2scp.store.errors import R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
+from r2scp.store.search.bank import BankScope
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 SEEDS = (4, 5)

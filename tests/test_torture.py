@@ -48,11 +48,11 @@ from r2scp.jobs.torture_rack import Rack
 from r2scp.jobs.torture_reader import Reader, moment
 from r2scp.jobs.torture_report import LEAST_CLIPS, Round, TortureWanted, fault_order
 from r2scp.jobs.torture_site import INDEX, Expected, Rendered, Site
+from r2scp.store.commits import Staged
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 from r2scp.store.snapshots import PREVIOUS, SERVING
-from r2scp.store.transaction import Staged
 
 SEED = 1
 

@@ -12,9 +12,9 @@ from r2scp.jobs.train_config import PRESETS, StageConfig, TrainConfig, paper_avq
 from r2scp.model.losses import LossConfig
 from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.store.bank import BankScope
 from r2scp.store.errors import UsageError
 from r2scp.store.schema import Retrieval
+from r2scp.store.search.bank import BankScope
 
 BASE = TrainConfig(
     model=ModelConfig(encoder_dim=24, classes=6, dim=32, heads=4),

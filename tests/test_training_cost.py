@@ -28,7 +28,7 @@ from r2scp.pipelines.feed import read_ahead, shuffled
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
-from r2scp.store.sequences import SequenceCache
+from r2scp.store.token_cache import SequenceCache
 
 Write = Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]
 

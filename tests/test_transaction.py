@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from r2scp.store import transaction
+from r2scp.store import commits as transaction
+from r2scp.store.commits import Staged, TableAddress, commit, sql_literal, stage
 from r2scp.store.errors import StoreError
 from r2scp.store.schema import PRIMARY_KEY
-from r2scp.store.transaction import Staged, TableAddress, commit, sql_literal, stage
 
 SCHEMA = pa.schema(
     [pa.field("key", pa.string(), nullable=False, metadata=PRIMARY_KEY), pa.field("value", pa.int64())]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.maintenance import clean, compact
 from r2scp.store.schema import Table
-from r2scp.store.upkeep import clean, compact
 
 Write = Callable[..., None]
 DIM = 4

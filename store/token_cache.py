@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from r2scp.store.commits import told
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
-from r2scp.store.transaction import told
 
 CACHE_BYTES = 4 << 30  # all of MUSIC-AVQA, 9,288 clips of 60 s, two modalities, D = 1024, is 2.3 GB
 NO_ROW = -1  # among the rows asked for: nothing is wanted there

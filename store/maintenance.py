@@ -9,9 +9,9 @@ from pathlib import Path
 import lance
 from lance.fragment import LanceFragment
 
+from r2scp.store.commits import told
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES, Table
-from r2scp.store.transaction import told
 
 SMALL_FRAGMENT_ROWS = 1_024  # fragments below this are worth merging
 SMALL_FRAGMENTS = 32  # once there are this many of them

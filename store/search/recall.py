@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys
+from r2scp.store.commits import sql_literal, told
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.nearest import KeyBlock, Wanted, search
 from r2scp.store.schema import Modality, Table
-from r2scp.store.serving_index import ServingSettings
-from r2scp.store.serving_search import Hit, ServingIndex
-from r2scp.store.transaction import sql_literal, told
+from r2scp.store.search.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys
+from r2scp.store.search.exact import KeyBlock, Wanted, search
+from r2scp.store.search.vector_index import ServingSettings
+from r2scp.store.search.vector_search import Hit, ServingIndex
 
 QUERIES = 256  # a modality; of ten hits each, one in 2,560 missed is a recall of 0.9996
 FEW, MANY = 3, 10  # hits that recall is told of

@@ -14,10 +14,10 @@ from typing import Literal
 
 import lance
 
-from r2scp.store.bank import KEY_COLUMNS
+from r2scp.store.commits import told
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
-from r2scp.store.transaction import told
+from r2scp.store.search.bank import KEY_COLUMNS
 
 PARTITION_KEYS = 512  # keys of one partition: fewer to look at, for more centroids to compare with
 EXACT_BELOW = 4_096  # rows: as many as a search one by one can afford, 17 MB of keys at D = 1024

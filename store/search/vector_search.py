@@ -23,12 +23,12 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.bank import BLOCK_KEYS, IN_MEMORY_BYTES, KEY_COLUMNS
+from r2scp.store.commits import told
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.nearest import exact_scores, product_error
 from r2scp.store.schema import Modality, Table
-from r2scp.store.serving_index import ServingSettings, covered
-from r2scp.store.transaction import told
+from r2scp.store.search.bank import BLOCK_KEYS, IN_MEMORY_BYTES, KEY_COLUMNS
+from r2scp.store.search.exact import exact_scores, product_error
+from r2scp.store.search.vector_index import ServingSettings, covered
 
 HELD_ROWS = 4_096  # in no index, whose keys are in memory in any case: 17 MB a column at D = 1024
 ESTIMATED = 10  # candidates for each hit: their estimates cost next to nothing

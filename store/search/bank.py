@@ -1,7 +1,7 @@
 """`MemoryBank`: the unit keys of the clips that may serve in place of a missing modality.
 
 A bank is no copy: it is the rows of `clips`, at one version, of some splits and corpora. Searches are exact
-(see `r2scp.store.nearest`). Keys that fit in `IN_MEMORY_BYTES` are held; those of a larger bank are read
+(see `r2scp.store.search.exact`). Keys that fit in `IN_MEMORY_BYTES` are held; those of a larger bank are read
 again, block by block, for each search.
 
     >>> bank = MemoryBank.open(store, BankScope(splits=("train",)))
@@ -21,12 +21,12 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.nearest import NO_RANK, Best, KeyBlock, Top, Wanted, nothing_yet, offer_own, search
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.splits import disjoint_split, source_of
-from r2scp.store.transaction import sql_literal
+from r2scp.store.search.exact import NO_RANK, Best, KeyBlock, Top, Wanted, nothing_yet, offer_own, search
+from r2scp.store.sources import disjoint_split, source_of
 
 HITS = 15  # neighbours kept a query; a model uses the first few
 IN_MEMORY_BYTES = 2 << 30  # two keys each of 260,000 clips at D = 1024

@@ -1,0 +1,1 @@
+"""The memory bank, and the searches over it."""
