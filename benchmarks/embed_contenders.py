@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from r2scp.model.checkpoint import select_tensors
-from r2scp.model.imagebind import ImageBind
-from r2scp.model.towers import IMAGE_SIDE, ImageBindConfig
+from r2scp.model.imagebind.imagebind import ImageBind
+from r2scp.model.imagebind.towers import IMAGE_SIDE, ImageBindConfig
+from r2scp.model.imagebind.weights_file import select_tensors
 from r2scp.store.errors import UsageError
 
 Embed = Callable[[Tensor], Tensor]  # frames (N, 3, 224, 224) or log-mels (N, 1, 128, 204) -> (N, D)

@@ -12,7 +12,14 @@ of (grid, pixels of a patch) by (pixels, C). Layer norms, GELUs, softmax and add
 
 import math
 
-from r2scp.model.towers import AUDIO_GRID, AUDIO_PATCH, IMAGE_SIDE, MLP_RATIO, ImageBindConfig, TowerConfig
+from r2scp.model.imagebind.towers import (
+    AUDIO_GRID,
+    AUDIO_PATCH,
+    IMAGE_SIDE,
+    MLP_RATIO,
+    ImageBindConfig,
+    TowerConfig,
+)
 
 
 def block_flops(width: int, tokens: int, going_on: int, keys: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from benchmarks.contest import Grade, Row, Sheet, Spread, Work, reason
 from benchmarks.embed_contenders import CONFIG, Embed, compiled
 from benchmarks.embed_flops import audio_flops, vision_flops
-from r2scp.model.imagebind import ImageBind
+from r2scp.model.imagebind.imagebind import ImageBind
 
 SIDE = 8192  # of the square product
 BATCHES = (32, 128, 256)  # frames or windows to a forward

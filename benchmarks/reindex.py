@@ -37,7 +37,7 @@ from r2scp.jobs.extract import Destination, Source, run_extract
 from r2scp.jobs.reindex import ReindexReport, run_reindex
 from r2scp.jobs.reindex_config import read_config
 from r2scp.jobs.weights import resolve_encoder
-from r2scp.model.imagebind import ImageBind
+from r2scp.model.imagebind.imagebind import ImageBind
 from r2scp.pipelines.corpora import open_corpus
 from r2scp.pipelines.corpus import ClipRow
 from r2scp.pipelines.decode import decode_fingerprint

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2scp.model.imagebind import ImageBind
-from r2scp.model.tokenizer import Tokenizer
-from r2scp.model.towers import AUDIO_STRIDE, AudioTower, VisionTower, unit
+from r2scp.model.imagebind.imagebind import ImageBind
+from r2scp.model.imagebind.tokenizer import Tokenizer
+from r2scp.model.imagebind.towers import AUDIO_STRIDE, AudioTower, VisionTower, unit
 from r2scp.pipelines.demo_captions import AUDIO_GROUPS, VISION_GROUPS, Group, caption
 from r2scp.pipelines.demo_questions import TEMPLATES, sample_wording
 

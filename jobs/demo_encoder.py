@@ -1,6 +1,6 @@
 """Trains `imagebind-demo`: the ImageBind class at a small size, on generated scenes of other worlds.
 
-    python -m r2scp.jobs.demo_encoder --out model/data/imagebind-demo.safetensors --minutes 45 --seed 1
+    python -m r2scp.jobs.demo_encoder --out model/imagebind/data/imagebind-demo.safetensors --minutes 45 --seed 1
 
 Pairs (the frame at a second's middle, the 2 s window around it) are rendered once into memory-mapped
 files under `--scratch`, then four contrasts are trained at the level of seconds:
@@ -38,8 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r2scp.jobs.demo_contrasts import WEIGHTS, Contrasts, Towers
 from r2scp.jobs.demo_measures import MIDDLES_S, figures
-from r2scp.model.imagebind import PIXEL_MEAN, PIXEL_STD, ImageBind, ImageBindConfig, TowerConfig
-from r2scp.model.melspec import LOG_MEL_STD, MEL_BINS, MEL_FRAMES, log_mel, windows
+from r2scp.model.imagebind.imagebind import PIXEL_MEAN, PIXEL_STD, ImageBind, ImageBindConfig, TowerConfig
+from r2scp.model.imagebind.melspec import LOG_MEL_STD, MEL_BINS, MEL_FRAMES, log_mel, windows
 from r2scp.pipelines.demo_captions import (
     AUDIO_GROUPS,
     VISION_GROUPS,

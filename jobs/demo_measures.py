@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2scp.model.imagebind import ImageBind, normalise_frames
-from r2scp.model.melspec import log_mel, windows
+from r2scp.model.imagebind.imagebind import ImageBind, normalise_frames
+from r2scp.model.imagebind.melspec import log_mel, windows
 from r2scp.pipelines.demo_captions import (
     AUDIO_GROUPS,
     SHARED_GROUPS,

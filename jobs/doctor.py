@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from r2scp.jobs.weights import COMMAND, default_weights_path, resolve_encoder
-from r2scp.model.imagebind import DTYPE_NAMES, best_dtype
+from r2scp.model.imagebind.imagebind import DTYPE_NAMES, best_dtype
 from r2scp.pipelines.ffmpeg_program import find_program
 from r2scp.store.errors import R2SCPError
 from r2scp.store.feature_store import FeatureStore

@@ -11,7 +11,7 @@ from typing import Any
 from r2scp.jobs.checkpoints import BEST, Checkpoint, find
 from r2scp.jobs.evaluate import BASELINES
 from r2scp.jobs.evaluation_table import OURS, TITLES
-from r2scp.model.settings import Stage
+from r2scp.model.config import Stage
 from r2scp.pipelines.dataset import CONDITIONS
 from r2scp.store.errors import R2SCPError
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from r2scp.jobs.plain_values import built, hold_to_types
+from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
-from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.dataset import Negatives
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.errors import UsageError

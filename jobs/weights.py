@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from r2scp.jobs.download import Patience, Progress, RemoteFile, download
-from r2scp.model.checkpoint import sha256_of
-from r2scp.model.imagebind import Description, ImageBind, WeightsError
+from r2scp.model.imagebind.imagebind import Description, ImageBind, WeightsError
+from r2scp.model.imagebind.weights_file import sha256_of
 from r2scp.store.errors import EncoderError
 
 ENCODERS = ("imagebind-huge", "imagebind-demo")
@@ -68,7 +68,7 @@ def resolve_encoder(name: str, weights: str | None = None) -> str:
             raise EncoderError(f"--weights must name a .pth or .safetensors file; {weights} is not there")
         return weights
     if name == "imagebind-demo":
-        packaged = Path(str(resources.files("r2scp.model") / "data" / DEMO_WEIGHTS))
+        packaged = Path(str(resources.files("r2scp.model.imagebind") / "data" / DEMO_WEIGHTS))
         if not packaged.is_file():
             raise EncoderError(f"{packaged} is missing from this installation: install r2scp-pipe again")
         return str(packaged)

@@ -27,11 +27,11 @@ from r2scp.model.batch import (
     either,
     without,
 )
+from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.decoder import Heads
 from r2scp.model.experts import Experts
-from r2scp.model.mix import Router, even, fuse
-from r2scp.model.purify import Purifier
-from r2scp.model.settings import ModelConfig, Stage
+from r2scp.model.purification import Purifier
+from r2scp.model.router import Router, even, fuse
 
 MODALITIES = (AUDIO, VISUAL)
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from r2scp.model.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
-from r2scp.model.melspec import log_mel, windows
-from r2scp.model.tokenizer import Tokenizer
+from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
+from r2scp.model.imagebind.melspec import log_mel, windows
+from r2scp.model.imagebind.tokenizer import Tokenizer
 from r2scp.pipelines.stages import DECODED_SCHEMA, FRAME_SHAPE, dead
 from r2scp.store.errors import FailureReason
 from r2scp.store.schema import sequence, vector

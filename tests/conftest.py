@@ -27,8 +27,8 @@ from r2scp.jobs.train import TrainMeans, TrainPlan
 from r2scp.jobs.train_config import StageConfig, TrainConfig
 from r2scp.jobs.train_data import answers_of
 from r2scp.jobs.train_together import run_together
-from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.model.settings import ModelConfig
+from r2scp.model.config import ModelConfig
+from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.pipelines.dataset import Dataset, NeighbourRows
 from r2scp.pipelines.embed import EncoderSpec, key_of
 from r2scp.pipelines.examples import Asked, Clips, Examples, Pins

@@ -30,8 +30,8 @@ from r2scp.jobs.evaluate import open_for
 from r2scp.jobs.index import run_index
 from r2scp.jobs.train_config import demo
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
+from r2scp.model.config import Stage
 from r2scp.model.r2scp import R2SCP
-from r2scp.model.settings import Stage
 from r2scp.pipelines.corpora import open_corpus
 from r2scp.pipelines.dataset import Ask as Rows
 from r2scp.pipelines.decode import DEFAULT_LIMITS, decode_fingerprint

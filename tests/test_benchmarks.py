@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.__main__ import NAMES
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run, show, timed
-from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig
+from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.store.errors import UsageError
 

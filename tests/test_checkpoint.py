@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from r2scp.model.checkpoint import PUBLISHED_HEADS, published_name
-from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig, WeightsError
+from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig, WeightsError
+from r2scp.model.imagebind.weights_file import PUBLISHED_HEADS, published_name
 
 SMALL = ImageBindConfig(
     vision=TowerConfig(width=48, depth=2, heads=4),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
-import r2scp.model
+import r2scp.model.imagebind
 from r2scp.jobs.demo_contrasts import Contrasts, Towers, listen, look
 from r2scp.jobs.demo_encoder import CLIPS_A_WORLD, CONFIG, RENDERED_SECONDS, Batches, Pairs, render, train
 from r2scp.jobs.demo_measures import (
@@ -24,14 +24,14 @@ from r2scp.jobs.demo_measures import (
     recall,
     same_ensemble,
 )
-from r2scp.model.imagebind import ImageBind
-from r2scp.model.tokenizer import Tokenizer
+from r2scp.model.imagebind.imagebind import ImageBind
+from r2scp.model.imagebind.tokenizer import Tokenizer
 from r2scp.pipelines.demo_captions import SHARED_GROUPS
 from r2scp.pipelines.demo_corpus import generate
 from r2scp.pipelines.demo_questions import TEMPLATES, fill
 from r2scp.pipelines.demo_scene import scene
 
-WEIGHTS_FILE = Path(r2scp.model.__file__).parent / "data" / "imagebind-demo.safetensors"
+WEIGHTS_FILE = Path(r2scp.model.imagebind.__file__).parent / "data" / "imagebind-demo.safetensors"
 WORLD = 4900  # neither trained on nor measured for the card
 CLIPS = 40
 

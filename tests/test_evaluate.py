@@ -37,7 +37,7 @@ from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
 from r2scp.jobs.train_config import StageConfig
 from r2scp.jobs.train_data import Opened
 from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Answer
-from r2scp.model.settings import ModelConfig
+from r2scp.model.config import ModelConfig
 from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
 from r2scp.pipelines.examples import Examples, Pins
 from r2scp.pipelines.retrieve import IndexSettings

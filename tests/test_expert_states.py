@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2scp.model.batch import AUDIO, VISUAL, Tokens
+from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.losses import StageTwo
 from r2scp.model.r2scp import R2SCP, Encoded
-from r2scp.model.settings import ModelConfig, Stage
 from r2scp.pipelines import expert_states
 from r2scp.pipelines.dataset import NOTHING, Ask, Dataset
 from r2scp.pipelines.expert_states import ExpertStates

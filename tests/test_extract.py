@@ -16,8 +16,8 @@ import torch
 
 from r2scp.jobs.extract import Destination, Report, Source, run_extract
 from r2scp.jobs.torture_faults import FailingStage, Order
-from r2scp.model.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
-from r2scp.model.melspec import log_mel, windows
+from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
+from r2scp.model.imagebind.melspec import log_mel, windows
 from r2scp.pipelines import flows
 from r2scp.pipelines.decode import decode
 from r2scp.pipelines.embed import EmbedClips, EncoderSpec, ImageBindEncoder, embedded_schema, key_of

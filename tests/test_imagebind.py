@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from r2scp.model.imagebind import (
+from r2scp.model.imagebind.imagebind import (
     ImageBind,
     ImageBindConfig,
     TowerConfig,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from r2scp.model import melspec
-from r2scp.model.melspec import SAMPLE_RATE, SILENCE, WINDOW, log_mel, windows
+from r2scp.model.imagebind.imagebind import melspec
+from r2scp.model.imagebind.melspec import SAMPLE_RATE, SILENCE, WINDOW, log_mel, windows
 
 
 def by_definition(wave_S: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 
 from r2scp.model.batch import Tokens
 from r2scp.model.experts import Sizes
-from r2scp.model.mix import Router, even, fuse
+from r2scp.model.router import Router, even, fuse
 
 SIZES = Sizes(encoder_dim=4, dim=4, heads=2, ffn=4, dropout=0.0)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from r2scp.model.batch import Tokens
 from r2scp.model.experts import Sizes
-from r2scp.model.purify import (
+from r2scp.model.purification import (
     GuidanceBlock,
     Guided,
     Purifier,

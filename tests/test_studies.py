@@ -17,9 +17,9 @@ from r2scp.jobs.train import TrainPlan
 from r2scp.jobs.train_config import STAGE_ONE_SETTINGS, StageConfig, TrainConfig, baselines, demo, experts_of
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_stages import ExpertsStage, Worker
+from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig, StageOne
 from r2scp.model.r2scp import R2SCP
-from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.dataset import NOTHING
 from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.errors import UsageError

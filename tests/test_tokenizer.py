@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from r2scp.model.tokenizer import CONTEXT, END, START, VOCABULARY, Tokenizer, clean
+from r2scp.model.imagebind.tokenizer import CONTEXT, END, START, VOCABULARY, Tokenizer, clean
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def merges() -> list[tuple[str, str]]:
-    packed = (resources.files("r2scp.model") / "data" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    packed = (resources.files("r2scp.model.imagebind") / "data" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode().split("\n")
     return [tuple(line.split()) for line in lines[1:48_895]]  # type: ignore[misc]
 

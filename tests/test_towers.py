@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.model.towers import Attention, Block
+from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
+from r2scp.model.imagebind.towers import Attention, Block
 
 SMALL = ImageBindConfig(
     vision=TowerConfig(width=48, depth=2, heads=4),

@@ -22,9 +22,9 @@ from r2scp.jobs.train_log import lines
 from r2scp.jobs.train_loop import Training, Where
 from r2scp.jobs.train_stages import ExpertsStage, Worker
 from r2scp.model.batch import AUDIO, VISUAL, Batch
+from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
 from r2scp.model.r2scp import R2SCP, Stage
-from r2scp.model.settings import ModelConfig
 from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

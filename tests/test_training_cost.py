@@ -17,8 +17,8 @@ from torch import Tensor
 
 from r2scp.jobs.index import run_index
 from r2scp.model.batch import AUDIO, Tokens
+from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.r2scp import R2SCP
-from r2scp.model.settings import ModelConfig, Stage
 from r2scp.pipelines import expert_states, gather
 from r2scp.pipelines.dataset import Ask, Dataset, NeighbourRows
 from r2scp.pipelines.embed import key_of

@@ -23,7 +23,7 @@ from r2scp.jobs.weights import (
     load_encoder,
     resolve_encoder,
 )
-from r2scp.model.imagebind import ImageBind, ImageBindConfig, TowerConfig
+from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.store.errors import EncoderError
 
 SMALL = TowerConfig(width=8, depth=1, heads=2)

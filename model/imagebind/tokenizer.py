@@ -77,7 +77,7 @@ def clean(text: str) -> str:
 
 
 def _byte_pair_encoding() -> tokenizers.Tokenizer:
-    packed = (resources.files("r2scp.model") / "data" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    packed = (resources.files("r2scp.model.imagebind") / "data" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode().split("\n", MERGES + 1)[1 : MERGES + 1]  # the first is a comment
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a letter for each byte, in CLIP's order

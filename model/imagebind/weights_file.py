@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r2scp.model.towers import ImageBindConfig, TowerConfig
+from r2scp.model.imagebind.towers import ImageBindConfig, TowerConfig
 
 TOWERS = ("vision", "audio", "text")
 PUBLISHED_HEADS = {"vision": 16, "audio": 12, "text": 16}  # imagebind_huge.pth carries no metadata

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2scp.model.linear import linear, linear_gelu, linear_plus
-from r2scp.model.melspec import MEL_BINS, MEL_FRAMES
+from r2scp.model.imagebind.melspec import MEL_BINS, MEL_FRAMES
+from r2scp.model.imagebind.packed_linear import linear, linear_gelu, linear_plus
 
 IMAGE_SIDE = 224  # pixels
 FRAMES = 2  # a clip given to the vision tower is two frames; a still is repeated

@@ -5,8 +5,8 @@ from enum import StrEnum
 from typing import get_args
 
 from r2scp.model.experts import Positions, Sizes
-from r2scp.model.mix import Fusion
-from r2scp.model.purify import CapGradient, Pairing, PurifyConfig, Saliency
+from r2scp.model.purification import CapGradient, Pairing, PurifyConfig, Saliency
+from r2scp.model.router import Fusion
 
 
 class Stage(StrEnum):

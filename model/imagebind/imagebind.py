@@ -18,16 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from r2scp.model.checkpoint import (
-    WeightsError,
-    config_of,
-    read_weights,
-    select_tensors,
-    sha256_of,
-    write_weights,
-)
-from r2scp.model.linear import packed, unpacked
-from r2scp.model.towers import (
+from r2scp.model.imagebind.packed_linear import packed, unpacked
+from r2scp.model.imagebind.towers import (
     IMAGE_SIDE,
     AudioTower,
     ImageBindConfig,
@@ -35,6 +27,14 @@ from r2scp.model.towers import (
     TextTower,
     TowerConfig,
     VisionTower,
+)
+from r2scp.model.imagebind.weights_file import (
+    WeightsError,
+    config_of,
+    read_weights,
+    select_tensors,
+    sha256_of,
+    write_weights,
 )
 
 __all__ = [
