@@ -24,8 +24,8 @@ from pathlib import Path
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run
 from benchmarks.decode_peers import PEERS, Brought, Sought, require_same, sought
-from r2scp.pipelines.decode import decode
-from r2scp.pipelines.ffmpeg_program import find_program
+from r2scp.pipelines.decoding.decode import decode
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.store.errors import UsageError
 
 MEDIA = Path(__file__).resolve().parents[1].parent / "shared" / "media" / "videos"

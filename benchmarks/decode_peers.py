@@ -14,8 +14,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from r2scp.pipelines.decode import tokens
-from r2scp.pipelines.ffmpeg_program import RATE, SIZE, find_program
+from r2scp.pipelines.decoding.decode import tokens
+from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, find_program
 
 PIXELS_APART = 12.0  # levels of 255, mean over a clip: another scaler, another colour matrix
 SOUND_APART_S = 0.3  # codec delay kept or not

@@ -44,7 +44,7 @@ from benchmarks.embed_flops import audio_flops, clip_flops, vision_flops
 from benchmarks.embed_gpu import gpu_sheet
 from r2scp.model.imagebind.imagebind import ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import SAMPLE_RATE, log_mel, windows
-from r2scp.pipelines.embed import ImageBindEncoder
+from r2scp.pipelines.extraction.embed import ImageBindEncoder
 from r2scp.store.errors import UsageError
 
 SECONDS = 10  # of a clip: frames and windows in it

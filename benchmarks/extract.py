@@ -40,11 +40,11 @@ from benchmarks.extract_peers import encoder_of, loop, with_daft
 from benchmarks.machine import cores
 from r2scp.jobs.encoders import encoder_spec, pick_device
 from r2scp.jobs.extract import Destination, Source, run_extract
-from r2scp.pipelines.corpora import open_corpus
-from r2scp.pipelines.decode import Clip, decode
-from r2scp.pipelines.demo_corpus import generate
-from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.ffmpeg_program import find_program
+from r2scp.pipelines.corpora.formats import open_corpus
+from r2scp.pipelines.decoding.decode import Clip, decode
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
+from r2scp.pipelines.demo.corpus import generate
+from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 

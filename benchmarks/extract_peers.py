@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from r2scp.pipelines.decode import decode
-from r2scp.pipelines.embed import Encoder, EncoderSpec
-from r2scp.pipelines.ffmpeg_program import SIZE
+from r2scp.pipelines.decoding.decode import decode
+from r2scp.pipelines.decoding.ffmpeg_command import SIZE
+from r2scp.pipelines.extraction.embed import Encoder, EncoderSpec
 from r2scp.store.errors import MediaError
 
 FRAME = SIZE * SIZE * 3  # bytes

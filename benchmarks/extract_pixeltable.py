@@ -17,7 +17,7 @@ from pixeltable.func import Batch
 
 from benchmarks.extract_peers import Extraction, decoded, embedded
 from benchmarks.machine import cores
-from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.extraction.embed import EncoderSpec
 
 CLIPS_A_BATCH = 8  # as the flow's
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from r2scp.pipelines.ffmpeg_program import find_program
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
 
 PACKAGES = ("torch", "ray", "pyarrow", "pylance", "lancedb", "av", "numpy")
 PEERS = ("daft", "pixeltable", "decord2", "torchcodec", "faiss-cpu", "hnswlib", "transformers")

@@ -38,10 +38,10 @@ from r2scp.jobs.reindex import ReindexReport, run_reindex
 from r2scp.jobs.reindex_config import read_config
 from r2scp.jobs.weights import resolve_encoder
 from r2scp.model.imagebind.imagebind import ImageBind
-from r2scp.pipelines.corpora import open_corpus
-from r2scp.pipelines.corpus import ClipRow
-from r2scp.pipelines.decode import decode_fingerprint
-from r2scp.pipelines.demo_corpus import generate
+from r2scp.pipelines.corpora.corpus import ClipRow
+from r2scp.pipelines.corpora.formats import open_corpus
+from r2scp.pipelines.decoding.decode import decode_fingerprint
+from r2scp.pipelines.demo.corpus import generate
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import now

@@ -38,8 +38,8 @@ from benchmarks.training_site import Site, open_site
 from benchmarks.training_steps import READY, STORE, step_seconds
 from benchmarks.training_store import Scale
 from r2scp.model.batch import Batch, Neighbours
-from r2scp.pipelines.dataset import NOTHING, Ask
-from r2scp.pipelines.feed import read_ahead
+from r2scp.pipelines.batches.dataset import NOTHING, Ask
+from r2scp.pipelines.batches.prefetch import read_ahead
 
 PARTS = ("feed", "first", "step", "memory")
 CHECKED = 3  # batches of each contender that are compared with ours

@@ -16,8 +16,8 @@ import psutil
 from benchmarks.contest import Row
 from benchmarks.training_site import SEED, open_dataset
 from benchmarks.training_store import Scale, fill
-from r2scp.pipelines.dataset import NOTHING, Ask
-from r2scp.pipelines.feed import read_ahead, shuffled
+from r2scp.pipelines.batches.dataset import NOTHING, Ask
+from r2scp.pipelines.batches.prefetch import read_ahead, shuffled
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES
 

@@ -24,8 +24,8 @@ from benchmarks.machine import cores
 from benchmarks.training_store import DIM, SECONDS
 from r2scp.jobs.train_data import Opened
 from r2scp.model.batch import Batch, Neighbours
-from r2scp.pipelines.dataset import Dataset
-from r2scp.pipelines.examples import MODALITIES
+from r2scp.pipelines.batches.dataset import Dataset
+from r2scp.pipelines.batches.examples import MODALITIES
 from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
 from r2scp.store.schema import Table
 

@@ -9,9 +9,9 @@ from benchmarks.training_peers import Arrays
 from benchmarks.training_store import ANSWERS, Scale, fill
 from r2scp.jobs.train_config import paper_music_avqa
 from r2scp.jobs.train_data import Opened, answers_of, complete
-from r2scp.pipelines.dataset import Dataset
-from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.feed import shuffled
+from r2scp.pipelines.batches.dataset import Dataset
+from r2scp.pipelines.batches.examples import Pins
+from r2scp.pipelines.batches.prefetch import shuffled
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES
 

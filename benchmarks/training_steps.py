@@ -17,8 +17,8 @@ from benchmarks.training_site import Site
 from r2scp.jobs.train_stages import ExpertsStage, MixingStage, TrainStage, Worker
 from r2scp.model.batch import Batch
 from r2scp.model.r2scp import R2SCP, Encoded
-from r2scp.pipelines.dataset import NOTHING, Ask
-from r2scp.pipelines.feed import read_ahead
+from r2scp.pipelines.batches.dataset import NOTHING, Ask
+from r2scp.pipelines.batches.prefetch import read_ahead
 
 STORE, MEMORY, READY = "from the store", "tensors in memory", "batches ready"
 NOT_KEPT = "states not kept"

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from r2scp.jobs.index import run_index
-from r2scp.pipelines.flows import ROWS_PER_FRAGMENT as CLIPS_PER_FRAGMENT
-from r2scp.pipelines.questions import ROWS_PER_FRAGMENT as QUESTIONS_PER_FRAGMENT
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.extraction.flow import ROWS_PER_FRAGMENT as CLIPS_PER_FRAGMENT
+from r2scp.pipelines.extraction.questions import ROWS_PER_FRAGMENT as QUESTIONS_PER_FRAGMENT
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import now
 from r2scp.store.schema import Retrieval, Table

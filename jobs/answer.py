@@ -25,13 +25,13 @@ from r2scp.jobs.answered import Answered, Ask, Refused
 from r2scp.jobs.checkpoints import Checkpoint, find
 from r2scp.jobs.encoders import encoder_of, pick_device
 from r2scp.jobs.train_stages import Worker
-from r2scp.pipelines.decode import DEFAULT_LIMITS, DecodeLimits
-from r2scp.pipelines.embed import EncoderSpec, key_of
-from r2scp.pipelines.ffmpeg_program import find_program
-from r2scp.pipelines.questions import Texts, choice_texts
-from r2scp.pipelines.recorded_batch import RecordedQuestion, recorded_batch
-from r2scp.pipelines.recording import Recording, embed, without
-from r2scp.pipelines.stand_ins import Lacking, StandIn, StandIns
+from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, DecodeLimits
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
+from r2scp.pipelines.extraction.embed import EncoderSpec, key_of
+from r2scp.pipelines.extraction.questions import Texts, choice_texts
+from r2scp.pipelines.recordings.batch import RecordedQuestion, recorded_batch
+from r2scp.pipelines.recordings.recording import Recording, embed, without
+from r2scp.pipelines.recordings.retriever import Lacking, StandIn, StandIns
 from r2scp.store.errors import FailureReason, MediaError, R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table

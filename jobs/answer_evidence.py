@@ -11,10 +11,10 @@ from r2scp.jobs.checkpoints import Checkpoint
 from r2scp.jobs.weights import DEMO_WEIGHTS
 from r2scp.model.batch import SOURCES, Answer
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.examples import MODALITIES
-from r2scp.pipelines.recording import Recording
-from r2scp.pipelines.stand_ins import StandIn, StandIns
+from r2scp.pipelines.batches.examples import MODALITIES
+from r2scp.pipelines.extraction.embed import EncoderSpec
+from r2scp.pipelines.recordings.recording import Recording
+from r2scp.pipelines.recordings.retriever import StandIn, StandIns
 from r2scp.store.schema import WORDS, Modality, ModalityStatus, Table
 
 ALIKE = 0.999  # cosine of what both have, above which a clip may be the recording itself, coded otherwise

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from r2scp.jobs.answered import Ask, Refused
-from r2scp.pipelines.recording import Recording, file_identity
+from r2scp.pipelines.recordings.recording import Recording, file_identity
 from r2scp.store.errors import TRANSIENT_REASONS, MediaError
 
 AHEAD = 2  # recordings decoded, or being decoded, ahead of the lot at work, for each worker

@@ -14,9 +14,9 @@ from r2scp.jobs.index_command import Scope, index_with_progress
 from r2scp.jobs.report import report_with_progress
 from r2scp.jobs.report_blocks import ReportWanted
 from r2scp.jobs.train_command import Wanted, evaluate_with_progress, train_means, train_with_progress
-from r2scp.pipelines.demo_corpus import generate
+from r2scp.pipelines.demo.corpus import generate
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.pipelines.ray_session import Resources
-from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.commits import sql_literal
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.search.bank import HITS

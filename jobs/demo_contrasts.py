@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from r2scp.model.imagebind.imagebind import ImageBind
 from r2scp.model.imagebind.tokenizer import Tokenizer
 from r2scp.model.imagebind.towers import AUDIO_STRIDE, AudioTower, VisionTower, unit
-from r2scp.pipelines.demo_captions import AUDIO_GROUPS, VISION_GROUPS, Group, caption
-from r2scp.pipelines.demo_questions import TEMPLATES, sample_wording
+from r2scp.pipelines.demo.captions import AUDIO_GROUPS, VISION_GROUPS, Group, caption
+from r2scp.pipelines.demo.questions import TEMPLATES, sample_wording
 
 QUESTIONS_A_BATCH = 24
 PHRASES_A_CAPTION = 5

@@ -1,6 +1,7 @@
 """Trains `imagebind-demo`: the ImageBind class at a small size, on generated scenes of other worlds.
 
-    python -m r2scp.jobs.demo_encoder --out model/imagebind/data/imagebind-demo.safetensors --minutes 45 --seed 1
+    python -m r2scp.jobs.demo_encoder --out model/imagebind/data/imagebind-demo.safetensors \
+      --minutes 45 --seed 1
 
 Pairs (the frame at a second's middle, the 2 s window around it) are rendered once into memory-mapped
 files under `--scratch`, then four contrasts are trained at the level of seconds:
@@ -40,17 +41,17 @@ from r2scp.jobs.demo_contrasts import WEIGHTS, Contrasts, Towers
 from r2scp.jobs.demo_measures import MIDDLES_S, figures
 from r2scp.model.imagebind.imagebind import PIXEL_MEAN, PIXEL_STD, ImageBind, ImageBindConfig, TowerConfig
 from r2scp.model.imagebind.melspec import LOG_MEL_STD, MEL_BINS, MEL_FRAMES, log_mel, windows
-from r2scp.pipelines.demo_captions import (
+from r2scp.pipelines.demo.captions import (
     AUDIO_GROUPS,
     VISION_GROUPS,
     audio_labels,
     common_state,
     vision_labels,
 )
-from r2scp.pipelines.demo_render import SIZE, render_frames
-from r2scp.pipelines.demo_scene import Scene, scene
-from r2scp.pipelines.demo_sound import render_audio
-from r2scp.pipelines.demo_world import ENSEMBLES, SECONDS, world
+from r2scp.pipelines.demo.render import SIZE, render_frames
+from r2scp.pipelines.demo.scene import Scene, scene
+from r2scp.pipelines.demo.sound import render_audio
+from r2scp.pipelines.demo.world import ENSEMBLES, SECONDS, world
 
 _TAG = 7  # of this module's random numbers
 TRAIN_WORLD = 5000  # the first of the training worlds

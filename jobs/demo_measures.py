@@ -13,17 +13,17 @@ from torch import Tensor
 
 from r2scp.model.imagebind.imagebind import ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import log_mel, windows
-from r2scp.pipelines.demo_captions import (
+from r2scp.pipelines.demo.captions import (
     AUDIO_GROUPS,
     SHARED_GROUPS,
     VISION_GROUPS,
     audio_labels,
     vision_labels,
 )
-from r2scp.pipelines.demo_render import render_frames
-from r2scp.pipelines.demo_scene import Scene, scene
-from r2scp.pipelines.demo_sound import render_audio
-from r2scp.pipelines.demo_world import SECONDS
+from r2scp.pipelines.demo.render import render_frames
+from r2scp.pipelines.demo.scene import Scene, scene
+from r2scp.pipelines.demo.sound import render_audio
+from r2scp.pipelines.demo.world import SECONDS
 
 TEST_WORLD = 4001
 PROBE_WORLDS, PROBE_CLIPS = range(4100, 4140), 10  # clips of each

@@ -11,7 +11,7 @@ import torch
 
 from r2scp.jobs.weights import COMMAND, default_weights_path, resolve_encoder
 from r2scp.model.imagebind.imagebind import DTYPE_NAMES, best_dtype
-from r2scp.pipelines.ffmpeg_program import find_program
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.store.errors import R2SCPError
 from r2scp.store.feature_store import FeatureStore
 

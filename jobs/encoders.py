@@ -6,7 +6,7 @@ import torch
 
 from r2scp.jobs.weights import ENCODERS, describe_encoder, resolve_encoder
 from r2scp.model.imagebind.imagebind import DTYPE_NAMES
-from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.store.errors import EncoderError, FingerprintMismatch, UsageError
 from r2scp.store.feature_store import FeatureStore
 

@@ -19,9 +19,9 @@ from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_stages import Worker
 from r2scp.model.batch import SOURCES, Answer
 from r2scp.model.metrics import Score, Tally
-from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask
-from r2scp.pipelines.examples import MODALITIES, NO_ANSWER, Examples, Pins
-from r2scp.pipelines.feed import in_order, read_ahead
+from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask
+from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Examples, Pins
+from r2scp.pipelines.batches.prefetch import in_order, read_ahead
 from r2scp.store.errors import CheckpointError
 from r2scp.store.feature_store import FeatureStore
 

@@ -9,7 +9,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from r2scp.jobs.config import printable
-from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import CONDITIONS
 from r2scp.store.schema import WORDS
 
 HEADINGS = {"A": "A: sound only", "V": "V: picture only", "AV": "AV: both"}

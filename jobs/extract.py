@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from r2scp.pipelines.corpora import Corpus, open_corpus
-from r2scp.pipelines.decode import decode_fingerprint
-from r2scp.pipelines.embed import EncoderSpec
-from r2scp.pipelines.flows import extract
-from r2scp.pipelines.plan import Plan, Scope, make_plan
-from r2scp.pipelines.questions import QuestionPlan, plan_questions, write_questions
+from r2scp.pipelines.corpora.formats import Corpus, open_corpus
+from r2scp.pipelines.decoding.decode import decode_fingerprint
+from r2scp.pipelines.extraction.embed import EncoderSpec
+from r2scp.pipelines.extraction.flow import extract
+from r2scp.pipelines.extraction.plan import Plan, Scope, make_plan
+from r2scp.pipelines.extraction.questions import QuestionPlan, plan_questions, write_questions
+from r2scp.pipelines.extraction.stages import Provenance
 from r2scp.pipelines.ray_session import Resources, ray_session
-from r2scp.pipelines.stages import Provenance
 from r2scp.store.commits import Staged
 from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError
 from r2scp.store.feature_store import FeatureStore

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from r2scp.jobs.config import absolute, default_workers, progress_bar, tell
 from r2scp.jobs.extract import Destination, Report, Source, run_extract
 from r2scp.jobs.weights import DEMO_WEIGHTS
-from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources
 
 LINE_EVERY_S = 30.0  # plain progress lines, where there is no terminal

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.jobs.plain_values import hold_to_types
-from r2scp.pipelines.neighbour_plan import index_key, validity
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.neighbours.plan import index_key, validity
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, ModalityStatus, Table

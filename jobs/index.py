@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from r2scp.pipelines.neighbour_plan import ModePlan, plan_neighbours
-from r2scp.pipelines.neighbour_rows import Writing, note_valid, write_neighbours
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.neighbours.plan import ModePlan, plan_neighbours
+from r2scp.pipelines.neighbours.search import Writing, note_valid, write_neighbours
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.runs import Intent, Writer, writing

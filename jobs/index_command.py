@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from r2scp.jobs.config import choice, progress_bar, tell
 from r2scp.jobs.index import run_index
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval
 from r2scp.store.search.bank import BankScope

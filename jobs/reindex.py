@@ -19,7 +19,7 @@ from r2scp.jobs.extract import Destination, Extraction, Progress, Source
 from r2scp.jobs.gate import Check, dead_check, drift_checks, neighbour_checks, row_checks
 from r2scp.jobs.index import Index
 from r2scp.jobs.reindex_config import ReindexConfig
-from r2scp.pipelines.neighbour_plan import neighbours_current
+from r2scp.pipelines.neighbours.plan import neighbours_current
 from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store.commits import sql_literal
 from r2scp.store.errors import GateFailed

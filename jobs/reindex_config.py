@@ -27,7 +27,7 @@ import yaml
 from r2scp.jobs.cron_times import ScheduleSettings
 from r2scp.jobs.gate import GateSettings
 from r2scp.jobs.plain_values import built
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.search.vector_index import ServingSettings
 

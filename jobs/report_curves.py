@@ -13,7 +13,7 @@ from r2scp.jobs.report_runs import Epoch, RunFacts
 from r2scp.jobs.study import MEASURES
 from r2scp.model.batch import SOURCES
 from r2scp.model.config import Stage
-from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import CONDITIONS
 from r2scp.store.schema import WORDS
 
 SOURCE_NAMES: dict[str, str] = {**WORDS, "text": "question"}

@@ -18,7 +18,7 @@ from r2scp.jobs.figure_marks import (
 )
 from r2scp.jobs.figure_style import QUIET, STONE, Drawing, Panel, short
 from r2scp.jobs.report_runs import Evaluation, Judged, Model, RunFacts
-from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import CONDITIONS
 
 CONDITION_TITLES = {
     "A": "A: sound only",

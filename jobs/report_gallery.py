@@ -11,8 +11,8 @@ from r2scp.jobs.answered import Answered, Ask, Refused
 from r2scp.jobs.report_blocks import Section
 from r2scp.jobs.report_probe import SEED, WITH, Probe
 from r2scp.jobs.report_runs import Gap, RunFacts
-from r2scp.pipelines.dataset import CONDITIONS
-from r2scp.pipelines.examples import MODALITIES
+from r2scp.pipelines.batches.dataset import CONDITIONS
+from r2scp.pipelines.batches.examples import MODALITIES
 from r2scp.pipelines.preview import Previews
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

@@ -22,9 +22,9 @@ from r2scp.jobs.train_config import NO_RECOVERY_DROPOUT
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_stages import Worker
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask
-from r2scp.pipelines.examples import MODALITIES, NO_ANSWER, Examples
-from r2scp.pipelines.feed import in_order, read_ahead
+from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask
+from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Examples
+from r2scp.pipelines.batches.prefetch import in_order, read_ahead
 from r2scp.pipelines.purity import chance_agreement, mean_interval, neighbour_agreement
 from r2scp.store.errors import CheckpointError, StoreError
 from r2scp.store.feature_store import FeatureStore

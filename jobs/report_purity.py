@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.jobs.train_data import Opened
-from r2scp.pipelines.examples import MODALITIES, Examples
+from r2scp.pipelines.batches.examples import MODALITIES, Examples
+from r2scp.pipelines.neighbours.settings import read_neighbours
 from r2scp.pipelines.purity import NO_ROW, Agreements, Bank, Fact, answer_agreement, label_agreement
-from r2scp.pipelines.retrieve import read_neighbours
 from r2scp.store.schema import Table
 
 SIDES = ("nearest", "farthest")

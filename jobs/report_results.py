@@ -7,7 +7,7 @@ from typing import Any
 from r2scp.jobs import report_curves, report_figures
 from r2scp.jobs.report_blocks import Making, Section, share_cell
 from r2scp.jobs.report_runs import MISSHAPEN, Gap, Judged, RunFacts, command
-from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import CONDITIONS
 
 
 def accuracy(made: Making) -> None:

@@ -12,7 +12,7 @@ from r2scp.jobs.checkpoints import BEST, Checkpoint, find
 from r2scp.jobs.evaluate import BASELINES
 from r2scp.jobs.evaluation_table import OURS, TITLES
 from r2scp.model.config import Stage
-from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import CONDITIONS
 from r2scp.store.errors import R2SCPError
 
 EXPERTS_FOLDER = "experts"  # where a run with baselines keeps stage I, which they share

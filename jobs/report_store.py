@@ -7,7 +7,7 @@ from typing import Any
 from r2scp.jobs.gate import GateSettings, row_checks
 from r2scp.jobs.report_blocks import Section
 from r2scp.jobs.run_history import runs
-from r2scp.pipelines.neighbour_plan import validity
+from r2scp.pipelines.neighbours.plan import validity
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 

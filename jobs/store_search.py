@@ -18,7 +18,7 @@ from r2scp.jobs.store_condition import both, count_where
 from r2scp.jobs.store_show import literal_id, near_names
 from r2scp.jobs.store_tables import listing
 from r2scp.model.imagebind.tokenizer import CONTEXT, Tokenizer
-from r2scp.pipelines.embed import Encoder
+from r2scp.pipelines.extraction.embed import Encoder
 from r2scp.store.commits import sql_literal
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore

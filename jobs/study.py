@@ -19,7 +19,7 @@ from r2scp.jobs.study_runs import Contents, Job, experts_job, job_of, work
 from r2scp.jobs.train import TrainPlan
 from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_log import lines
-from r2scp.pipelines.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import CONDITIONS
 from r2scp.pipelines.ray_session import Resources, fan_out, ray_session
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError

@@ -20,8 +20,8 @@ from r2scp.jobs.checkpoints import find, find_last
 from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
 from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
 from r2scp.jobs.train_config import TrainConfig, experts_of
-from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.examples import Pins
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.commits import sql_literal
 from r2scp.store.errors import R2SCPError, StoreError

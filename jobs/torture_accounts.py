@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from r2scp.jobs.torture_site import Expected
-from r2scp.pipelines.clip_queries import chunks_of, query_table
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.neighbours.queries import chunks_of, query_table
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.commits import TableAddress
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table

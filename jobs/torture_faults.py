@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 
 from r2scp.jobs import extract, reindex
-from r2scp.pipelines import flows
+from r2scp.pipelines.extraction import flow as flows
+from r2scp.pipelines.extraction.stages import StageRows
 from r2scp.pipelines.ray_session import Resources, ray_session
-from r2scp.pipelines.stages import StageRows
 from r2scp.store import commits as transaction
 from r2scp.store import feature_store
 from r2scp.store import maintenance as upkeep

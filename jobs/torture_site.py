@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.pipelines.demo_corpus import SPLITS, generate, split_of
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.demo.corpus import SPLITS, generate, split_of
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.schema import Retrieval
 
 CORPUS = "demo"

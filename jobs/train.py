@@ -28,7 +28,7 @@ from r2scp.jobs.train_data import Opened
 from r2scp.jobs.train_log import lines
 from r2scp.jobs.train_loop import Training, Where
 from r2scp.jobs.train_stages import Worker
-from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import CheckpointError, R2SCPError, UsageError

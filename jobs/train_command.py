@@ -21,7 +21,7 @@ from r2scp.jobs.train_config import PRESETS, TrainConfig
 from r2scp.jobs.train_data import answers_of
 from r2scp.jobs.train_together import OURS, run_together
 from r2scp.model.config import Stage
-from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError, UsageError

@@ -12,8 +12,8 @@ from typing import Literal
 from r2scp.jobs.plain_values import built, hold_to_types
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
-from r2scp.pipelines.dataset import Negatives
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.dataset import Negatives
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.schema import Retrieval
 

@@ -6,8 +6,8 @@ from zlib import crc32
 import numpy as np
 
 from r2scp.jobs.train_config import TrainConfig
-from r2scp.pipelines.dataset import Dataset, NeighbourRows
-from r2scp.pipelines.examples import NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
+from r2scp.pipelines.batches.dataset import Dataset, NeighbourRows
+from r2scp.pipelines.batches.examples import NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES, SequenceCache

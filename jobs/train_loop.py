@@ -35,7 +35,7 @@ from r2scp.jobs.train_log import TrainLog
 from r2scp.jobs.train_stages import ExpertsStage, MixingStage, TrainStage, Worker, described
 from r2scp.model.batch import Batch
 from r2scp.model.r2scp import R2SCP, Encoded, Stage
-from r2scp.pipelines.feed import read_ahead, shuffled
+from r2scp.pipelines.batches.prefetch import read_ahead, shuffled
 from r2scp.store.errors import CheckpointError, R2SCPError
 
 LOG_EVERY = 20  # steps

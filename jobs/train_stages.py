@@ -16,9 +16,9 @@ from r2scp.jobs.train_config import TrainConfig
 from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Batch
 from r2scp.model.losses import StageOne, StageTwo, Step
 from r2scp.model.r2scp import R2SCP, Encoded, Stage
-from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
-from r2scp.pipelines.expert_states import ExpertStates
-from r2scp.pipelines.feed import in_order, read_ahead
+from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.expert_cache import ExpertStates
+from r2scp.pipelines.batches.prefetch import in_order, read_ahead
 
 
 @dataclass(frozen=True, kw_only=True)

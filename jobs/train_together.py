@@ -17,7 +17,7 @@ from r2scp.jobs.evaluate import BASELINES
 from r2scp.jobs.train import Following, TrainMeans, TrainPlan, run_training
 from r2scp.jobs.train_config import baselines, experts_of, takes_experts
 from r2scp.jobs.train_data import Opened, complete
-from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.ray_session import fan_out, ray_session
 from r2scp.store.feature_store import FeatureStore
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from r2scp.pipelines.decode import Clip, DecodeLimits, decode
-from r2scp.pipelines.ffmpeg_program import RATE
-from r2scp.pipelines.stages import file_facts
+from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode
+from r2scp.pipelines.decoding.ffmpeg_command import RATE
+from r2scp.pipelines.extraction.stages import file_facts
 from r2scp.store.errors import FailureReason, MediaError
 
 SIDE = 160  # pixels, width and height of a picture

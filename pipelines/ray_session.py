@@ -12,7 +12,7 @@ from typing import TypeVar
 import ray
 import ray.exceptions
 
-from r2scp.pipelines.decode import DecodeLimits
+from r2scp.pipelines.decoding.decode import DecodeLimits
 from r2scp.store.errors import R2SCPError, UsageError
 
 OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips

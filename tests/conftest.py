@@ -29,11 +29,11 @@ from r2scp.jobs.train_data import answers_of
 from r2scp.jobs.train_together import run_together
 from r2scp.model.config import ModelConfig
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.pipelines.dataset import Dataset, NeighbourRows
-from r2scp.pipelines.embed import EncoderSpec, key_of
-from r2scp.pipelines.examples import Asked, Clips, Examples, Pins
+from r2scp.pipelines.batches.dataset import Dataset, NeighbourRows
+from r2scp.pipelines.batches.examples import Asked, Clips, Examples, Pins
+from r2scp.pipelines.extraction.embed import EncoderSpec, key_of
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
-from r2scp.pipelines.retrieve import IndexSettings
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.annotation_values import RowFault, choices_of, inert, optional_id, split_in_name, text_of
+from r2scp.pipelines.corpora.values import RowFault, choices_of, inert, optional_id, split_in_name, text_of
 
 
 @pytest.mark.parametrize(

@@ -32,16 +32,16 @@ from r2scp.jobs.train_config import demo
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
 from r2scp.model.config import Stage
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.corpora import open_corpus
-from r2scp.pipelines.dataset import Ask as Rows
-from r2scp.pipelines.decode import DEFAULT_LIMITS, decode_fingerprint
-from r2scp.pipelines.demo_corpus import generate
-from r2scp.pipelines.embed import EmbedClips, EncoderSpec
-from r2scp.pipelines.plan import Scope, make_plan
-from r2scp.pipelines.questions import plan_questions, write_questions
-from r2scp.pipelines.recording import Recording
-from r2scp.pipelines.retrieve import IndexSettings
-from r2scp.pipelines.stages import DecodeClips, Provenance, StageRows
+from r2scp.pipelines.batches.dataset import Ask as Rows
+from r2scp.pipelines.corpora.formats import open_corpus
+from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, decode_fingerprint
+from r2scp.pipelines.demo.corpus import generate
+from r2scp.pipelines.extraction.embed import EmbedClips, EncoderSpec
+from r2scp.pipelines.extraction.plan import Scope, make_plan
+from r2scp.pipelines.extraction.questions import plan_questions, write_questions
+from r2scp.pipelines.extraction.stages import DecodeClips, Provenance, StageRows
+from r2scp.pipelines.neighbours.settings import IndexSettings
+from r2scp.pipelines.recordings.recording import Recording
 from r2scp.store.commits import Staged
 from r2scp.store.errors import FailureReason, FingerprintMismatch, MediaError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore

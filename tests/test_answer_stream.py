@@ -13,7 +13,7 @@ import pytest
 
 from r2scp.jobs.answer_stream import REMEMBERED_BYTES, in_lots
 from r2scp.jobs.answered import Ask
-from r2scp.pipelines.recording import Recording
+from r2scp.pipelines.recordings.recording import Recording
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.schema import Modality
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.__main__ import NAMES
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run, show, timed
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.pipelines.demo_corpus import generate
+from r2scp.pipelines.demo.corpus import generate
 from r2scp.store.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,7 +27,7 @@ from r2scp.jobs.checkpoints import (
 from r2scp.jobs.train_config import StageConfig, TrainConfig
 from r2scp.model.config import ModelConfig
 from r2scp.model.r2scp import R2SCP, Stage
-from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.batches.examples import Pins
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import CheckpointError, FingerprintMismatch
 from r2scp.store.feature_store import FeatureStore

@@ -20,7 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from r2scp.jobs.cli import app
-from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.store.errors import FailureReason
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.corpora import CORPORA, Corpus, RejectReason, open_corpus
+from r2scp.pipelines.corpora.formats import CORPORA, Corpus, RejectReason, open_corpus
 from r2scp.store.errors import UsageError
 
 IDS = [f"-_{n:03d}_a-Z{n % 10}{n % 7}" for n in range(600)]  # 11 characters, with what ids may hold

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.corpora import CORPORA, Corpus, RejectReason, open_corpus
+from r2scp.pipelines.corpora.formats import CORPORA, Corpus, RejectReason, open_corpus
 from r2scp.store.errors import CorpusError
 
 Row = dict[str, object] | str
@@ -241,7 +241,7 @@ def test_a_corpus_travels_to_another_process(name, tmp_path):
 MEASURE = """
 import resource, sys, time
 from pathlib import Path
-from r2scp.pipelines.corpora import open_corpus
+from r2scp.pipelines.corpora.formats import open_corpus
 start = time.perf_counter()
 corpus = open_corpus("vggsound", Path(sys.argv[1]), [Path(sys.argv[2])])
 clips = sum(1 for _ in corpus.clips())

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 
 from r2scp.jobs.extract import Destination, Report, Source, run_extract
-from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
-from r2scp.pipelines.dataset import NOTHING, Ask, Dataset, NeighbourRows
-from r2scp.pipelines.examples import Clips, Pins
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.dataset import NOTHING, Ask, Dataset, NeighbourRows
+from r2scp.pipelines.batches.examples import Clips, Pins
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from r2scp.pipelines import decode as decode_module
-from r2scp.pipelines.decode import Clip, DecodeLimits, decode, decode_fingerprint, tokens
-from r2scp.pipelines.ffmpeg_program import find_program
+from r2scp.pipelines.decoding import decode as decode_module
+from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode, decode_fingerprint, tokens
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.store.errors import FailureReason, MediaError, UsageError
 from r2scp.store.schema import ModalityStatus
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r2scp.pipelines import decode as decode_module
-from r2scp.pipelines import supervise as supervise_module
-from r2scp.pipelines.decode import decode
-from r2scp.pipelines.ffmpeg_program import RATE, SIZE, Order, find_program, picture, planes
-from r2scp.pipelines.media_faults import ENDS_BYTES, is_encrypted
-from r2scp.pipelines.probe import Prober, VideoTrack
-from r2scp.pipelines.supervise import PIPE_SIZE, Bounds, Drain, supervise
+from r2scp.pipelines.decoding import decode as decode_module
+from r2scp.pipelines.decoding import sandbox as supervise_module
+from r2scp.pipelines.decoding.decode import decode
+from r2scp.pipelines.decoding.fault_reasons import ENDS_BYTES, is_encrypted
+from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, Order, find_program, picture, planes
+from r2scp.pipelines.decoding.probe import Prober, VideoTrack
+from r2scp.pipelines.decoding.sandbox import PIPE_SIZE, Bounds, Drain, supervise
 
 SECONDS = 8  # of the clip
 
@@ -177,7 +177,7 @@ def test_planes_cut_before_interleaving_hold_the_same_values(
     order = Order(fd=0, probed=None, shift=0, end_s=2.0, max_pixels=1 << 20)  # type: ignore[arg-type]
     program = find_program(None)
     fast = picture(track, order, program)
-    monkeypatch.setattr("r2scp.pipelines.ffmpeg_program.LEAST_TAPS", 1 << 30)
+    monkeypatch.setattr("r2scp.pipelines.decoding.ffmpeg_command.LEAST_TAPS", 1 << 30)
     plain = picture(track, order, program)
     assert fast != plain
     source = f"testsrc2=s={size}:r=4:d=1,noise=alls=60,format={pixels}"

@@ -26,9 +26,9 @@ import numpy as np
 import psutil
 import pytest
 
-from r2scp.pipelines.decode import Clip, DecodeLimits, decode
-from r2scp.pipelines.ffmpeg_program import find_program
-from r2scp.pipelines.probe import POOL, Prober
+from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
+from r2scp.pipelines.decoding.probe import POOL, Prober
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.schema import ModalityStatus
 

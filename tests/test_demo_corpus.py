@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from r2scp.pipelines.corpora import open_corpus
-from r2scp.pipelines.demo_captions import AUDIO_GROUPS, VISION_GROUPS, audio_labels, caption, vision_labels
-from r2scp.pipelines.demo_corpus import generate, split_of
-from r2scp.pipelines.demo_questions import questions
-from r2scp.pipelines.demo_render import FPS, LOOKS, PLAYER_H, PLAYER_W, render_frame
-from r2scp.pipelines.demo_scene import Part, Scene, scene
-from r2scp.pipelines.demo_sound import SAMPLE_RATE, TIMBRES, render_audio, tone
-from r2scp.pipelines.demo_world import ENSEMBLES, INSTRUMENTS, OFFSTAGE, PLACES, SECONDS, Room, world
+from r2scp.pipelines.corpora.formats import open_corpus
+from r2scp.pipelines.demo.captions import AUDIO_GROUPS, VISION_GROUPS, audio_labels, caption, vision_labels
+from r2scp.pipelines.demo.corpus import generate, split_of
+from r2scp.pipelines.demo.questions import questions
+from r2scp.pipelines.demo.render import FPS, LOOKS, PLAYER_H, PLAYER_W, render_frame
+from r2scp.pipelines.demo.scene import Part, Scene, scene
+from r2scp.pipelines.demo.sound import SAMPLE_RATE, TIMBRES, render_audio, tone
+from r2scp.pipelines.demo.world import ENSEMBLES, INSTRUMENTS, OFFSTAGE, PLACES, SECONDS, Room, world
 from r2scp.store.errors import CorpusError
 
 SEED = 11

@@ -26,10 +26,10 @@ from r2scp.jobs.demo_measures import (
 )
 from r2scp.model.imagebind.imagebind import ImageBind
 from r2scp.model.imagebind.tokenizer import Tokenizer
-from r2scp.pipelines.demo_captions import SHARED_GROUPS
-from r2scp.pipelines.demo_corpus import generate
-from r2scp.pipelines.demo_questions import TEMPLATES, fill
-from r2scp.pipelines.demo_scene import scene
+from r2scp.pipelines.demo.captions import SHARED_GROUPS
+from r2scp.pipelines.demo.corpus import generate
+from r2scp.pipelines.demo.questions import TEMPLATES, fill
+from r2scp.pipelines.demo.scene import scene
 
 WEIGHTS_FILE = Path(r2scp.model.imagebind.__file__).parent / "data" / "imagebind-demo.safetensors"
 WORLD = 4900  # neither trained on nor measured for the card

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r2scp.pipelines.demo_corpus import generate
-from r2scp.pipelines.demo_questions import TEMPLATES, TYPES, fill, questions
-from r2scp.pipelines.demo_scene import scene
+from r2scp.pipelines.demo.corpus import generate
+from r2scp.pipelines.demo.questions import TEMPLATES, TYPES, fill, questions
+from r2scp.pipelines.demo.scene import scene
 
 SEED = 11
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.embed_flops import audio_flops, block_flops, clip_flops, vision_flops
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.model.imagebind.imagebind import packed_linear as linear
-from r2scp.pipelines.embed import TOKENS_PER_FORWARD, ImageBindEncoder
+from r2scp.pipelines.extraction.embed import TOKENS_PER_FORWARD, ImageBindEncoder
 
 SMALL = ImageBindConfig(
     vision=TowerConfig(width=48, depth=3, heads=4),

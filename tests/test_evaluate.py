@@ -38,9 +38,9 @@ from r2scp.jobs.train_config import StageConfig
 from r2scp.jobs.train_data import Opened
 from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Answer
 from r2scp.model.config import ModelConfig
-from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
-from r2scp.pipelines.examples import Examples, Pins
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.examples import Examples, Pins
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import CheckpointError, FingerprintMismatch, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table

@@ -7,7 +7,7 @@ import lance
 import numpy as np
 import pytest
 
-from r2scp.pipelines.examples import MODALITIES, NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
+from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

@@ -19,9 +19,9 @@ from r2scp.model.batch import AUDIO, VISUAL, Tokens
 from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.losses import StageTwo
 from r2scp.model.r2scp import R2SCP, Encoded
-from r2scp.pipelines import expert_states
-from r2scp.pipelines.dataset import NOTHING, Ask, Dataset
-from r2scp.pipelines.expert_states import ExpertStates
+from r2scp.pipelines.batches import expert_cache as expert_states
+from r2scp.pipelines.batches.dataset import NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.expert_cache import ExpertStates
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 

@@ -18,12 +18,18 @@ from r2scp.jobs.extract import Destination, Report, Source, run_extract
 from r2scp.jobs.torture_faults import FailingStage, Order
 from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import log_mel, windows
-from r2scp.pipelines import flows
-from r2scp.pipelines.decode import decode
-from r2scp.pipelines.embed import EmbedClips, EncoderSpec, ImageBindEncoder, embedded_schema, key_of
-from r2scp.pipelines.ffmpeg_program import find_program
+from r2scp.pipelines.decoding.decode import decode
+from r2scp.pipelines.decoding.ffmpeg_command import find_program
+from r2scp.pipelines.extraction import flow as flows
+from r2scp.pipelines.extraction.embed import (
+    EmbedClips,
+    EncoderSpec,
+    ImageBindEncoder,
+    embedded_schema,
+    key_of,
+)
+from r2scp.pipelines.extraction.stages import SOURCE_SCHEMA, DecodeClips
 from r2scp.pipelines.ray_session import Resources
-from r2scp.pipelines.stages import SOURCE_SCHEMA, DecodeClips
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

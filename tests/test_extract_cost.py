@@ -14,12 +14,12 @@ import pytest
 import ray.data
 
 from r2scp.jobs.extract import Destination, Source, run_extract
-from r2scp.pipelines import stages
-from r2scp.pipelines.decode import Clip, decode
-from r2scp.pipelines.embed import EmbedClips, Encoder, EncoderSpec
-from r2scp.pipelines.flows import TASKS_PER_CORE, clips_per_task
+from r2scp.pipelines.decoding.decode import Clip, decode
+from r2scp.pipelines.extraction import stages
+from r2scp.pipelines.extraction.embed import EmbedClips, Encoder, EncoderSpec
+from r2scp.pipelines.extraction.flow import TASKS_PER_CORE, clips_per_task
+from r2scp.pipelines.extraction.stages import DECODED_SCHEMA, SOURCE_SCHEMA, DecodeClips
 from r2scp.pipelines.ray_session import Resources
-from r2scp.pipelines.stages import DECODED_SCHEMA, SOURCE_SCHEMA, DecodeClips
 
 BATCH = Resources().clips_per_batch
 SMALL = 1 << 16  # bytes: more than the columns of a clip without its frames and sound

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from r2scp.pipelines.feed import AHEAD, in_order, read_ahead, shuffled
+from r2scp.pipelines.batches.prefetch import AHEAD, in_order, read_ahead, shuffled
 
 PATIENCE = 30.0  # s; how long a test waits for what must happen before it fails
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from r2scp.pipelines.corpora import RejectReason, open_corpus
+from r2scp.pipelines.corpora.formats import RejectReason, open_corpus
 
 
 def media(root: Path, *files: str) -> Path:

@@ -18,22 +18,22 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "mana
 
 #: Outside library, or part of one -> the files that may import it.
 DOORS = {
-    "ray": {"pipelines/flows.py", "pipelines/ray_session.py", "jobs/train.py"},
-    "ray.data": {"pipelines/flows.py"},
+    "ray": {"pipelines/extraction/flow.py", "pipelines/ray_session.py", "jobs/train.py"},
+    "ray.data": {"pipelines/extraction/flow.py"},
     "ray.train": {"jobs/train.py"},
     "tensorboardX": {"jobs/train_log.py"},
     "subprocess": {
-        "pipelines/ffmpeg_program.py",
-        "pipelines/supervise.py",
-        "pipelines/probe.py",
-        "pipelines/demo_corpus.py",
+        "pipelines/decoding/ffmpeg_command.py",
+        "pipelines/decoding/sandbox.py",
+        "pipelines/decoding/probe.py",
+        "pipelines/demo/corpus.py",
         "jobs/schedule.py",
         "jobs/torture_disk.py",
         "jobs/torture_victims.py",
     },
-    "ffmpeg": {"pipelines/ffmpeg_program.py"},
-    "imageio_ffmpeg": {"pipelines/ffmpeg_program.py", "pipelines/demo_corpus.py"},
-    "av": {"pipelines/probe_child.py"},
+    "ffmpeg": {"pipelines/decoding/ffmpeg_command.py"},
+    "imageio_ffmpeg": {"pipelines/decoding/ffmpeg_command.py", "pipelines/demo/corpus.py"},
+    "av": {"pipelines/decoding/probe_child.py"},
     "jinja2": {"jobs/pages.py"},
     "PIL": {"pipelines/preview.py"},
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.media_tree import NameIndex, walk
+from r2scp.pipelines.corpora.media_tree import NameIndex, walk
 from r2scp.store.errors import CorpusError
 
 

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from r2scp.jobs.extract import Destination, Source, run_extract
-from r2scp.pipelines import flows, stages
-from r2scp.pipelines.decode import Clip, StreamReport
-from r2scp.pipelines.embed import EncoderSpec
+from r2scp.pipelines.extraction import flow as flows, stages
+from r2scp.pipelines.decoding.decode import Clip, StreamReport
+from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.schema import ModalityStatus
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.corpora import Corpus, open_corpus
-from r2scp.pipelines.plan import Scope, make_plan
+from r2scp.pipelines.corpora.formats import Corpus, open_corpus
+from r2scp.pipelines.extraction.plan import Scope, make_plan
 from r2scp.store.feature_store import DESCRIBED, Known, describe
 
 FINGERPRINT = "grid1"

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from r2scp.pipelines import preview as preview_module
-from r2scp.pipelines.decode import decode
+from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.preview import MOST_PEAKS, PEAK_S, SIDE, Preview, Previews, Sight, preview, preview_of
 from r2scp.store.errors import UsageError
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r2scp.pipelines import questions
-from r2scp.pipelines.corpora import open_corpus
-from r2scp.pipelines.corpus import Corpus
-from r2scp.pipelines.embed import Encoder, EncoderSpec
-from r2scp.pipelines.questions import plan_questions, write_questions
+from r2scp.pipelines.corpora.corpus import Corpus
+from r2scp.pipelines.corpora.formats import open_corpus
+from r2scp.pipelines.extraction import questions
+from r2scp.pipelines.extraction.embed import Encoder, EncoderSpec
+from r2scp.pipelines.extraction.questions import plan_questions, write_questions
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 

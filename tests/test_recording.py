@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines import recording as module
-from r2scp.pipelines.decode import DEFAULT_LIMITS, decode
-from r2scp.pipelines.recording import Recording
-from r2scp.pipelines.stages import file_facts
+from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, decode
+from r2scp.pipelines.extraction.stages import file_facts
+from r2scp.pipelines.recordings import recording as module
+from r2scp.pipelines.recordings.recording import Recording
 from r2scp.store.errors import FailureReason, MediaError
 
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from r2scp.jobs.index import IndexReport, run_index
-from r2scp.pipelines import clip_queries
-from r2scp.pipelines.retrieve import IndexSettings, read_neighbours
+from r2scp.pipelines.neighbours import queries as clip_queries
+from r2scp.pipelines.neighbours.settings import IndexSettings, read_neighbours
 from r2scp.store.errors import LeaseHeld, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import now

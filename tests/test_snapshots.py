@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.batches.examples import Pins
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.maintenance import clean

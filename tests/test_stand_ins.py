@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from r2scp.pipelines.embed import key_of
-from r2scp.pipelines.stand_ins import Lacking, StandIns
+from r2scp.pipelines.extraction.embed import key_of
+from r2scp.pipelines.recordings.retriever import Lacking, StandIns
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.search.bank import KEY_COLUMNS, OTHER, BankScope, Search

@@ -21,10 +21,10 @@ from r2scp.jobs.cli import app
 from r2scp.jobs.encoders import encoder_spec
 from r2scp.jobs.store_search import Query, check_text, run_search, text_key
 from r2scp.jobs.store_search_page import MOST_DRAWN, write_page
-from r2scp.pipelines.demo_captions import VISION_GROUPS, caption, vision_labels
-from r2scp.pipelines.demo_render import render_frames
-from r2scp.pipelines.demo_scene import scene
-from r2scp.pipelines.embed import Encoder, EncoderSpec, key_of
+from r2scp.pipelines.demo.captions import VISION_GROUPS, caption, vision_labels
+from r2scp.pipelines.demo.render import render_frames
+from r2scp.pipelines.demo.scene import scene
+from r2scp.pipelines.extraction.embed import Encoder, EncoderSpec, key_of
 from r2scp.store.errors import FingerprintMismatch, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table

@@ -20,8 +20,8 @@ from r2scp.jobs.train_stages import ExpertsStage, Worker
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig, StageOne
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.dataset import NOTHING
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.dataset import NOTHING
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval

@@ -31,8 +31,8 @@ from r2scp.jobs.study_table import markdown
 from r2scp.jobs.train_command import Wanted, plan_of
 from r2scp.jobs.train_config import StageConfig, TrainConfig
 from r2scp.jobs.train_log import lines
-from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.examples import Pins
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table

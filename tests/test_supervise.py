@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import psutil
 import pytest
 
-from r2scp.pipelines.supervise import Bounds, Finished, Stop, supervise
+from r2scp.pipelines.decoding.sandbox import Bounds, Finished, Stop, supervise
 
 
 def run(
@@ -109,7 +109,7 @@ def test_an_exception_in_our_own_code_ends_the_program(monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     known = {child.pid for child in psutil.Process().children()}
-    monkeypatch.setattr("r2scp.pipelines.supervise._drain", interrupted)
+    monkeypatch.setattr("r2scp.pipelines.decoding.sandbox._drain", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("sleep 600")
     assert {child.pid for child in psutil.Process().children()} <= known

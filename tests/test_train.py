@@ -25,7 +25,7 @@ from r2scp.model.batch import AUDIO, VISUAL, Batch
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
 from r2scp.model.r2scp import R2SCP, Stage
-from r2scp.pipelines.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 

@@ -11,7 +11,7 @@ import pytest
 from r2scp.jobs.train_config import PRESETS, StageConfig, TrainConfig, paper_avqa, paper_music_avqa
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.schema import Retrieval
 from r2scp.store.search.bank import BankScope

@@ -20,8 +20,8 @@ from r2scp.jobs.train_data import Opened
 from r2scp.model.batch import Answer, Batch
 from r2scp.model.config import ModelConfig
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.examples import Pins
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import (
     CheckpointError,
     FingerprintMismatch,

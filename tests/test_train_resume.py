@@ -24,8 +24,8 @@ from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
 from r2scp.jobs.index import run_index
 from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
 from r2scp.jobs.train_log import lines
-from r2scp.pipelines.examples import Pins
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches.examples import Pins
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import CheckpointError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
@@ -43,7 +43,7 @@ from pathlib import Path
 from r2scp.jobs import train_loop, train_stages
 from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
 from r2scp.jobs.train_config import TrainConfig
-from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.batches.examples import Pins
 
 values, stage, count = json.loads(sys.argv[1]), getattr(train_stages, sys.argv[2]), int(sys.argv[3])
 taken = 0

@@ -13,7 +13,7 @@ from r2scp.jobs.train import TrainMeans, TrainPlan
 from r2scp.jobs.train_config import StageConfig, baselines, experts_of
 from r2scp.jobs.train_log import lines
 from r2scp.jobs.train_together import OURS, run_together
-from r2scp.pipelines.examples import Pins
+from r2scp.pipelines.batches.examples import Pins
 from r2scp.store.errors import CheckpointError, R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table

@@ -19,13 +19,14 @@ from r2scp.jobs.index import run_index
 from r2scp.model.batch import AUDIO, Tokens
 from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines import expert_states, gather
-from r2scp.pipelines.dataset import Ask, Dataset, NeighbourRows
-from r2scp.pipelines.embed import key_of
-from r2scp.pipelines.examples import Asked, Clips, Examples, Pins
-from r2scp.pipelines.expert_states import ExpertStates
-from r2scp.pipelines.feed import read_ahead, shuffled
-from r2scp.pipelines.retrieve import IndexSettings
+from r2scp.pipelines.batches import expert_cache as expert_states
+from r2scp.pipelines.batches import pooled_gather as gather
+from r2scp.pipelines.batches.dataset import Ask, Dataset, NeighbourRows
+from r2scp.pipelines.batches.examples import Asked, Clips, Examples, Pins
+from r2scp.pipelines.batches.expert_cache import ExpertStates
+from r2scp.pipelines.batches.prefetch import read_ahead, shuffled
+from r2scp.pipelines.extraction.embed import key_of
+from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
 from r2scp.store.token_cache import SequenceCache

@@ -1,0 +1,1 @@
+"""From rows of the store to batches for the model."""

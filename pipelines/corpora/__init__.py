@@ -1,0 +1,1 @@
+"""From a corpus's own files to rows of clips and questions."""

@@ -1,0 +1,258 @@
+"""What one row of a dataset's own annotation file says, dataset by dataset.
+
+Each `*_row` takes one row as the reader gave it, and the split its file stands for, and returns an
+`AnnotationRow` or raises `RowFault`. None of them touches the disk: an id is text until a file that was
+found on the disk turns out to bear it.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+from r2scp.pipelines.corpora.values import (
+    RejectReason,
+    RowFault,
+    answer_among,
+    answer_of,
+    cells_of,
+    choices_of,
+    file_name,
+    inert,
+    json_list,
+    key_of,
+    optional_id,
+    record_of,
+    relative_path,
+    split_named,
+    text_of,
+    word_of,
+)
+
+AVQA_CHOICES = 4
+
+_YOUTUBE_ID = r"([A-Za-z0-9_-]{11})"
+_YOUTUBE_NAME = re.compile(_YOUTUBE_ID + r"(?:_|$)")
+_BY_SECONDS = re.compile(_YOUTUBE_ID + r"_([0-9]{6})")
+_BY_MILLISECONDS = re.compile(_YOUTUBE_ID + r"_([0-9]{1,9})_([0-9]{1,9})")
+_STARTLESS = re.compile(_YOUTUBE_ID + r"_trimmed")
+_WHOLE_SECONDS = re.compile(r"([0-9]{1,6})(?:\.0+)?")
+_SLOT = re.compile(r"<[^<>]*>")
+_FLIPPED = "_flip"
+_DERIVED = re.compile(r"e(?:sa|va|vv)([0-9]{8})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """The question of a row. `question_id` is "" where the row has none; `answer_index` -1: no choices."""
+
+    question_id: str
+    question: str
+    type: str
+    answer: str
+    choices: tuple[str | None, ...] = ()
+    answer_index: int = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnnotationRow:
+    """One row: a clip, and perhaps a question about it. `deleted`: its makers took it back."""
+
+    video_id: str
+    split: str = ""
+    labels: tuple[str, ...] = ()
+    asked: Asked | None = None
+    deleted: bool = False
+
+
+# --- VGGSound -----------------------------------------------------------------------------------------
+
+
+def vggsound_row(cells: object, split: str) -> AnnotationRow:
+    """`id,start,label,split`; the older `{id}_{start:06d}.mp4,label`; or a bare clip name."""
+    cells = cells_of(cells)
+    if len(cells) == 4:
+        youtube_id, start = word_of(cells[0], "id"), _WHOLE_SECONDS.fullmatch(cells[1].strip())
+        if not re.fullmatch(_YOUTUBE_ID, youtube_id):
+            detail = f"must be an 11-character YouTube id: {inert(youtube_id)}"
+            raise RowFault(RejectReason.BAD_VIDEO_ID, detail)
+        if not start:
+            raise RowFault(RejectReason.BAD_START, f"must be whole seconds: {inert(cells[1])}")
+        video_id, split = f"{youtube_id}_{int(start[1]):06d}", split_named(cells[3])
+    elif len(cells) in (1, 2):
+        video_id = vggsound_name(os.path.splitext(word_of(cells[0], "clip name"))[0])
+        if not (_BY_SECONDS.fullmatch(video_id) or _BY_MILLISECONDS.fullmatch(video_id)):
+            detail = f"must be ID_SSSSSS or ID_STARTMS_ENDMS: {inert(cells[0])}"
+            raise RowFault(RejectReason.BAD_VIDEO_ID, detail)
+    else:
+        raise RowFault(RejectReason.WRONG_COLUMNS, f"must have 4, 2 or 1 cells, got {len(cells)}")
+    label = text_of(cells[-2 if len(cells) == 4 else -1], "label") if len(cells) > 1 else ""
+    return AnnotationRow(video_id=video_id, split=split, labels=(label,) if label else ())
+
+
+def vggsound_name(stem: str) -> str:
+    """One name for a clip under both namings: `{id}_{start:06d}`. Any other stem is returned as it is.
+
+    Ids hold `_` and `-` themselves and are 11 characters long: it is the length that tells them apart.
+    """
+    found = _BY_MILLISECONDS.fullmatch(stem)
+    if found and int(found[2]) % 1000 == 0 and int(found[2]) < int(found[3]):
+        return f"{found[1]}_{int(found[2]) // 1000:06d}"
+    return stem
+
+
+def youtube_source(name: str) -> str:
+    """The YouTube id in a clip's name; "" for a name that has none."""
+    found = _YOUTUBE_NAME.match(name)
+    return found[1] if found else ""
+
+
+# --- MUSIC-AVQA ---------------------------------------------------------------------------------------
+
+
+def music_avqa_row(record: object, split: str) -> AnnotationRow:
+    """One question about one video, its template filled in."""
+    record = record_of(record)
+    video = key_of(record, "video_id")
+    if isinstance(video, int) and not isinstance(video, bool):
+        video = f"{video:08d}"
+    video_id = file_name(video)
+    if _deleted(record.get("question_deleted")):
+        return AnnotationRow(video_id=video_id, split=split, deleted=True)
+    question = _filled(key_of(record, "question_content"), record.get("templ_values"))
+    asked = Asked(
+        question_id=optional_id(record.get("question_id")),
+        question=question,
+        type=_question_type(key_of(record, "type")),
+        answer=answer_of(key_of(record, "anser", "answer")),  # the published files say `anser`
+    )
+    return AnnotationRow(video_id=video_id, split=split, asked=asked)
+
+
+def music_avqa_source(video_id: str) -> str:
+    """The recording behind a MUSIC-AVQA video.
+
+    A `_flip` video is the mirrored one. The synthetic videos esa, eva and evv carry the number of the
+    real video they were made from: all 654 of those numbers are real videos (569 of the 831 other
+    numbers in their range are), and a pair shares 0.55 to 0.69 of the instruments its questions name
+    against 0.10 for a random pair. The numbers of sa, va and vv stand for nothing but themselves.
+    """
+    while video_id.endswith(_FLIPPED):
+        video_id = video_id.removesuffix(_FLIPPED)
+    derived = _DERIVED.fullmatch(video_id)
+    return derived[1] if derived else video_id
+
+
+def _filled(template: object, values: object) -> str:
+    """The template with its slots filled in order."""
+    template = text_of(template, "question")
+    if not template:
+        raise RowFault(RejectReason.NO_QUESTION, "the question is blank")
+    filling = [answer_of(value) for value in json_list(values, RejectReason.BAD_TEMPLATE, "templ_values")]
+    between = _SLOT.split(template)
+    if len(between) - 1 != len(filling):
+        detail = f"{len(between) - 1} slots, {len(filling)} values: {inert(template)}"
+        raise RowFault(RejectReason.BAD_TEMPLATE, detail)
+    parts = [between[0]]
+    for value, rest in zip(filling, between[1:], strict=True):
+        parts += (value, rest)
+    return "".join(parts)
+
+
+def _question_type(value: object) -> str:
+    """`["Audio-Visual", "Counting"]`, a list or the JSON text of one, as `Audio-Visual/Counting`."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        words = [value]
+    else:
+        words = json_list(value, RejectReason.BAD_TYPE, "type")
+    named = [text_of(word, "type") for word in words]
+    if not named or not all(named):
+        raise RowFault(RejectReason.BAD_TYPE, f"must be a list of words: {inert(value)}")
+    return "/".join(named)
+
+
+def _deleted(flag: object) -> bool:
+    text = str(flag).strip().lower()
+    if text in {"none", "nan", "", "0", "0.0", "false"}:
+        return False
+    if text in {"1", "1.0", "true"}:
+        return True
+    raise RowFault(RejectReason.BAD_DELETED_FLAG, f"question_deleted must be 0 or 1: {inert(flag)}")
+
+
+# --- AVQA ---------------------------------------------------------------------------------------------
+
+
+def avqa_row(record: object, split: str) -> AnnotationRow:
+    """One question with up to four choices about one VGGSound clip.
+
+    `answer` is an index into `multi_choice`; re-splits of the dataset write the answer out, and leave
+    the choices away where the question is open.
+    """
+    record = record_of(record)
+    video_id = vggsound_name(os.path.splitext(file_name(key_of(record, "video_name")))[0])
+    if not (_BY_SECONDS.fullmatch(video_id) or _STARTLESS.fullmatch(video_id)):
+        raise RowFault(RejectReason.BAD_VIDEO_ID, f"must be ID_SSSSSS: {inert(record['video_name'])}")
+    question = text_of(record.get("question_text") or "", "question")
+    if not question:
+        raise RowFault(RejectReason.NO_QUESTION, "question_text is missing or blank")
+    choices = choices_of(record.get("multi_choice"))
+    if len(choices) > AVQA_CHOICES:
+        raise RowFault(RejectReason.BAD_CHOICES, f"must be at most {AVQA_CHOICES}, got {len(choices)}")
+    answer, index = answer_among(key_of(record, "answer"), choices)
+    asked = Asked(
+        question_id=optional_id(record.get("id")),
+        question=question,
+        type=text_of(record.get("question_type") or "", "type"),
+        answer=answer,
+        choices=choices,
+        answer_index=index,
+    )
+    label = text_of(record.get("label") or "", "label")
+    return AnnotationRow(video_id=video_id, split=split, labels=(label,) if label else (), asked=asked)
+
+
+def is_startless(video_id: str) -> bool:
+    """Whether an AVQA name says only which source its clip is from (`{id}_trimmed`)."""
+    return _STARTLESS.fullmatch(video_id) is not None
+
+
+# --- one's own questions about a folder ---------------------------------------------------------------
+
+FOLDER_COLUMNS = ("video", "question", "answer", "split", "type", "choices", "question_id", "labels")
+
+
+def folder_row(record: object, split: str) -> AnnotationRow:
+    """One of `FOLDER_COLUMNS`' rows. Only `video` must be there.
+
+    `choices` and `labels` are a JSON list, or text with `|` between the items. `answer` is text, one of
+    the choices where there are any, or (JSON only) the index of one. A row without question, answer and
+    choices only gives its video a split or labels.
+    """
+    record = record_of(record)
+    if unknown := [key for key in record if key not in FOLDER_COLUMNS]:
+        detail = f"unknown key {inert(unknown[0])}; known: {', '.join(FOLDER_COLUMNS)}"
+        raise RowFault(RejectReason.WRONG_COLUMNS, detail)
+    row_split = record.get("split")
+    labels = tuple(label for label in choices_of(record.get("labels")) if label)
+    question = text_of(record.get("question") or "", "question")
+    answer, choices = record.get("answer"), choices_of(record.get("choices"))
+    blank = answer is None or answer == ""
+    asked = None
+    if question:
+        said, index = ("", -1) if blank else answer_among(answer, choices)
+        asked = Asked(
+            question_id=optional_id(record.get("question_id")),
+            question=question,
+            type=text_of(record.get("type") or "", "type"),
+            answer=said,
+            choices=choices,
+            answer_index=index,
+        )
+    elif not blank or choices:
+        raise RowFault(RejectReason.NO_QUESTION, "an answer or choices, but no question")
+    return AnnotationRow(
+        video_id=relative_path(key_of(record, "video")),
+        split=(split_named(row_split, strict=False) if row_split else "") or split,
+        labels=labels,
+        asked=asked,
+    )

@@ -1,0 +1,1 @@
+"""From clips to rows of the store: what is new, decode, embed, stage."""

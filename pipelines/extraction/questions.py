@@ -1,0 +1,148 @@
+"""Questions of a corpus to rows of `questions`, embedded by the text tower.
+
+Only questions about clips that the store holds are stored. Each distinct text is embedded once: a corpus
+of 32,000 questions from 33 templates has far fewer texts than questions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from r2scp.pipelines.corpora.corpus import Corpus, QuestionRow
+from r2scp.pipelines.extraction.embed import Encoder, EncoderSpec
+from r2scp.store.commits import sql_literal
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.lease import now
+from r2scp.store.schema import Table
+
+COMPARED = ("clip_id", "split", "question", "type", "answer", "choices", "answer_index")
+ROWS_PER_FRAGMENT = 4_096
+TEXTS_AT_ONCE = 1_024  # words in memory: 80 MB of twenty each at D = 1024, float32
+
+
+@dataclass(kw_only=True)
+class QuestionPlan:
+    """What is to do about the questions of one corpus, and the account of all of them.
+
+    Counts: `inputs` (well-formed questions), `stored`, `unchanged`, `without_clip` (their clip is not in the
+    store), `rejects`, `duplicates`, `dropped` (in the store, and no longer asked or without their clip).
+    """
+
+    wanted: list[QuestionRow]
+    dropped: list[str]  # question ids
+    counts: dict[str, int]
+
+    @property
+    def due(self) -> bool:
+        return bool(self.wanted or self.dropped)
+
+
+def plan_questions(corpus: Corpus, store: FeatureStore, drop: bool = False) -> QuestionPlan:
+    """Compare a corpus's questions with the store's. Without `drop` what is no longer asked stays."""
+    counts = {"inputs": 0, "stored": 0, "unchanged": 0, "without_clip": 0}
+    where = f"corpus = {sql_literal(corpus.name)}"
+    clips = set(store.clips(columns=["clip_id"], where=where)["clip_id"].to_pylist())
+    held = store.questions(columns=["question_id", *COMPARED], where=where).to_pylist()
+    known = {row["question_id"]: _content(row) for row in held}
+    plan = QuestionPlan(wanted=[], dropped=[], counts=counts)
+    asked: set[str] = set()
+    for question in corpus.questions():
+        counts["inputs"] += 1
+        if question.clip_id not in clips:
+            counts["without_clip"] += 1
+            continue
+        asked.add(question.question_id)
+        if known.get(question.question_id) == _content(_plain(question)):
+            counts["unchanged"] += 1
+        else:
+            counts["stored"] += 1
+            plan.wanted.append(question)
+    counts["rejects"] = corpus.question_tally.rejects.total()
+    counts["duplicates"] = corpus.question_tally.duplicates
+    if drop:
+        plan.dropped = [question_id for question_id in known if question_id not in asked]
+    counts["dropped"] = len(plan.dropped)
+    return plan
+
+
+def write_questions(plan: QuestionPlan, store: FeatureStore, encoder: EncoderSpec, run_id: str) -> None:
+    """Embed and store what is wanted and remove what is dropped, in one new version."""
+    staged = []
+    if plan.wanted:
+        loaded = encoder.load()
+        staged = [
+            store.stage(Table.QUESTIONS, table) for table in _tables(plan.wanted, loaded, store, run_id)
+        ]
+    properties = {"run": run_id, "sequence": "questions"}
+    store.commit(Table.QUESTIONS, staged, properties, also_delete=plan.dropped)
+
+
+def _plain(question: QuestionRow) -> dict[str, object]:
+    return {name: getattr(question, name) for name in COMPARED}
+
+
+def _content(row: Mapping[str, object]) -> tuple[object, ...]:
+    choices = row["choices"]
+    assert isinstance(choices, list | tuple)
+    return tuple(tuple(choices) if name == "choices" else row[name] for name in COMPARED)
+
+
+def choice_texts(question: str, choices: Sequence[str | None]) -> list[str | None]:
+    """What the answer head scores a choice by: the question with the choice behind it."""
+    return [None if choice is None else f"{question} {choice}" for choice in choices]
+
+
+class Texts:
+    """Embeddings of the texts met so far. A choice's words are not kept: nothing reads them."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.words: dict[str, np.ndarray] = {}  # float16 (W, D), of questions
+        self.sentences: dict[str, np.ndarray] = {}  # float32 (D,), of questions and of choices behind them
+        self._encoder = encoder
+
+    def embed(self, texts: Set[str], *, words: bool) -> None:
+        """Have `sentences`, and with `words` those too, of some texts."""
+        due = sorted(texts - (self.words if words else self.sentences).keys())
+        for start in range(0, len(due), TEXTS_AT_ONCE):
+            part = due[start : start + TEXTS_AT_ONCE]
+            each, sentences = self._encoder.questions(part)
+            for text, words_WD, sentence_D in zip(part, each, sentences, strict=True):
+                self.sentences[text] = sentence_D
+                if words:
+                    self.words[text] = words_WD.astype(np.float16)
+
+
+def _tables(
+    questions: Sequence[QuestionRow], encoder: Encoder, store: FeatureStore, run_id: str
+) -> Iterator[pa.Table]:
+    schema = store.address(Table.QUESTIONS).schema
+    texts = Texts(encoder)
+    missing = np.zeros(store.dim, np.float16)
+    for start in range(0, len(questions), ROWS_PER_FRAGMENT):
+        part = questions[start : start + ROWS_PER_FRAGMENT]
+        behind = {q.question_id: choice_texts(q.question, q.choices) for q in part}
+        texts.embed({question.question for question in part}, words=True)
+        texts.embed({text for each in behind.values() for text in each if text}, words=False)
+        yield pa.Table.from_pylist(
+            [
+                _plain(question)
+                | {
+                    "question_id": question.question_id,
+                    "corpus": question.corpus,
+                    "words": list(texts.words[question.question]),
+                    "sentence": texts.sentences[question.question],
+                    "choice_sentences": [
+                        missing if text is None else texts.sentences[text].astype(np.float16)
+                        for text in behind[question.question_id]
+                    ]
+                    or None,
+                    "encoder_fingerprint": store.fingerprint,
+                    "run_id": run_id,
+                    "ingested_at": now(),
+                }
+                for question in part
+            ],
+            schema=schema,
+        )

@@ -1,0 +1,1 @@
+"""Nearest and farthest clips of each clip, kept up to date."""

@@ -1,0 +1,1 @@
+"""A recording from outside the store, and the clips retrieved for it."""
