@@ -38,8 +38,8 @@ import torch
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run
 from benchmarks.extract_peers import encoder_of, loop, with_daft
 from benchmarks.machine import cores
-from r2scp.jobs.encoders import encoder_spec, pick_device
-from r2scp.jobs.extract import Destination, Source, run_extract
+from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
+from r2scp.jobs.ingest.extract import Destination, Source, run_extract
 from r2scp.pipelines.corpora.formats import open_corpus
 from r2scp.pipelines.decoding.decode import Clip, decode
 from r2scp.pipelines.decoding.ffmpeg_command import find_program

@@ -32,11 +32,11 @@ import yaml
 
 from benchmarks.contest import Grade, Report, Row, Sheet, run
 from benchmarks.machine import cores
-from r2scp.jobs.encoders import encoder_spec
-from r2scp.jobs.extract import Destination, Source, run_extract
-from r2scp.jobs.reindex import ReindexReport, run_reindex
-from r2scp.jobs.reindex_config import read_config
-from r2scp.jobs.weights import resolve_encoder
+from r2scp.jobs.ingest.encoders import encoder_spec
+from r2scp.jobs.ingest.extract import Destination, Source, run_extract
+from r2scp.jobs.ingest.weights import resolve_encoder
+from r2scp.jobs.reindex.config import read_config
+from r2scp.jobs.reindex.job import ReindexReport, run_reindex
 from r2scp.model.imagebind.imagebind import ImageBind
 from r2scp.pipelines.corpora.corpus import ClipRow
 from r2scp.pipelines.corpora.formats import open_corpus

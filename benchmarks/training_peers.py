@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.machine import cores
 from benchmarks.training_store import DIM, SECONDS
-from r2scp.jobs.train_data import Opened
+from r2scp.jobs.training.data import Opened
 from r2scp.model.batch import Batch, Neighbours
 from r2scp.pipelines.batches.dataset import Dataset
 from r2scp.pipelines.batches.examples import MODALITIES

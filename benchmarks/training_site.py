@@ -7,8 +7,8 @@ import numpy as np
 
 from benchmarks.training_peers import Arrays
 from benchmarks.training_store import ANSWERS, Scale, fill
-from r2scp.jobs.train_config import paper_music_avqa
-from r2scp.jobs.train_data import Opened, answers_of, complete
+from r2scp.jobs.training.config import paper_music_avqa
+from r2scp.jobs.training.data import Opened, answers_of, complete
 from r2scp.pipelines.batches.dataset import Dataset
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.batches.prefetch import shuffled

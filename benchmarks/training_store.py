@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from r2scp.jobs.index import run_index
+from r2scp.jobs.ingest.index import run_index
 from r2scp.pipelines.extraction.flow import ROWS_PER_FRAGMENT as CLIPS_PER_FRAGMENT
 from r2scp.pipelines.extraction.questions import ROWS_PER_FRAGMENT as QUESTIONS_PER_FRAGMENT
 from r2scp.pipelines.neighbours.settings import IndexSettings

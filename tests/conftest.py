@@ -21,12 +21,12 @@ import ray
 import torch
 from moto.server import ThreadedMotoServer
 
-from r2scp.jobs.encoders import encoder_spec
-from r2scp.jobs.index import run_index
-from r2scp.jobs.train import TrainMeans, TrainPlan
-from r2scp.jobs.train_config import StageConfig, TrainConfig
-from r2scp.jobs.train_data import answers_of
-from r2scp.jobs.train_together import run_together
+from r2scp.jobs.ingest.encoders import encoder_spec
+from r2scp.jobs.ingest.index import run_index
+from r2scp.jobs.training.config import StageConfig, TrainConfig
+from r2scp.jobs.training.data import answers_of
+from r2scp.jobs.training.run import TrainMeans, TrainPlan
+from r2scp.jobs.training.with_baselines import run_together
 from r2scp.model.config import ModelConfig
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.pipelines.batches.dataset import Dataset, NeighbourRows

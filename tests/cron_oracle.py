@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cache
 
-from r2scp.jobs.cron_times import ScheduleSettings, zone_of
+from r2scp.jobs.reindex.cron import ScheduleSettings, zone_of
 
 BERLIN = "Europe/Berlin"  # clocks go forward on 2027-03-28 at 01:00 UTC, back on 2027-10-31 at 01:00 UTC
 HAVANA = "America/Havana"  # clocks go forward at midnight

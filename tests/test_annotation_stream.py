@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.corpora.formats import readers as annotation_stream
+from r2scp.pipelines.corpora import readers as annotation_stream
 from r2scp.pipelines.corpora.readers import csv_lines, csv_records, json_rows
 from r2scp.pipelines.corpora.values import RejectReason, RowFault
 from r2scp.store.errors import CorpusError

@@ -21,14 +21,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from r2scp.jobs.answer import Answerer, AnswerMeans
-from r2scp.jobs.answered import Answered, Ask, Refused
-from r2scp.jobs.checkpoints import BEST, Checkpoint, find, write
-from r2scp.jobs.cli import app
-from r2scp.jobs.encoders import encoder_spec
-from r2scp.jobs.evaluate import open_for
-from r2scp.jobs.index import run_index
-from r2scp.jobs.train_config import demo
+from r2scp.jobs.answer.answerer import Answerer, AnswerMeans
+from r2scp.jobs.answer.records import Answered, Ask, Refused
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.ingest.encoders import encoder_spec
+from r2scp.jobs.ingest.index import run_index
+from r2scp.jobs.training.checkpoints import BEST, Checkpoint, find, write
+from r2scp.jobs.training.config import demo
+from r2scp.jobs.training.evaluate import open_for
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
 from r2scp.model.config import Stage
 from r2scp.model.r2scp import R2SCP

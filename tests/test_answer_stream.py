@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r2scp.jobs.answer_stream import REMEMBERED_BYTES, in_lots
-from r2scp.jobs.answered import Ask
+from r2scp.jobs.answer.batching import REMEMBERED_BYTES, in_lots
+from r2scp.jobs.answer.records import Ask
 from r2scp.pipelines.recordings.recording import Recording
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.schema import Modality

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2scp.jobs import checkpoints
-from r2scp.jobs.checkpoints import (
+from r2scp.jobs.training import checkpoints
+from r2scp.jobs.training.checkpoints import (
     BEST,
     EXPERTS,
     LAST,
@@ -24,7 +24,7 @@ from r2scp.jobs.checkpoints import (
     optimiser_tensors,
     write,
 )
-from r2scp.jobs.train_config import StageConfig, TrainConfig
+from r2scp.jobs.training.config import StageConfig, TrainConfig
 from r2scp.model.config import ModelConfig
 from r2scp.model.r2scp import R2SCP, Stage
 from r2scp.pipelines.batches.examples import Pins

@@ -19,7 +19,7 @@ from click.testing import Result
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from r2scp.jobs.cli import app
+from r2scp.jobs.cli.main import app
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.store.errors import FailureReason
 from r2scp.store.feature_store import FeatureStore
@@ -90,7 +90,7 @@ def test_the_readme_names_no_command_that_is_not_there() -> None:
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys\nfrom r2scp.jobs.cli import app\n"
+        "import sys\nfrom r2scp.jobs.cli.main import app\n"
         "heavy = {'torch', 'ray', 'lance', 'av', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
@@ -101,7 +101,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 def test_what_only_reads_the_store_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     FeatureStore.create(str(tmp_path / "store"), "f", 8)
     code = (
-        "import sys\nfrom r2scp.jobs.cli import app\n"
+        "import sys\nfrom r2scp.jobs.cli.main import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"
         "heavy = {'torch', 'ray', 'av', 'transformers'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
@@ -224,7 +224,7 @@ def test_doctor_says_what_is_there(full_store: FeatureStore, tmp_path: Path) -> 
 def test_a_progress_bar_on_a_terminal() -> None:
     """A bar whose total is not known yet draws as well; on no terminal nothing is drawn."""
     code = (
-        "from r2scp.jobs.config import progress_bar\n"
+        "from r2scp.jobs.console import progress_bar\n"
         "with progress_bar() as bar:\n"
         "    task = bar.add_task('extract', total=None, note='')\n"
         "    bar.refresh()\n"

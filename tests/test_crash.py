@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from r2scp.jobs.extract import Destination, Report, Source, run_extract
+from r2scp.jobs.ingest.extract import Destination, Report, Source, run_extract
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
@@ -35,8 +35,8 @@ POLL_S = 0.05
 #: waits for a word: so a crash can be put at any moment between two commits.
 DRIVER = """
 import sys
-from r2scp.jobs import extract
-from r2scp.jobs.cli import app
+from r2scp.jobs.ingest import extract
+from r2scp.jobs.cli.main import app
 from r2scp.store.feature_store import FeatureStore
 
 def pausing(self, table, *arguments, commit=FeatureStore.commit, **named):

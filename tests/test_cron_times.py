@@ -8,8 +8,8 @@ from zoneinfo import ZoneInfo
 import pytest
 from cron_oracle import BERLIN, HAVANA, moment, random_settings, slow_runs
 
-from r2scp.jobs.cron_times import ScheduleSettings, next_run, period_of, runs_after, zone_of
-from r2scp.jobs.plain_values import built
+from r2scp.jobs.reindex.cron import ScheduleSettings, next_run, period_of, runs_after, zone_of
+from r2scp.jobs.settings import built
 from r2scp.store.errors import UsageError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from r2scp.jobs.checkpoints import find
-from r2scp.jobs.cli import app
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.training.checkpoints import find
 from r2scp.store.feature_store import FeatureStore
 
 CLIPS, QUESTIONED = 12, {"train", "val", "test"}

@@ -13,9 +13,9 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
 import r2scp.model.imagebind
-from r2scp.jobs.demo_contrasts import Contrasts, Towers, listen, look
-from r2scp.jobs.demo_encoder import CLIPS_A_WORLD, CONFIG, RENDERED_SECONDS, Batches, Pairs, render, train
-from r2scp.jobs.demo_measures import (
+from r2scp.jobs.demo.contrasts import Contrasts, Towers, listen, look
+from r2scp.jobs.demo.encoder import CLIPS_A_WORLD, CONFIG, RENDERED_SECONDS, Batches, Pairs, render, train
+from r2scp.jobs.demo.measures import (
     Embedded,
     embed_clip,
     embed_scenes,

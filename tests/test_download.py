@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.jobs import download as download_module
-from r2scp.jobs.download import Patience, RemoteFile, download
+from r2scp.jobs.ingest import download as download_module
+from r2scp.jobs.ingest.download import Patience, RemoteFile, download
 from r2scp.store.errors import EncoderError
 
 CONTENT = random.Random(1).randbytes(300_000)

@@ -21,8 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from r2scp.jobs.checkpoints import Checkpoint, find
-from r2scp.jobs.evaluate import (
+from r2scp.jobs.ingest.index import run_index
+from r2scp.jobs.training.checkpoints import Checkpoint, find
+from r2scp.jobs.training.config import StageConfig
+from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.evaluate import (
     MISSING_RATES,
     Asked,
     EvaluateMeans,
@@ -32,10 +35,7 @@ from r2scp.jobs.evaluate import (
     questions_of,
     run_evaluate,
 )
-from r2scp.jobs.index import run_index
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_config import StageConfig
-from r2scp.jobs.train_data import Opened
+from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
 from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Answer
 from r2scp.model.config import ModelConfig
 from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
@@ -245,7 +245,7 @@ def test_every_model_is_asked_the_same(judged: Judged, monkeypatch: pytest.Monke
 def test_another_process_gives_identical_numbers(judged: Judged, report: dict[str, Any]) -> None:
     store, run = judged
     words = ["evaluate", str(run), "--store", store.uri, "--missing-rates", "--json", "--device", "cpu"]
-    code = "import sys; from r2scp.jobs.cli import app; app(sys.argv[1:])"
+    code = "import sys; from r2scp.jobs.cli.main import app; app(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -14,11 +14,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
-from r2scp.jobs.evaluation_table import TITLES, tables
-from r2scp.jobs.study import MEASURES
-from r2scp.jobs.study_table import markdown
-from r2scp.jobs.study_table import tables as study_tables
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
+from r2scp.jobs.training.evaluation_table import TITLES, tables
+from r2scp.jobs.training.study.run import MEASURES
+from r2scp.jobs.training.study.table import markdown
+from r2scp.jobs.training.study.table import tables as study_tables
 from r2scp.store.feature_store import FeatureStore
 
 WIDTH = 80

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from r2scp.jobs.extract import Destination, Report, Source, run_extract
-from r2scp.jobs.torture_faults import FailingStage, Order
+from r2scp.jobs.faults.injection import FailingStage, Order
+from r2scp.jobs.ingest.extract import Destination, Report, Source, run_extract
 from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import log_mel, windows
 from r2scp.pipelines.decoding.decode import decode

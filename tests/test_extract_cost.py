@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from r2scp.jobs.extract import Destination, Source, run_extract
+from r2scp.jobs.ingest.extract import Destination, Source, run_extract
 from r2scp.pipelines.decoding.decode import Clip, decode
 from r2scp.pipelines.extraction import stages
 from r2scp.pipelines.extraction.embed import EmbedClips, Encoder, EncoderSpec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lance.fragment import FragmentMetadata
 
-from r2scp.jobs.gate import Check, GateSettings, dead_check, drift, drift_checks, row_checks
+from r2scp.jobs.reindex.gate import Check, GateSettings, dead_check, drift, drift_checks, row_checks
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 

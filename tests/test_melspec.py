@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from r2scp.model.imagebind.imagebind import melspec
+from r2scp.model.imagebind import melspec
 from r2scp.model.imagebind.melspec import SAMPLE_RATE, SILENCE, WINDOW, log_mel, windows
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r2scp.jobs.extract import Destination, Source, run_extract
+from r2scp.jobs.ingest.extract import Destination, Source, run_extract
 from r2scp.pipelines.extraction import flow as flows, stages
 from r2scp.pipelines.decoding.decode import Clip, StreamReport
 from r2scp.pipelines.extraction.embed import EncoderSpec

@@ -22,12 +22,12 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from r2scp.jobs import pages
-from r2scp.jobs.answer_page import LONGEST, SECONDS, answer_page, card_of, shown, stills
-from r2scp.jobs.answered import Answered, Candidate, Neighbour, Second, Stream
-from r2scp.jobs.pages import TEMPLATES, data_uri, inline_svg, outline, page
+from r2scp.jobs.answer.page import LONGEST, SECONDS, answer_page, card_of, shown, stills
+from r2scp.jobs.answer.records import Answered, Candidate, Neighbour, Second, Stream
+from r2scp.jobs.html import render as pages
+from r2scp.jobs.html.render import TEMPLATES, data_uri, inline_svg, outline, page
+from r2scp.jobs.html.thumbnails import Preview, Previews, Sight, preview_of
 from r2scp.pipelines.decoding.decode import Clip, StreamReport
-from r2scp.pipelines.preview import Preview, Previews, Sight, preview_of
 from r2scp.store.schema import ModalityStatus
 
 HOSTILE = {

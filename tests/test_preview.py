@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from r2scp.pipelines import preview as preview_module
+from r2scp.jobs.html import thumbnails as preview_module
+from r2scp.jobs.html.thumbnails import MOST_PEAKS, PEAK_S, SIDE, Preview, Previews, Sight, preview, preview_of
 from r2scp.pipelines.decoding.decode import decode
-from r2scp.pipelines.preview import MOST_PEAKS, PEAK_S, SIDE, Preview, Previews, Sight, preview, preview_of
 from r2scp.store.errors import UsageError
 
 Render = Callable[[Path, Sequence[str]], Path]

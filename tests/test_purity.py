@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from r2scp.pipelines.purity import (
+from r2scp.jobs.report.facts.agreement import (
     NO_ROW,
     Agreements,
     Bank,

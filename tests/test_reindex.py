@@ -18,9 +18,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from r2scp.jobs.cli import app
-from r2scp.jobs.reindex import ReindexReport, run_reindex
-from r2scp.jobs.reindex_config import read_config
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.reindex.config import read_config
+from r2scp.jobs.reindex.job import ReindexReport, run_reindex
 from r2scp.store.errors import LeaseHeld
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import LEASE_SECONDS

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from r2scp.jobs.reindex_config import read_config
+from r2scp.jobs.reindex.config import read_config
 from r2scp.store.errors import UsageError
 from r2scp.store.schema import Retrieval
 

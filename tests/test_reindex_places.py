@@ -14,8 +14,8 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
-from r2scp.jobs.reindex import run_reindex
-from r2scp.jobs.reindex_config import read_config
+from r2scp.jobs.reindex.config import read_config
+from r2scp.jobs.reindex.job import run_reindex
 from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
 from r2scp.store.errors import LeaseHeld
 from r2scp.store.feature_store import FeatureStore

@@ -23,24 +23,25 @@ from matplotlib.axes import Axes
 from PIL import Image
 from typer.testing import CliRunner
 
-from r2scp.jobs import report_curves, report_figures
-from r2scp.jobs.checkpoints import BEST, Checkpoint, find, write
-from r2scp.jobs.cli import app
-from r2scp.jobs.encoders import encoder_spec
-from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, open_for, questions_of, run_evaluate
-from r2scp.jobs.evaluation_table import OURS
-from r2scp.jobs.figure_style import COLOURS, Drawing, Panel, page_markup, short, write_copies
-from r2scp.jobs.index import run_index
-from r2scp.jobs.report import ReportWanted, run_report
-from r2scp.jobs.report_evidence import dissonance, joint_vectors
-from r2scp.jobs.report_gallery import pick
-from r2scp.jobs.report_probe import OFF, WITH, WITHOUT, probe
-from r2scp.jobs.report_provenance import commands, nearest_preset
-from r2scp.jobs.report_purity import purity_of
-from r2scp.jobs.report_runs import TEST, read_curves, read_runs, unlike_names
-from r2scp.jobs.report_store import store_section
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_config import demo
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.ingest.encoders import encoder_spec
+from r2scp.jobs.ingest.index import run_index
+from r2scp.jobs.report.facts.precision import purity_of
+from r2scp.jobs.report.facts.probe import OFF, WITH, WITHOUT, probe
+from r2scp.jobs.report.facts.run_folder import TEST, read_curves, read_runs, unlike_names
+from r2scp.jobs.report.figures import evaluation as report_figures
+from r2scp.jobs.report.figures import training as report_curves
+from r2scp.jobs.report.figures.evidence import dissonance, joint_vectors
+from r2scp.jobs.report.figures.style import COLOURS, Drawing, Panel, page_markup, short, write_copies
+from r2scp.jobs.report.gallery import pick
+from r2scp.jobs.report.provenance import commands, nearest_preset
+from r2scp.jobs.report.run import ReportWanted, run_report
+from r2scp.jobs.report.store import store_section
+from r2scp.jobs.training.checkpoints import BEST, Checkpoint, find, write
+from r2scp.jobs.training.config import demo
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, open_for, questions_of, run_evaluate
+from r2scp.jobs.training.evaluation_table import OURS
+from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
 from r2scp.model.r2scp import R2SCP, Stage
 from r2scp.pipelines.batches.dataset import CONDITIONS, Ask
 from r2scp.pipelines.corpora.formats import open_corpus

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from r2scp.jobs.index import IndexReport, run_index
+from r2scp.jobs.ingest.index import IndexReport, run_index
 from r2scp.pipelines.neighbours import queries as clip_queries
 from r2scp.pipelines.neighbours.settings import IndexSettings, read_neighbours
 from r2scp.store.errors import LeaseHeld, StoreError, UsageError

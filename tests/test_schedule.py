@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from cron_oracle import moment
 
-from r2scp.jobs.cron_times import ScheduleSettings
-from r2scp.jobs.schedule import ScheduledJob, run_schedule
+from r2scp.jobs.reindex.cron import ScheduleSettings
+from r2scp.jobs.reindex.schedule.loop import ScheduledJob, run_schedule
 from r2scp.store.errors import UsageError
 
 

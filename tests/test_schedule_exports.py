@@ -28,9 +28,8 @@ from cron_oracle import (
 )
 from ray.dashboard.modules.job.cli import submit as ray_job_submit
 
-from r2scp.jobs.cron_times import ScheduleSettings, runs_after
-from r2scp.jobs.schedule import ScheduledJob
-from r2scp.jobs.schedule_exports import (
+from r2scp.jobs.reindex.cron import ScheduleSettings, runs_after
+from r2scp.jobs.reindex.schedule.exports import (
     crontab,
     on_calendar,
     ray_submission,
@@ -38,7 +37,8 @@ from r2scp.jobs.schedule_exports import (
     systemd,
     systemd_units,
 )
-from r2scp.jobs.schedule_kubernetes import Pods, cronjob, kubernetes_cron, raycronjob, rayjob
+from r2scp.jobs.reindex.schedule.kubernetes import Pods, cronjob, kubernetes_cron, raycronjob, rayjob
+from r2scp.jobs.reindex.schedule.loop import ScheduledJob
 from r2scp.store.errors import UsageError
 
 HOSTILE = 'it\'s 100% $HOME `id` "q" ;#&!*'  # a folder that every format must carry as it is

@@ -24,10 +24,10 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from r2scp.jobs.cli import app
-from r2scp.jobs.store_export import Export, Moment, export
-from r2scp.jobs.store_export_card import MEANINGS, card, inert
-from r2scp.jobs.store_export_files import Limits, file_names
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.inspect.export import Export, Moment, export
+from r2scp.jobs.inspect.export_card import MEANINGS, card, inert
+from r2scp.jobs.inspect.export_files import Limits, file_names
 from r2scp.store.errors import R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
@@ -290,7 +290,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(asked_store: FeatureSto
     out, mark = tmp_path / "out", tmp_path / "mark"
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from r2scp.jobs.store_export import Export, export\n"
+        "from r2scp.jobs.inspect.export import Export, export\n"
         "from r2scp.store.feature_store import FeatureStore\n"
         "def stop(table, done, total):\n"
         "    if table == 'questions':\n"
@@ -347,8 +347,8 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_memory_does_not_grow_with_the_store(heavy: tuple[str, str], tmp_path: Path) -> None:
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from r2scp.jobs.store_export import Export, export\n"
-        "from r2scp.jobs.store_export_files import Limits\n"
+        "from r2scp.jobs.inspect.export import Export, export\n"
+        "from r2scp.jobs.inspect.export_files import Limits\n"
         "from r2scp.store.feature_store import FeatureStore\n"
         "limits = Limits(row_group_bytes=4 << 20, file_bytes=32 << 20)\n"
         "done = export(FeatureStore.open(sys.argv[1]), Path(sys.argv[2]), Export(limits=limits))\n"

@@ -16,11 +16,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from r2scp.jobs import store_search
-from r2scp.jobs.cli import app
-from r2scp.jobs.encoders import encoder_spec
-from r2scp.jobs.store_search import Query, check_text, run_search, text_key
-from r2scp.jobs.store_search_page import MOST_DRAWN, write_page
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.ingest.encoders import encoder_spec
+from r2scp.jobs.inspect import search as store_search
+from r2scp.jobs.inspect.search import Query, check_text, run_search, text_key
+from r2scp.jobs.inspect.search_page import MOST_DRAWN, write_page
 from r2scp.pipelines.demo.captions import VISION_GROUPS, caption, vision_labels
 from r2scp.pipelines.demo.render import render_frames
 from r2scp.pipelines.demo.scene import scene

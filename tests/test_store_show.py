@@ -16,8 +16,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from r2scp.jobs.cli import app
-from r2scp.jobs.store_show import clip_facts, near_names
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.inspect.show import clip_facts, near_names
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
@@ -186,7 +186,7 @@ def test_it_shows_a_moment_that_has_a_name(own_store: FeatureStore, write: Calla
 
 def test_it_loads_neither_torch_nor_ray(asked_store: FeatureStore) -> None:
     code = (
-        "import sys\nfrom r2scp.jobs.cli import app\n"
+        "import sys\nfrom r2scp.jobs.cli.main import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"
         "heavy = {'torch', 'ray', 'av'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"

@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from r2scp.jobs.studies import STUDIES, Study, study_of
-from r2scp.jobs.train import TrainPlan
-from r2scp.jobs.train_config import STAGE_ONE_SETTINGS, StageConfig, TrainConfig, baselines, demo, experts_of
-from r2scp.jobs.train_data import Opened
-from r2scp.jobs.train_stages import ExpertsStage, Worker
+from r2scp.jobs.training.config import (
+    STAGE_ONE_SETTINGS,
+    StageConfig,
+    TrainConfig,
+    baselines,
+    demo,
+    experts_of,
+)
+from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.run import TrainPlan
+from r2scp.jobs.training.stages import ExpertsStage, Worker
+from r2scp.jobs.training.study.definitions import STUDIES, Study, study_of
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig, StageOne
 from r2scp.model.r2scp import R2SCP

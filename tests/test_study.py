@@ -20,17 +20,17 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from r2scp.jobs import study as study_module
-from r2scp.jobs.checkpoints import find
-from r2scp.jobs.cli import app
-from r2scp.jobs.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
-from r2scp.jobs.studies import FULL, Study, study_of
-from r2scp.jobs.study import MEASURES, StudyMeans, run_study
-from r2scp.jobs.study_runs import Contents, Job
-from r2scp.jobs.study_table import markdown
-from r2scp.jobs.train_command import Wanted, plan_of
-from r2scp.jobs.train_config import StageConfig, TrainConfig
-from r2scp.jobs.train_log import lines
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.training.checkpoints import find
+from r2scp.jobs.training.command import Wanted, plan_of
+from r2scp.jobs.training.config import StageConfig, TrainConfig
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
+from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.study import run as study_module
+from r2scp.jobs.training.study.definitions import FULL, Study, study_of
+from r2scp.jobs.training.study.run import MEASURES, StudyMeans, run_study
+from r2scp.jobs.training.study.table import markdown
+from r2scp.jobs.training.study.trainings import Contents, Job
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import R2SCPError, StoreError
@@ -198,7 +198,7 @@ def words(judged: Judged, tmp_path: Path) -> list[str]:
 @pytest.fixture
 def driver(words: list[str]) -> Iterator[psutil.Popen]:
     """The command, at work; what is left of it when the test is over is ended, by number."""
-    code = "import sys; from r2scp.jobs.cli import app; app(sys.argv[1:])"
+    code = "import sys; from r2scp.jobs.cli.main import app; app(sys.argv[1:])"
     started = psutil.Popen(
         [sys.executable, "-c", code, *words],
         stdout=subprocess.DEVNULL,

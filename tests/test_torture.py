@@ -24,10 +24,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from r2scp.jobs import reindex
-from r2scp.jobs.reindex_config import read_config
-from r2scp.jobs.torture import run_torture
-from r2scp.jobs.torture_accounts import (
+from r2scp.jobs.faults.audit import (
     Features,
     Finding,
     Kind,
@@ -42,12 +39,15 @@ from r2scp.jobs.torture_accounts import (
     twice,
     writes_together,
 )
-from r2scp.jobs.torture_disk import filled, own_disk
-from r2scp.jobs.torture_faults import Fault
-from r2scp.jobs.torture_rack import Rack
-from r2scp.jobs.torture_reader import Reader, moment
-from r2scp.jobs.torture_report import LEAST_CLIPS, Round, TortureWanted, fault_order
-from r2scp.jobs.torture_site import INDEX, Expected, Rendered, Site
+from r2scp.jobs.faults.corpus import INDEX, Expected, Rendered, Site
+from r2scp.jobs.faults.full_disk import filled, own_disk
+from r2scp.jobs.faults.injection import Fault
+from r2scp.jobs.faults.reader import Reader, moment
+from r2scp.jobs.faults.report import LEAST_CLIPS, Round, TortureWanted, fault_order
+from r2scp.jobs.faults.rounds import Rack
+from r2scp.jobs.faults.run import run_torture
+from r2scp.jobs.reindex import job as reindex
+from r2scp.jobs.reindex.config import read_config
 from r2scp.store.commits import Staged
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
@@ -325,7 +325,7 @@ def test_the_disk_goes_with_whoever_asked_for_it(tmp_path: Path) -> None:
     folder = tmp_path / "disk"
     folder.mkdir()
     program = (
-        "import sys; from pathlib import Path; from r2scp.jobs.torture_disk import own_disk\n"
+        "import sys; from pathlib import Path; from r2scp.jobs.faults.full_disk import own_disk\n"
         "with own_disk(Path(sys.argv[1])) as mounted: print(mounted, flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", program, str(folder)]

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, Checkpoint, find
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_config import StageConfig
-from r2scp.jobs.train_data import Opened
-from r2scp.jobs.train_log import lines
-from r2scp.jobs.train_loop import Training, Where
-from r2scp.jobs.train_stages import ExpertsStage, Worker
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, Checkpoint, find
+from r2scp.jobs.training.config import StageConfig
+from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.loop import Training, Where
+from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.stages import ExpertsStage, Worker
 from r2scp.model.batch import AUDIO, VISUAL, Batch
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig

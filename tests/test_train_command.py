@@ -12,12 +12,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from r2scp.jobs.checkpoints import find
-from r2scp.jobs.cli import app
-from r2scp.jobs.evaluate import EvaluateMeans, run_evaluate
-from r2scp.jobs.studies import STUDIES
-from r2scp.jobs.train_command import Wanted, changed, plan_of
-from r2scp.jobs.train_config import PRESETS, demo
+from r2scp.jobs.cli.main import app
+from r2scp.jobs.training.checkpoints import find
+from r2scp.jobs.training.command import Wanted, changed, plan_of
+from r2scp.jobs.training.config import PRESETS, demo
+from r2scp.jobs.training.evaluate import EvaluateMeans, run_evaluate
+from r2scp.jobs.training.study.definitions import STUDIES
 from r2scp.store.feature_store import FeatureStore
 
 SMALL = ("model.dim=16", "model.heads=2", "index.n=4", 'corpora=["music-avqa"]', "batch_size=8")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from r2scp.jobs.train_config import PRESETS, StageConfig, TrainConfig, paper_avqa, paper_music_avqa
+from r2scp.jobs.training.config import PRESETS, StageConfig, TrainConfig, paper_avqa, paper_music_avqa
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
 from r2scp.pipelines.neighbours.settings import IndexSettings

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r2scp.jobs import train_stages
-from r2scp.jobs.checkpoints import EXPERTS, find
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_config import StageConfig
-from r2scp.jobs.train_data import Opened
+from r2scp.jobs.training import stages as train_stages
+from r2scp.jobs.training.checkpoints import EXPERTS, find
+from r2scp.jobs.training.config import StageConfig
+from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
 from r2scp.model.batch import Answer, Batch
 from r2scp.model.config import ModelConfig
 from r2scp.model.r2scp import R2SCP

@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorboardX.proto import event_pb2
 
-from r2scp.jobs.train_log import TrainLog, lines
+from r2scp.jobs.training.log import TrainLog, lines
 
 PROTO: Any = event_pb2  # protobuf makes its names where no type checker sees them
 HEADER = 12  # bytes before a record of an event file: its length and a checksum; four more follow it

@@ -19,10 +19,10 @@ import pytest
 import ray.train
 import torch
 
-from r2scp.jobs import train
-from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_log import lines
+from r2scp.jobs.training import run as train
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, find
+from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
 from r2scp.store.errors import R2SCPError, UsageError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -38,7 +38,8 @@ def watched(diaries: Path, stage: str = "", step: int = 0, then: str = "") -> Wo
     diaries.mkdir()
 
     def work(settings: dict) -> None:
-        from r2scp.jobs import train, train_stages
+        from r2scp.jobs.training import run as train
+        from r2scp.jobs.training import stages as train_stages
 
         rank, taken = ray.train.get_context().get_world_rank(), Counter()
         stages: list[Any] = [train_stages.ExpertsStage, train_stages.MixingStage]

@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2scp.jobs import train_loop
-from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
-from r2scp.jobs.index import run_index
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_log import lines
+from r2scp.jobs.ingest.index import run_index
+from r2scp.jobs.training import loop as train_loop
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, find
+from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import CheckpointError
@@ -40,9 +40,9 @@ PATIENCE_S = 240  # for anything waited for; far beyond what a busy machine need
 DRIVER = f"""
 import json, sys
 from pathlib import Path
-from r2scp.jobs import train_loop, train_stages
-from r2scp.jobs.train import TrainMeans, TrainPlan, run_training
-from r2scp.jobs.train_config import TrainConfig
+from r2scp.jobs.training import loop as train_loop, stages as train_stages
+from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.config import TrainConfig
 from r2scp.pipelines.batches.examples import Pins
 
 values, stage, count = json.loads(sys.argv[1]), getattr(train_stages, sys.argv[2]), int(sys.argv[3])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.jobs.checkpoints import BEST, EXPERTS, LAST, find
-from r2scp.jobs.evaluate import EvaluateMeans, run_evaluate
-from r2scp.jobs.train import TrainMeans, TrainPlan
-from r2scp.jobs.train_config import StageConfig, baselines, experts_of
-from r2scp.jobs.train_log import lines
-from r2scp.jobs.train_together import OURS, run_together
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, find
+from r2scp.jobs.training.config import StageConfig, baselines, experts_of
+from r2scp.jobs.training.evaluate import EvaluateMeans, run_evaluate
+from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.run import TrainMeans, TrainPlan
+from r2scp.jobs.training.with_baselines import OURS, run_together
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.store.errors import CheckpointError, R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2scp.jobs.index import run_index
+from r2scp.jobs.ingest.index import run_index
 from r2scp.model.batch import AUDIO, Tokens
 from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.r2scp import R2SCP

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from r2scp.jobs import weights
-from r2scp.jobs.download import Patience, RemoteFile
-from r2scp.jobs.weights import (
+from r2scp.jobs.ingest import weights
+from r2scp.jobs.ingest.download import Patience, RemoteFile
+from r2scp.jobs.ingest.weights import (
     default_weights_path,
     describe_encoder,
     fetch_weights,

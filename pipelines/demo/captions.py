@@ -2,7 +2,7 @@
 
 A *group* is a set of phrases of which exactly one is true in any second ("a violin on the left",
 "nothing on the left", …). Labels are indices into groups; a caption is some of the true phrases. The
-demo encoder is trained against them (`r2scp.jobs.demo_encoder`), and analyses may use them as ground
+demo encoder is trained against them (`r2scp.jobs.demo.encoder`), and analyses may use them as ground
 truth.
 """
 

@@ -1,0 +1,1 @@
+"""Filling a store: extract, index, encoders and their weights."""

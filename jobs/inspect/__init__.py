@@ -1,0 +1,1 @@
+"""Looking into a store: one clip, a search, a table, an export, what failed."""

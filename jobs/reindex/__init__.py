@@ -1,0 +1,1 @@
+"""Jobs that keep a store fresh, and the gate before what they publish."""

@@ -1,0 +1,1 @@
+"""Running jobs at their times, here or by another scheduler."""

@@ -1,0 +1,280 @@
+"""What a run's folder says of itself, as far as it can be read; what cannot is a `Gap`, never an end."""
+
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r2scp.jobs.training.checkpoints import BEST, Checkpoint, find
+from r2scp.jobs.training.evaluate import BASELINES
+from r2scp.jobs.training.evaluation_table import OURS, TITLES
+from r2scp.model.config import Stage
+from r2scp.pipelines.batches.dataset import CONDITIONS
+from r2scp.store.errors import R2SCPError
+
+EXPERTS_FOLDER = "experts"  # where a run with baselines keeps stage I, which they share
+TEST = "evaluation-test.json"
+MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError)  # of JSON that somebody else may have written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """What a report lacks, why, and the command that makes it; "" where none does."""
+
+    section: str
+    what: str
+    why: str
+    make: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An accuracy in [0, 1], of n, with its 95 % interval."""
+
+    accuracy: float
+    n: int
+    low: float
+    high: float
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Judged":
+        low, high = values["interval"]
+        said = cls(accuracy=float(values["accuracy"]), n=int(values["n"]), low=float(low), high=float(high))
+        if not 0 <= said.low <= said.high <= 1 or not 0 <= said.accuracy <= 1:
+            raise ValueError(f"an accuracy and its interval must be in [0, 1]; got {values}")
+        return said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What one model reached under one condition, by group and type too."""
+
+    overall: Judged
+    groups: dict[str, Judged]
+    types: dict[str, Judged]
+    router: dict[str, float]
+    recovered: int
+    fallbacks: int
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Condition":
+        return cls(
+            overall=Judged.from_json(values),
+            groups={str(name): Judged.from_json(one) for name, one in values["groups"].items() if one["n"]},
+            types={str(name): Judged.from_json(one) for name, one in values["types"].items() if one["n"]},
+            router={str(name): float(weight) for name, weight in values["router"].items()},
+            recovered=int(values["recovered"]),
+            fallbacks=int(values["fallbacks"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One row of an evaluation: ours or a baseline. `rates`: modality -> share missing -> accuracy."""
+
+    name: str
+    conditions: dict[str, Condition]
+    average: float
+    rates: dict[str, dict[float, Judged]]
+
+    @classmethod
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> "Model":
+        conditions = {one: Condition.from_json(values["conditions"][one]) for one in CONDITIONS}
+        rates: dict[str, dict[float, Judged]] = {}
+        for told, score in values.get("missing_rates", {}).items():
+            modality, share = told.split()
+            rates.setdefault(modality, {})[float(share.rstrip("%")) / 100] = Judged.from_json(score)
+        return cls(name=name, conditions=conditions, average=float(values["average"]), rates=rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One `evaluation-SPLIT.json`: ours first, then what it must beat, the best first."""
+
+    file: str
+    split: str
+    latest: bool
+    models: list[Model]
+    leak_guard: bool
+    disjoint: bool
+    unfinished: list[str]
+    left_out: dict[str, int]
+    answers_unknown: int
+    sha256: str  # of the tensors that were asked
+    code: str
+
+    @property
+    def ours(self) -> Model:
+        return self.models[0]
+
+    @property
+    def n(self) -> int:
+        return self.ours.conditions["AV"].overall.n
+
+    @classmethod
+    def from_json(cls, file: str, values: Mapping[str, Any]) -> "Evaluation":
+        """Raises one of `MISSHAPEN` for what `evaluate` does not write."""
+        others = [Model.from_json(TITLES.get(key, str(key)), row) for key, row in values["baselines"].items()]
+        settings = values["settings"]
+        return cls(
+            file=file,
+            split=str(values["split"]),
+            latest=bool(values["latest"]),
+            models=[Model.from_json(OURS, values), *sorted(others, key=lambda model: -model.average)],
+            leak_guard=bool(settings["leak_guard"]),
+            disjoint=bool(settings["disjoint"]),
+            unfinished=[str(name) for name in values["unfinished"]],
+            left_out={str(why): int(count) for why, count in values["left_out"].items()},
+            answers_unknown=int(values["answers_unknown"]),
+            sha256=str(values["checkpoint"]["sha256"]),
+            code=str(values["code"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One line of `metrics.jsonl`: means over the epoch, and accuracies of validation."""
+
+    stage: str
+    epoch: int
+    train: dict[str, float]
+    validation: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """The epochs of one training, by stage."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    broken: int = 0  # lines that are none
+
+    def of(self, stage: Stage) -> list[Epoch]:
+        return [one for one in self.epochs if one.stage == stage.value]
+
+
+@dataclass(kw_only=True)
+class RunFacts:
+    """One run. `name`: what the report calls it, unlike any other's."""
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint | None = None
+    evaluation: Evaluation | None = None
+    other_files: list[str] = field(default_factory=list)  # evaluations that are there and not shown
+    curves: dict[str, Curves] = field(default_factory=dict)  # by model, ours first
+    gaps: list[Gap] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int | None:
+        return self.checkpoint.config.seed if self.checkpoint else None
+
+
+def read_runs(folders: Sequence[Path], store: str | None) -> list[RunFacts]:
+    """All that the folders hold. Raises `CheckpointError` for a folder that is no run at all."""
+    return [_read(folder, name, store) for folder, name in zip(folders, unlike_names(folders), strict=True)]
+
+
+def unlike_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as much of their parents as tells them apart."""
+    whole = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(parts[-1:])} ({at})" for at, parts in enumerate(whole, start=1)]
+
+
+def command(*words: str, store: str | None = None) -> str:
+    """A command line to copy."""
+    return shlex.join(["r2scp-pipe", *words, *(["--store", store] if store else [])])
+
+
+def _read(folder: Path, name: str, store: str | None) -> RunFacts:
+    facts = RunFacts(name=name, folder=folder)
+    try:
+        facts.checkpoint = find(folder, BEST)
+    except R2SCPError as error:
+        if not any((folder / file).exists() for file in ("config.json", "metrics.jsonl", TEST)):
+            raise
+        facts.gaps.append(Gap(section="run", what=f"best checkpoint of {name}", why=str(error)))
+    if store is None and facts.checkpoint is not None:
+        store = str(facts.checkpoint.store["uri"])
+    facts.curves = _curves(facts)
+    _evaluation(facts, store)
+    return facts
+
+
+def _evaluation(facts: RunFacts, store: str | None) -> None:
+    """That of the test split, else any; never made here."""
+    files = sorted(facts.folder.glob("evaluation-*.json"), key=lambda path: (path.name != TEST, path.name))
+    make = command("evaluate", str(facts.folder), "--missing-rates", store=store)
+    for path in files:
+        if facts.evaluation is not None:
+            facts.other_files.append(path.name)
+            continue
+        try:
+            facts.evaluation = Evaluation.from_json(path.name, json.loads(path.read_bytes()))
+        except (OSError, *MISSHAPEN) as error:
+            why = f"{path.name} is not what evaluate writes: {type(error).__name__}: {error}"
+            facts.gaps.append(Gap(section="accuracy", what=facts.name, why=why, make=make))
+    if facts.evaluation is None and not files:
+        why = "the run was not evaluated, and a report reads no test split by itself"
+        facts.gaps.append(Gap(section="accuracy", what=facts.name, why=why, make=make))
+    elif facts.evaluation is not None and not facts.evaluation.ours.rates:
+        why = f"{facts.evaluation.file} was made without missing rates"
+        facts.gaps.append(Gap(section="missing-rates", what=facts.name, why=why, make=make))
+
+
+def _curves(facts: RunFacts) -> dict[str, Curves]:
+    """Of the model, stage I where it is kept, and of the baselines."""
+    ours = read_curves(facts.folder / "metrics.jsonl")
+    if not ours.of(Stage.EXPERTS):
+        experts = read_curves(facts.folder / EXPERTS_FOLDER / "metrics.jsonl")
+        ours = Curves(epochs=experts.of(Stage.EXPERTS) + ours.epochs, broken=experts.broken + ours.broken)
+    curves = {OURS: ours}
+    for path in sorted((facts.folder / BASELINES).glob("*/metrics.jsonl")):
+        key = path.parent.name
+        curves[TITLES.get(key, key)] = read_curves(path)
+    for name, found in curves.items():
+        if found.broken:
+            why = f"{found.broken} lines of its metrics.jsonl cannot be read and are left out"
+            facts.gaps.append(Gap(section="training", what=f"{facts.name}: {name}", why=why))
+    if not ours.epochs:
+        why = "no epoch of the model is told in metrics.jsonl"
+        facts.gaps.append(Gap(section="training", what=facts.name, why=why))
+    return curves
+
+
+def read_curves(path: Path) -> Curves:
+    """The epochs of a `metrics.jsonl`; of those told twice, the later."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return Curves()
+    found: dict[tuple[str, int], Epoch] = {}
+    broken = 0
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            if values["kind"] != "epoch":
+                continue
+            epoch = Epoch(
+                stage=str(values["stage"]),
+                epoch=int(values["epoch"]),
+                train=dict(_numbers(values["train"])),
+                validation=dict(_numbers(values["validation"])),
+            )
+        except MISSHAPEN:
+            broken += 1
+            continue
+        found[epoch.stage, epoch.epoch] = epoch
+    return Curves(epochs=[found[at] for at in sorted(found)], broken=broken)
+
+
+def _numbers(values: Mapping[str, object]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield str(name), float(value)

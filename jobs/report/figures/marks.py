@@ -1,0 +1,207 @@
+"""What figures have in common: shares in %, intervals, and names at the ends of lines instead of legends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from r2scp.jobs.report.figures.style import COLOURS, DASHES, INK, MARKERS, PAPER, QUIET, short
+
+LINE_GAP = 0.15  # inches between names
+ROW_HEIGHT = 0.27  # inches, of a row with a name at its left
+MOST_RUNS = len(COLOURS)  # that marks tell apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """How one thing looks wherever it is drawn."""
+
+    colour: str
+    marker: str
+    dash: object = "-"
+    filled: bool = True
+
+    @property
+    def face(self) -> str:
+        return self.colour if self.filled else PAPER
+
+
+def mark_of(at: int, filled: bool = True) -> Mark:
+    """The look of the `at`-th of several things: another colour, marker and dash each."""
+    at %= len(COLOURS)
+    return Mark(colour=COLOURS[at], marker=MARKERS[at], dash=DASHES[at], filled=filled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a plot, with its name. `low`, `high`: ends of intervals, if there are any."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    mark: Mark
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    faint: bool = False  # one of several of the same name; only one of them is named
+    ring: int | None = None  # the point that is meant
+
+
+def draw_lines(ax: Axes, lines: Sequence[Line], points: bool = True) -> None:
+    """Lines with their intervals, each named at its right end."""
+    for line in lines:
+        mark = line.mark
+        if not len(line.xs):
+            continue
+        style = {"color": mark.colour, "linestyle": mark.dash, "alpha": 0.45 if line.faint else 1.0}
+        ax.plot(
+            line.xs,
+            line.ys,
+            marker=mark.marker if points else "",
+            markerfacecolor=mark.face,
+            markeredgecolor=mark.colour,
+            markersize=4.5,
+            linewidth=1.1 if line.faint else 1.7,
+            **style,
+        )
+        if line.low:
+            below = [y - low for y, low in zip(line.ys, line.low, strict=True)]
+            above = [high - y for y, high in zip(line.ys, line.high, strict=True)]
+            ax.errorbar(
+                line.xs, line.ys, yerr=[below, above], fmt="none", ecolor=mark.colour, elinewidth=1, capsize=2
+            )
+        if line.ring is not None:
+            ax.plot(
+                line.xs[line.ring],
+                line.ys[line.ring],
+                marker="o",
+                markersize=10,
+                markerfacecolor="none",
+                markeredgecolor=mark.colour,
+                linestyle="",
+            )
+    name_ends(ax, [line for line in lines if len(line.xs) and not line.faint])
+
+
+def name_ends(ax: Axes, lines: Sequence[Line]) -> None:
+    """Names right of the axes, as near to the ends of their lines as they can be without overlapping."""
+    if not lines:
+        return
+    low, high = ax.get_ylim()
+    gap = LINE_GAP / max(ax.get_window_extent().height / ax.figure.dpi, 0.8)
+    placed: list[tuple[float, Line]] = []
+    for line in sorted(lines, key=lambda line: line.ys[-1]):
+        at = (line.ys[-1] - low) / ((high - low) or 1)
+        placed.append((max(at, placed[-1][0] + gap) if placed else at, line))
+    over = placed[-1][0] - 1.0
+    if over > 0:  # down again, as far as there is room
+        placed = [(max(at - over, 0.0 + gap * order), line) for order, (at, line) in enumerate(placed)]
+    for at, line in placed:
+        ax.annotate(
+            short(line.name),
+            xy=(1.0, (line.ys[-1] - low) / ((high - low) or 1)),
+            xytext=(1.03, at),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=line.mark.colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def whole_numbers(ax: Axes) -> None:
+    """Epochs, ranks and the like on the x axis."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+
+
+def percent(ax: Axes, values: Sequence[float], floor: float | None = None) -> None:
+    """A y axis of shares in [0, 1], told in %, around `values`; never cut so that differences look big."""
+    low = min(values) if floor is None else floor
+    high = max(values)
+    room = max(0.12, 0.12 * (high - low)) / 2
+    ax.set_ylim(max(-0.01, low - room), min(1.01, high + room))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(_whole_percent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """A share with its interval in one row of a dot plot."""
+
+    row: int
+    share: float
+    low: float
+    high: float
+    mark: Mark
+    lift: float = 0.0  # of a row, where several stand in one
+
+
+def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], told: bool = True) -> None:
+    """Rows with a name at the left; the first at the top. `told`: the share in % beside each dot."""
+    for dot in dots:
+        y = dot.row + dot.lift
+        ax.plot([dot.low, dot.high], [y, y], color=dot.mark.colour, linewidth=1.3)
+        ax.plot(
+            dot.share,
+            y,
+            marker=dot.mark.marker,
+            markersize=5.5,
+            color=dot.mark.colour,
+            markerfacecolor=dot.mark.face,
+        )
+        if told:
+            ax.annotate(
+                f"{100 * dot.share:.1f}",
+                xy=(dot.high, y),
+                xytext=(3, 0),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=INK,
+                va="center",
+                annotation_clip=False,
+            )
+    ax.set_yticks(range(len(names)), [short(name) for name in names])
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+    ends = [end for dot in dots for end in (dot.low, dot.high)]
+    if ends:
+        ax.set_xlim(max(-0.02, min(ends) - 0.05), min(1.06, max(ends) + 0.1))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(_whole_percent)
+
+
+def key(ax: Axes, entries: Sequence[tuple[str, Mark]], columns: int = 1) -> None:
+    """A legend below the axes, where names at the marks would not fit."""
+    for name, mark in entries:
+        ax.plot(
+            [],
+            [],
+            marker=mark.marker,
+            color=mark.colour,
+            markerfacecolor=mark.face,
+            linestyle="",
+            label=short(name, 44),
+        )
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=columns, borderaxespad=0, handletextpad=0.4)
+
+
+def reference(ax: Axes, level: float, name: str) -> None:
+    """A level to compare with: chance, or even shares."""
+    ax.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    ax.annotate(
+        short(name, 40),
+        xy=(0.99, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -2),
+        textcoords="offset points",
+        fontsize=7.5,
+        color=QUIET,
+        ha="right",
+        va="top",
+    )
+
+
+def _whole_percent(share: float, _: object) -> str:
+    return f"{100 * share:.0f}"

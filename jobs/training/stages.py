@@ -1,0 +1,193 @@
+"""The two stages as a training sees them: what a step eats, what it learns, how it is judged."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS
+from r2scp.jobs.training.config import TrainConfig
+from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Batch
+from r2scp.model.losses import StageOne, StageTwo, Step
+from r2scp.model.r2scp import R2SCP, Encoded, Stage
+from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.expert_cache import ExpertStates
+from r2scp.pipelines.batches.prefetch import in_order, read_ahead
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One process of a training."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def autocast(self) -> torch.autocast:
+        """bf16 on a GPU, nothing on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def together(self, counts: Tensor) -> Tensor:
+        """The sum over all workers."""
+        if self.world > 1:
+            counts = counts.to(self.device)
+            dist.all_reduce(counts)
+        return counts.cpu()
+
+
+class TrainStage(Protocol):
+    """What `r2scp.jobs.training.loop` asks of a stage. `names` are the checkpoints that its best one gets."""
+
+    stage: Stage
+    names: list[str]
+    model: R2SCP
+    dataset: Dataset
+
+    @property
+    def module(self) -> nn.Module:
+        """inputs, missing modality -> Step."""
+        ...
+
+    def prepare(self, rows: np.ndarray, missing: int) -> Batch | Encoded:
+        """Inputs of one step, on the CPU; runs in the read-ahead thread."""
+        ...
+
+    def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
+        """The loss of one step. `chance` is the step's own seed."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy on the validation split by condition, and their `mean`."""
+        ...
+
+
+class ExpertsStage:
+    """Stage I: Φ, experts and heads on whatever is there."""
+
+    stage = Stage.EXPERTS
+
+    def __init__(
+        self, config: TrainConfig, model: R2SCP, train: Dataset, validation: Dataset, worker: Worker
+    ) -> None:
+        self.config, self.model, self.dataset = config, model, train
+        self.module = StageOne(model)
+        self.names = [EXPERTS] if config.stage_two.epochs else [EXPERTS, BEST]
+        self._validation, self._worker = validation, worker
+
+    def prepare(self, rows: np.ndarray, missing: int) -> Batch:
+        return self.dataset.batch(rows, Ask.all(len(rows), NOTHING))
+
+    def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
+        assert isinstance(inputs, Batch)
+        return module(self._dropped(inputs, chance))
+
+    def _dropped(self, batch: Batch, chance: int) -> Batch:
+        """Each question without one modality, at the rate `expert_dropout`."""
+        rate = self.config.expert_dropout
+        if not rate:
+            return batch
+        draw_B = torch.rand(len(batch), generator=torch.Generator().manual_seed(chance))
+        for modality, rows_B in ((AUDIO, draw_B < rate / 2), (VISUAL, draw_B >= 1 - rate / 2)):
+            batch = batch.lacking(modality, rows_B.to(batch.present_BM.device))
+        return batch
+
+    def validate(self) -> dict[str, float]:
+        """With everything there: stage I has no recovery yet."""
+
+        def prepare(rows: np.ndarray) -> Batch:
+            return self._validation.batch(rows, Ask.all(len(rows), NOTHING))
+
+        accuracy = _accuracy(self.model, self._validation, self.config, self._worker, prepare)
+        return {"AV": accuracy, "mean": accuracy}
+
+
+class MixingStage:
+    """Stage II: CAP, router and heads, each batch with and without one modality.
+
+    `folder`: where states of frozen experts go if they outgrow memory.
+    """
+
+    stage = Stage.MIXING
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: R2SCP,
+        train: Dataset,
+        validation: Dataset,
+        worker: Worker,
+        folder: Path,
+    ) -> None:
+        self.config, self.model = config, model
+        self.dataset = train
+        self.module = StageTwo(model, config.loss)
+        self.names = [BEST]
+        self._validation, self._worker = validation, worker
+        self.states: ExpertStates | None = None
+        if model.experts_frozen:
+            model.eval()
+            self.states = ExpertStates(model, [train, validation], folder, worker.device)
+
+    def prepare(self, rows: np.ndarray, missing: int) -> Batch | Encoded:
+        far = self.config.model.cmr and self.config.loss.rank_weight > 0
+        ask = Ask.all(len(rows), missing, hide=False, farthest=far)
+        return self._inputs(self.dataset, rows, ask)
+
+    def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
+        return module(inputs, missing)
+
+    def validate(self) -> dict[str, float]:
+        accuracies = {}
+        for condition, missing in CONDITIONS.items():
+
+            def prepare(rows: np.ndarray, missing: int = missing) -> Batch | Encoded:
+                return self._inputs(self._validation, rows, Ask.all(len(rows), missing))
+
+            accuracies[condition] = _accuracy(
+                self.model, self._validation, self.config, self._worker, prepare
+            )
+        return accuracies | {"mean": sum(accuracies.values()) / len(accuracies)}
+
+    def _inputs(self, dataset: Dataset, rows: np.ndarray, ask: Ask) -> Batch | Encoded:
+        return self.states.encoded(dataset, rows, ask) if self.states else dataset.batch(rows, ask)
+
+
+def described(step: Step, target_B: Tensor, missing: int) -> dict[str, float]:
+    """Numbers of one step to log: losses, accuracies and the router's mean weights, by condition."""
+    values = {"loss": step.loss.total.item()}
+    values |= {f"loss/{name}": part.item() for name, part in step.loss.parts.items()}
+    conditions = {number: name for name, number in CONDITIONS.items()}
+    for name, answer in ((conditions[NOTHING], step.full), (conditions[missing], step.lacking)):
+        if answer is not None:
+            right_B = answer.logits_BK.argmax(dim=1) == target_B
+            values[f"accuracy/{name}"] = right_B.float().mean().item()
+            loads = answer.evidence.router_BS.detach().mean(dim=0).tolist()
+            values |= {f"router/{name}/{source}": load for source, load in zip(SOURCES, loads, strict=True)}
+    return values
+
+
+@torch.no_grad()
+def _accuracy(
+    model: R2SCP,
+    dataset: Dataset,
+    config: TrainConfig,
+    worker: Worker,
+    prepare: Callable[[np.ndarray], Batch | Encoded],
+) -> float:
+    """Share of a dataset's questions answered right, over all workers."""
+    model.eval()
+    right = 0
+    batches = in_order(len(dataset.examples), config.evaluate_rows, worker.rank, worker.world)
+    with closing(read_ahead(prepare, batches)) as prepared:
+        for rows, inputs in zip(batches, prepared, strict=True):
+            there = inputs.to(worker.device)
+            with worker.autocast():
+                answer = model(there) if isinstance(there, Batch) else model.answer(there)
+            right += int((answer.logits_BK.argmax(dim=1).cpu() == dataset.targets(rows)).sum())
+    return float(worker.together(torch.tensor(right))) / len(dataset.examples)
