@@ -444,7 +444,7 @@ def test_stills_match_the_reference_pixels(shared_dir: Path, name: str) -> None:
 
 def manifest(folder: str) -> list[Any]:
     """Rows of the independent probe for one folder of real media."""
-    path = Path(__file__).resolve().parents[1].parent / "shared" / "media" / "MANIFEST.csv"
+    path = Path(__file__).resolve().parents[3].parent / "shared" / "media" / "MANIFEST.csv"
     if not path.is_file():
         return [pytest.param({"path": "none"}, marks=pytest.mark.skip("no real media beside the repository"))]
     with path.open(newline="") as lines:

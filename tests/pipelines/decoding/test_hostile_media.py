@@ -561,7 +561,7 @@ OUTCOMES: dict[str, FailureReason | tuple[ModalityStatus, ModalityStatus]] = {
 
 def hostile() -> list[Any]:
     """The names in the hostile collection. The six-minute clip is slow."""
-    root = Path(__file__).resolve().parents[1].parent / "shared" / "media" / "hostile"
+    root = Path(__file__).resolve().parents[3].parent / "shared" / "media" / "hostile"
     if not root.is_dir():
         return [pytest.param("none", marks=pytest.mark.skip("no real media beside the repository"))]
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())

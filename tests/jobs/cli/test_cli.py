@@ -25,7 +25,7 @@ from r2scp.store.errors import FailureReason
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 GROUPS = {
     name: command for name, command in get_command(app).commands.items() if hasattr(command, "commands")
 }
