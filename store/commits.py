@@ -25,7 +25,7 @@ _LANCE_SOURCE = re.compile(r",? ?/\S+\.rs:\d+:\d+")  # where in Lance's own sour
 
 
 @contextmanager
-def told(doing: str, uri: str) -> Iterator[None]:
+def lance_errors(doing: str, uri: str) -> Iterator[None]:
     """Lance's errors (OSError, ValueError, RuntimeError) as `StoreError`: one line that says what failed."""
     try:
         yield
@@ -49,7 +49,7 @@ class TableAddress:
 
     def open(self, version: int | str | None = None) -> lance.LanceDataset:
         """The dataset at a version number or tag, the latest where none is given. Raises `StoreError`."""
-        with told("open", self.uri):
+        with lance_errors("open", self.uri):
             return self._opened(version)
 
     def _opened(self, version: int | str | None = None) -> lance.LanceDataset:
@@ -57,7 +57,7 @@ class TableAddress:
 
     def exists(self) -> bool:
         """Whether there is such a dataset. Raises `StoreError` where that cannot be told."""
-        with told("open", self.uri):
+        with lance_errors("open", self.uri):
             try:
                 self._opened()
             except ValueError as error:  # what Lance raises where there is no dataset
@@ -73,7 +73,7 @@ class TableAddress:
         version over what a faster process has created and begun to fill.
         """
         empty = lance.LanceOperation.Overwrite(self.schema, [])
-        with told("create", self.uri):
+        with lance_errors("create", self.uri):
             try:
                 return lance.LanceDataset.commit(
                     self.uri,
@@ -115,7 +115,7 @@ def stage(address: TableAddress, rows: pa.Table) -> Staged:
     if not ids:
         return Staged(ids=(), fragments=())
     fitting = rows.cast(address.schema)
-    with told("write to", address.uri):
+    with lance_errors("write to", address.uri):
         fragments = write_fragments(
             fitting,
             address.uri,
@@ -146,7 +146,7 @@ def commit(
         raise ValueError(f"rows staged twice in one commit: {twice[:3]}")
     added = [FragmentMetadata.from_json(text) for batch in staged for text in batch.fragments]
     gone = list(dict.fromkeys([*ids, *also_delete]))
-    with told("write to", address.uri):
+    with lance_errors("write to", address.uri):
         return _commit(address, added, gone, dict(properties))
 
 

@@ -23,7 +23,7 @@ import lance
 import pyarrow as pa
 
 from r2scp.store import schema
-from r2scp.store.commits import Staged, TableAddress, commit, sql_literal, stage, told
+from r2scp.store.commits import Staged, TableAddress, commit, sql_literal, stage, lance_errors
 from r2scp.store.errors import TRANSIENT_REASONS, FingerprintMismatch, StoreError
 from r2scp.store.lease import LEASE_SCHEMA, Lease, put_row
 from r2scp.store.schema import LATER_TABLES, PRIMARY_KEY, SCHEMA_VERSION, SNAPSHOT_TABLES, Table
@@ -135,7 +135,7 @@ class FeatureStore:
         row = {"fingerprint": fingerprint, "dim": dim, "schema_version": SCHEMA_VERSION}
         catalogue = _catalogue(uri, storage_options)
         upsert = catalogue.create().merge_insert("fingerprint").when_not_matched_insert_all()
-        with told("write to", catalogue.uri):
+        with lance_errors("write to", catalogue.uri):
             upsert.execute(pa.Table.from_pylist([row], schema=ENCODERS_SCHEMA))
         return store
 

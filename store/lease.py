@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from r2scp.store.commits import TableAddress, sql_literal, told
+from r2scp.store.commits import TableAddress, sql_literal, lance_errors
 from r2scp.store.errors import LeaseHeld, StoreError
 from r2scp.store.schema import PRIMARY_KEY
 
@@ -57,7 +57,7 @@ def put_rows(address: TableAddress, rows: Sequence[Mapping[str, object]]) -> Non
     """Insert rows, or update those of the same keys, in one new version."""
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=address.schema)
     upsert = address.open().merge_insert(address.key)
-    with told("write to", address.uri):
+    with lance_errors("write to", address.uri):
         upsert.when_matched_update_all().when_not_matched_insert_all().execute(table)
 
 
@@ -207,7 +207,7 @@ class Lease:
         dataset = self._address.open()
         upsert = dataset.merge_insert(self._address.key)
         upsert.when_matched_update_all(allowed).when_not_matched_insert_all()
-        with told("write to", self._address.uri):
+        with lance_errors("write to", self._address.uri):
             upsert.execute(pa.Table.from_pylist([row], schema=LEASE_SCHEMA))
             dataset.cleanup_old_versions(older_than=VERSIONS_KEPT)
 

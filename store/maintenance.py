@@ -9,7 +9,7 @@ from pathlib import Path
 import lance
 from lance.fragment import LanceFragment
 
-from r2scp.store.commits import told
+from r2scp.store.commits import lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES, Table
 
@@ -47,7 +47,7 @@ def _compact(store: FeatureStore, table: Table) -> int:
         f.num_deletions > DELETED_SHARE * f.physical_rows for f in fragments
     ):
         return 0
-    with told("compact", store.address(table).uri):
+    with lance_errors("compact", store.address(table).uri):
         dataset.optimize.compact_files(target_rows_per_fragment=TARGET_FRAGMENT_ROWS)
     return len(fragments) - len(store.dataset(table).get_fragments())
 
@@ -78,7 +78,7 @@ def clean(store: FeatureStore, older_than: timedelta = KEPT, alone: bool = False
     for table in store.tables():
         dataset: lance.LanceDataset = store.dataset(table)
         age = older_than if table in SNAPSHOT_TABLES else max(older_than, LOOKED_UP)
-        with told("clean", store.address(table).uri):
+        with lance_errors("clean", store.address(table).uri):
             gone = dataset.cleanup_old_versions(
                 older_than=age, delete_unverified=alone, error_if_tagged_old_versions=False
             )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from r2scp.store.commits import TableAddress, told
+from r2scp.store.commits import TableAddress, lance_errors
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.lease import now, put_rows
 from r2scp.store.schema import SNAPSHOT_TABLES, Table
@@ -110,7 +110,7 @@ def protect(addresses: Sequence[tuple[Table, TableAddress]], snapshots: Mapping[
             version = snapshot.versions.get(table)
             if version is None or tags.get(name) == version:
                 continue
-            with told(f"set tag {name!r} on", address.uri):
+            with lance_errors(f"set tag {name!r} on", address.uri):
                 if name in tags:
                     dataset.tags.update(name, version)
                 else:

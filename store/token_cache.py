@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.commits import told
+from r2scp.store.commits import lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
@@ -178,7 +178,7 @@ class Sequences:
     def _read(self, names: Sequence[str], rows: list[int]) -> dict[str, list[np.ndarray]]:
         """(T, D) float16 of each row of some columns, T = 0 where it has none."""
         columns = [self._column_of[name] for name in names]
-        with told("read", ", ".join(names)):
+        with lance_errors("read", ", ".join(names)):
             table = self._dataset.take(rows, columns=columns)
         for column in columns:
             self.rows_read[column] += len(rows)

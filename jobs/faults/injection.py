@@ -29,7 +29,7 @@ from r2scp.pipelines.ray_session import Resources, ray_session
 from r2scp.store import commits as transaction
 from r2scp.store import feature_store
 from r2scp.store import maintenance as upkeep
-from r2scp.store.commits import TableAddress, told
+from r2scp.store.commits import TableAddress, lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import Lease
 from r2scp.store.schema import Table
@@ -231,7 +231,7 @@ class FailingStage(StageRows):
             return super().__call__(batch)
         if draw < order.chance / 2:
             super().__call__(batch)
-        with told("write to", self._clips.uri):
+        with lance_errors("write to", self._clips.uri):
             raise _failure(order)
 
 
@@ -254,7 +254,7 @@ def _flaky(order: Order) -> None:
                 return original(*arguments, **named)
             if drawn < order.chance / 2:
                 original(*arguments, **named)
-            with transaction.told("reach", "the store"):
+            with transaction.lance_errors("reach", "the store"):
                 raise _failure(order)
 
         setattr(owner, name, failing)
@@ -270,7 +270,7 @@ def _full(order: Order) -> None:
         if reached():
             full.set()
         if full.is_set():
-            with transaction.told("write to", "the store"):
+            with transaction.lance_errors("write to", "the store"):
                 raise _failure(order)
 
     for owner, name in ((transaction, "_commit"), (feature_store, "put_row"), (feature_store, "stage")):

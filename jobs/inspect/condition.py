@@ -1,6 +1,6 @@
 """What `--where` says: an SQL condition on the columns of `clips`."""
 
-from r2scp.store.commits import told
+from r2scp.store.commits import lance_errors
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table, clips_schema
@@ -10,7 +10,7 @@ def count_where(store: FeatureStore, where: str) -> int:
     """How many clips meet a condition. Raises `UsageError` for what is none."""
     dataset = store.dataset(Table.CLIPS)
     try:
-        with told("look for clips in", store.address(Table.CLIPS).uri):
+        with lance_errors("look for clips in", store.address(Table.CLIPS).uri):
             count = dataset.count_rows(filter=both(where))
             if dataset.count_rows(filter=both(where, "false")):  # "a) OR (b" would undo what stands beside it
                 raise ValueError("its parentheses do not match")

@@ -30,7 +30,7 @@ from r2scp.jobs.console import absolute, progress_bar
 from r2scp.jobs.inspect.condition import both, count_where
 from r2scp.jobs.inspect.export_card import card
 from r2scp.jobs.inspect.export_files import Limits, Written, file_names, portable, write_files
-from r2scp.store.commits import sql_literal, told
+from r2scp.store.commits import sql_literal, lance_errors
 from r2scp.store.errors import R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES, Table
@@ -74,7 +74,7 @@ class Moment:
             if table in there:
                 dataset = store.dataset(table)
                 versions[table.value] = dataset.version
-                with told("read the versions of", store.address(table).uri):
+                with lance_errors("read the versions of", store.address(table).uri):
                     [when] = (v["timestamp"] for v in dataset.versions() if v["version"] == dataset.version)
                 at[table.value] = when.isoformat()
         return cls(encoder=store.fingerprint, dim=store.dim, versions=versions, at=at)
@@ -204,7 +204,7 @@ class _Work:
         if table.value not in self.moment.versions:
             return
         dataset = self.store.dataset(table, self.moment.versions[table.value])
-        with told("read", self.store.address(table).uri):
+        with lance_errors("read", self.store.address(table).uri):
             scanner = dataset.scanner(
                 columns=columns,
                 filter=condition,
@@ -216,7 +216,7 @@ class _Work:
             )
             reader = iter(scanner.to_batches())
         while True:
-            with told("read", self.store.address(table).uri):
+            with lance_errors("read", self.store.address(table).uri):
                 batch = next(reader, None)
             if batch is None:
                 return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.commits import sql_literal, told
+from r2scp.store.commits import sql_literal, lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys
@@ -204,7 +204,7 @@ def _blocks(store: FeatureStore, version: int, among: Modality, number: dict[str
     """All keys of one modality. A clip's source is its number, the same for all that have none."""
     column, dataset = KEY_COLUMNS[among], store.dataset(Table.CLIPS, version)
     waiting, count, first = [], 0, 0
-    with told("read keys of", dataset.uri):
+    with lance_errors("read keys of", dataset.uri):
         batches = dataset.to_batches(
             columns=["clip_id", column], filter=f"{column} IS NOT NULL", batch_size=BLOCK_KEYS
         )

@@ -14,7 +14,7 @@ from typing import Literal
 
 import lance
 
-from r2scp.store.commits import told
+from r2scp.store.commits import lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 from r2scp.store.search.bank import KEY_COLUMNS
@@ -94,14 +94,14 @@ def index_due(store: FeatureStore, settings: ServingSettings) -> list[str]:
     Reads metadata and, where more than UNINDEXED_ROWS rows are not indexed, keys of those until one is found.
     """
     dataset = store.dataset(Table.CLIPS)
-    with told("read the index of", dataset.uri):
+    with lance_errors("read the index of", dataset.uri):
         return [work.why for work in _due(dataset, settings)]
 
 
 def segments(store: FeatureStore, version: int | None = None) -> frozenset[str]:
     """Names of the parts that the indexes consist of: the same as long as no index was touched."""
     dataset = store.dataset(Table.CLIPS, version)
-    with told("read the index of", dataset.uri):
+    with lance_errors("read the index of", dataset.uri):
         return frozenset(part.uuid for index in dataset.describe_indices() for part in index.segments)
 
 
@@ -110,7 +110,7 @@ def refresh_index(store: FeatureStore, settings: ServingSettings) -> IndexRefres
     done = []
     dataset = store.dataset(Table.CLIPS)
     kind = _kind(settings, dataset.count_rows())
-    with told("index", dataset.uri):
+    with lance_errors("index", dataset.uri):
         for work in _due(dataset, settings):
             start = time.perf_counter()
             rows = _do(store.dataset(Table.CLIPS), work, kind, store.dim)

@@ -23,7 +23,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.commits import told
+from r2scp.store.commits import lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import BLOCK_KEYS, IN_MEMORY_BYTES, KEY_COLUMNS
@@ -70,7 +70,7 @@ class ServingIndex:
         self._dataset = store.dataset(Table.CLIPS, version)
         self.version = self._dataset.version
         self.dim = store.dim
-        with told("read the clip ids of", self._dataset.uri):
+        with lance_errors("read the clip ids of", self._dataset.uri):
             rows = self._dataset.scanner(columns=["clip_id"], with_row_id=True, scan_in_order=True).to_table()
         rows = rows.combine_chunks()
         row_ids = rows["_rowid"].to_numpy()
@@ -78,7 +78,7 @@ class ServingIndex:
         self._row_ids = row_ids[self._places]
         self._clip_ids = rows["clip_id"]  # of these places; reading them for each search costs a quarter more
         fits = len(row_ids) * self.dim * 4 * len(KEY_COLUMNS) <= in_memory_bytes
-        with told("read the keys of", self._dataset.uri):
+        with lance_errors("read the keys of", self._dataset.uri):
             held = covered(self._dataset)
             self._indexed = set() if self.settings.kind == "exact" else set(held)
             self._keys = {column: self._read(column) for column in KEY_COLUMNS.values()} if fits else {}
@@ -101,7 +101,7 @@ class ServingIndex:
         scored = _Scored() if apart is None else apart.best(query_D, n)
         if apart is None or column in self._indexed:
             asked = _Asked(query_D=query_D, column=column, n=n, where=where, indexed_only=apart is not None)
-            with told("search", self._dataset.uri):
+            with lance_errors("search", self._dataset.uri):
                 self._look(asked, scored)
         return self._hits(scored, n)
 
