@@ -23,7 +23,7 @@ import lance
 import pyarrow as pa
 
 from r2scp.store import schema
-from r2scp.store.commits import Staged, TableAddress, commit, sql_literal, stage, lance_errors
+from r2scp.store.commits import Staged, TableAddress, commit, lance_errors, sql_literal, stage
 from r2scp.store.errors import TRANSIENT_REASONS, FingerprintMismatch, StoreError
 from r2scp.store.lease import LEASE_SCHEMA, Lease, put_row
 from r2scp.store.schema import LATER_TABLES, PRIMARY_KEY, SCHEMA_VERSION, SNAPSHOT_TABLES, Table

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from r2scp.store.commits import TableAddress, sql_literal, lance_errors
+from r2scp.store.commits import TableAddress, lance_errors, sql_literal
 from r2scp.store.errors import LeaseHeld, StoreError
 from r2scp.store.schema import PRIMARY_KEY
 

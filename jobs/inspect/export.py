@@ -30,7 +30,7 @@ from r2scp.jobs.console import absolute, progress_bar
 from r2scp.jobs.inspect.condition import both, count_where
 from r2scp.jobs.inspect.export_card import card
 from r2scp.jobs.inspect.export_files import Limits, Written, file_names, portable, write_files
-from r2scp.store.commits import sql_literal, lance_errors
+from r2scp.store.commits import lance_errors, sql_literal
 from r2scp.store.errors import R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES, Table

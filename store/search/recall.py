@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.commits import sql_literal, lance_errors
+from r2scp.store.commits import lance_errors, sql_literal
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys

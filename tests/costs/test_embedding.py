@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.embed_flops import audio_flops, block_flops, clip_flops, vision_flops
+from benchmarks.embed.flops import audio_flops, block_flops, clip_flops, vision_flops
 from r2scp.model.imagebind import packed_linear as linear
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.pipelines.extraction.embed import TOKENS_PER_FORWARD, ImageBindEncoder

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from lancedb import connect
 
-from benchmarks.retrieval_data import AMONG, DIM, STEP, Bank, number
+from benchmarks.retrieval.data import AMONG, DIM, STEP, Bank, number
 from r2scp.store.schema import Table
 from r2scp.store.search.bank import IN_MEMORY_BYTES, KEY_COLUMNS
 from r2scp.store.search.vector_index import ServingSettings, refresh_index

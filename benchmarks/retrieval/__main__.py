@@ -1,7 +1,7 @@
 """Neighbours: for all clips at once, exactly, and for one query at a time, quickly: `python -m
 benchmarks.retrieval --help`.
 
-Keys are generated, see `benchmarks.retrieval_data`, and lie in a real store. Two questions:
+Keys are generated, see `benchmarks.retrieval.data`, and lie in a real store. Two questions:
 
 *Exact*: what `index` does for a chunk of clips, `MemoryBank.search`: for each the 15 nearest and the 15
 farthest keys of other sources. Its measure is the bare product of the same matrices by numpy, in the same
@@ -32,8 +32,8 @@ import numpy as np
 import torch
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, reason, run
-from benchmarks.retrieval_contenders import CONTENDERS, HITS, OURS, Ask, Contender, Index
-from benchmarks.retrieval_data import AMONG, CLIPS_A_SOURCE, DIM, Bank, Mixture, fill
+from benchmarks.retrieval.data import AMONG, CLIPS_A_SOURCE, DIM, Bank, Mixture, fill
+from benchmarks.retrieval.peers import CONTENDERS, HITS, OURS, Ask, Contender, Index
 from r2scp.store.schema import Retrieval
 from r2scp.store.search.bank import BLOCK_KEYS, MemoryBank, Queries, Search
 from r2scp.store.search.bank import HITS as NEIGHBOURS

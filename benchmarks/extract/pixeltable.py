@@ -15,7 +15,7 @@ from pathlib import Path
 import pixeltable as pxt
 from pixeltable.func import Batch
 
-from benchmarks.extract_peers import Extraction, decoded, embedded
+from benchmarks.extract.peers import Extraction, decoded, embedded
 from benchmarks.machine import cores
 from r2scp.pipelines.extraction.embed import EncoderSpec
 

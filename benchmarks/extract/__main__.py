@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run
-from benchmarks.extract_peers import encoder_of, loop, with_daft
+from benchmarks.extract.peers import encoder_of, loop, with_daft
 from benchmarks.machine import cores
 from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
 from r2scp.jobs.ingest.extract import Destination, Source, run_extract
@@ -124,7 +124,7 @@ def _peer(name: str, spec: EncoderSpec, batch: int):
         return partial(loop, spec)
     if name == DAFT:
         return with_daft(spec, batch)
-    from benchmarks.extract_pixeltable import with_pixeltable  # needs a package of the bench group
+    from benchmarks.extract.pixeltable import with_pixeltable  # needs a package of the bench group
 
     return with_pixeltable(spec)
 

@@ -1,4 +1,4 @@
-"""Memory of a process that reads an epoch: `python -m benchmarks.training_memory STORE CACHE_BYTES BATCHES`.
+"""Memory of a process that reads an epoch: `python -m benchmarks.training.memory STORE CACHE_BYTES BATCHES`.
 
 Prints one JSON object: bytes when all is imported and opened, and the most and the last of the epoch. *Own*
 is what would be free if the process ended (private pages); *resident* counts shared pages and mapped files
@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.contest import Row
-from benchmarks.training_site import SEED, open_dataset
-from benchmarks.training_store import Scale, fill
+from benchmarks.training.site import SEED, open_dataset
+from benchmarks.training.store import Scale, fill
 from r2scp.pipelines.batches.dataset import NOTHING, Ask
 from r2scp.pipelines.batches.prefetch import read_ahead, shuffled
 from r2scp.store.feature_store import FeatureStore
@@ -38,7 +38,7 @@ def memory_rows(folder: Path, scale: Scale, short: bool) -> list[Row]:
         uri = fill(folder / f"one in {share}" if share > 1 else folder, part).uri
         for cache in (CACHE_BYTES, SMALL_CACHE) if share == 1 and not short else (CACHE_BYTES,):
             batches = FEW if cache == SMALL_CACHE else ALL
-            words = [sys.executable, "-m", "benchmarks.training_memory", uri, str(cache), str(batches)]
+            words = [sys.executable, "-m", "benchmarks.training.memory", uri, str(cache), str(batches)]
             done = subprocess.run(words, capture_output=True, text=True, check=True)
             figures = json.loads(done.stdout.splitlines()[-1])
             size = part.feature_bytes / MIB

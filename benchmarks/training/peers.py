@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import cores
-from benchmarks.training_store import DIM, SECONDS
+from benchmarks.training.store import DIM, SECONDS
 from r2scp.jobs.training.data import Opened
 from r2scp.model.batch import Batch, Neighbours
 from r2scp.pipelines.batches.dataset import Dataset

@@ -23,12 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run
-from benchmarks.decode_peers import PEERS, Brought, Sought, require_same, sought
+from benchmarks.decode.peers import PEERS, Brought, Sought, require_same, sought
 from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.store.errors import UsageError
 
-MEDIA = Path(__file__).resolve().parents[1].parent / "shared" / "media" / "videos"
+MEDIA = Path(__file__).resolve().parents[2].parent / "shared" / "media" / "videos"
 LIMIT, OURS = "limit: ffmpeg -f null", "ours"
 SHARE_GOAL = 0.9  # of the limit's speed
 AHEAD_GOAL = 1.0  # a peer's seconds over ours

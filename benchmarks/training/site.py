@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.training_peers import Arrays
-from benchmarks.training_store import ANSWERS, Scale, fill
+from benchmarks.training.peers import Arrays
+from benchmarks.training.store import ANSWERS, Scale, fill
 from r2scp.jobs.training.config import paper_music_avqa
 from r2scp.jobs.training.data import Opened, answers_of, complete
 from r2scp.pipelines.batches.dataset import Dataset

@@ -4,7 +4,7 @@ At imagebind-huge's size, with random weights, on tensors made before. A clip is
 windows of sound of 2 s. In turn, round after round:
 
 - *2048^3*: the machine's rate for one square matrix product, `a @ b`; the shares are of its best round, in
-  the same dtype, and count the products that the contender really computes (see `benchmarks.embed_flops`).
+  the same dtype, and count the products that the contender really computes (see `benchmarks.embed.flops`).
 - *ours*: bf16 as extraction runs it (weights in the CPU's own order) with 1, 8, 16 and 40 frames a forward,
   the same with weights in PyTorch's order, through `torch.compile` (`--compile`: takes minutes), and fp32.
 - *transformers*: its CLIP vision encoder at the same size (1280 wide, 32 blocks, 16 heads, patch 14).
@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, Work, contest, ratios, run
-from benchmarks.embed_contenders import (
+from benchmarks.embed.flops import audio_flops, clip_flops, vision_flops
+from benchmarks.embed.gpu import gpu_sheet
+from benchmarks.embed.peers import (
     CONFIG,
     cast,
     cast_upstream,
@@ -40,8 +42,6 @@ from benchmarks.embed_contenders import (
     upstream_model,
     with_weights_of,
 )
-from benchmarks.embed_flops import audio_flops, clip_flops, vision_flops
-from benchmarks.embed_gpu import gpu_sheet
 from r2scp.model.imagebind.imagebind import ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import SAMPLE_RATE, log_mel, windows
 from r2scp.pipelines.extraction.embed import ImageBindEncoder

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contest import Row, Sheet, contest
-from benchmarks.training_peers import in_memory, tensors_of
-from benchmarks.training_site import Site
+from benchmarks.training.peers import in_memory, tensors_of
+from benchmarks.training.site import Site
 from r2scp.jobs.training.stages import ExpertsStage, MixingStage, TrainStage, Worker
 from r2scp.model.batch import Batch
 from r2scp.model.r2scp import R2SCP, Encoded

@@ -32,11 +32,11 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, reason, run, timed
-from benchmarks.training_memory import memory_rows
-from benchmarks.training_peers import Make, RayData, cool, in_memory, mapped, tensors_of
-from benchmarks.training_site import Site, open_site
-from benchmarks.training_steps import READY, STORE, step_seconds
-from benchmarks.training_store import Scale
+from benchmarks.training.memory import memory_rows
+from benchmarks.training.peers import Make, RayData, cool, in_memory, mapped, tensors_of
+from benchmarks.training.site import Site, open_site
+from benchmarks.training.steps import READY, STORE, step_seconds
+from benchmarks.training.store import Scale
 from r2scp.model.batch import Batch, Neighbours
 from r2scp.pipelines.batches.dataset import NOTHING, Ask
 from r2scp.pipelines.batches.prefetch import read_ahead

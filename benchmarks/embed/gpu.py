@@ -6,8 +6,8 @@ import statistics
 import torch
 
 from benchmarks.contest import Grade, Row, Sheet, Spread, Work, reason
-from benchmarks.embed_contenders import CONFIG, Embed, compiled
-from benchmarks.embed_flops import audio_flops, vision_flops
+from benchmarks.embed.flops import audio_flops, vision_flops
+from benchmarks.embed.peers import CONFIG, Embed, compiled
 from r2scp.model.imagebind.imagebind import ImageBind
 
 SIDE = 8192  # of the square product

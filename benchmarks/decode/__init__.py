@@ -1,0 +1,1 @@
+"""Decoding beside ffmpeg's own ceiling, PyAV and others."""

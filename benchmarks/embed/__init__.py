@@ -1,0 +1,1 @@
+"""The towers beside the machine's limit and others."""

@@ -1,0 +1,1 @@
+"""Whole extractions beside a loop, Daft and Pixeltable."""

@@ -1,0 +1,1 @@
+"""Searches beside faiss, hnswlib and LanceDB's defaults."""

@@ -1,0 +1,1 @@
+"""Feeding a training from the store, and training."""
