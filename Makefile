@@ -14,15 +14,17 @@ demo: $(VENV)/.installed
 	$(BIN)/r2scp-pipe demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
+# The long proofs alone; they share a machine with nothing else, and what fails is tried once more.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(BIN)/python -m pytest -q -m slow || \
+	  $(BIN)/python -m pytest -q -m slow --last-failed --last-failed-no-failures none
 
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Peers bring hundreds of megabytes and versions of their own: they get an environment of their own.
 bench:

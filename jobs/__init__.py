@@ -1,1 +1,1 @@
-
+"""What one starts: extract, index, train, evaluate, answer, report, re-index."""

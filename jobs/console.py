@@ -30,7 +30,7 @@ DEFAULT_STORE = "./r2scp-store"
 console = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     """One line on stderr, whatever its length."""
     console.print(text, soft_wrap=True)
 
@@ -83,7 +83,7 @@ def storage_options(pairs: list[str] | None) -> dict[str, str]:
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
-def choice(options: type[Choice], value: str, name: str) -> Choice:
+def parse_choice(options: type[Choice], value: str, name: str) -> Choice:
     """The member that an option names. Raises `UsageError`."""
     try:
         return options(value)
@@ -95,55 +95,55 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-GO_ON = "what was committed stays; run the same command again to go on"
+RESUME_HINT = "what was committed stays; run the same command again to go on"
 
 
 @contextmanager
-def speaking(interrupted: str = GO_ON) -> Iterator[None]:
+def exit_on_error(interrupted: str = RESUME_HINT) -> Iterator[None]:
     """Turn our errors into one line and exit code 1 (2 for a wrong option), Ctrl-C and SIGTERM into 130.
 
     `interrupted`: what is so then.
     """
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _interrupt) if here else None
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
-        with _spoken(interrupted):
+        with _errors_to_exit_codes(interrupted):
             yield
     finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
-def _spoken(interrupted: str) -> Iterator[None]:
+def _errors_to_exit_codes(interrupted: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        tell(f"error: {printable(str(error))}")
+        log(f"error: {printable(str(error))}")
         raise typer.Exit(2) from error
     except R2SCPError as error:
-        tell(f"error: {printable(str(error))}")
+        log(f"error: {printable(str(error))}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        tell(f"interrupted: {interrupted}")
+        log(f"interrupted: {interrupted}")
         raise typer.Exit(130) from error
 
 
-def say(result: Mapping[str, object], as_json: bool) -> None:
+def print_result(result: Mapping[str, object], as_json: bool) -> None:
     """Print a result: one JSON object on stdout, or aligned lines a person reads."""
     if as_json:
         sys.stdout.write(json.dumps(result, default=str) + "\n")
         return
     out = Console(markup=False, highlight=False, emoji=False)
-    _lines(out, result, "")
+    _print_lines(out, result, "")
 
 
-def _lines(out: Console, result: Mapping[str, object], indent: str) -> None:
+def _print_lines(out: Console, result: Mapping[str, object], indent: str) -> None:
     width = max((len(name) for name in result), default=0)
     for name, value in result.items():
         if isinstance(value, Mapping):
             out.print(f"{indent}{name.replace('_', ' ')}")
-            _lines(out, value, indent + "  ")
+            _print_lines(out, value, indent + "  ")
         elif value not in ([], ""):
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             out.print(f"{indent}{name.replace('_', ' '):<{width}}  {printable(text)}", soft_wrap=True)

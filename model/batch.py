@@ -23,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Held = TypeVar("Held", bound="DataclassInstance")
+TensorDataclass = TypeVar("Held", bound="DataclassInstance")
 
 AUDIO, VISUAL, TEXT = 0, 1, 2  # columns of present_BM (the first two) and of router_BS
 SOURCES = ("audio", "visual", "text")
@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
         count_B1 = self.mask_BL.sum(dim=1, keepdim=True).clamp(min=1)
         return self.states_BLD.masked_fill(~self.mask_BL[..., None], 0).sum(dim=1) / count_B1
 
-    def only(self, rows_B: Tensor) -> "Tokens":
+    def keep_rows(self, rows_B: Tensor) -> "Tokens":
         """The same with no token, and zeros, where rows_B is False."""
         mask_BL = self.mask_BL & rows_B[:, None]
         return Tokens(self.states_BLD.masked_fill(~mask_BL[..., None], 0), mask_BL)
@@ -94,39 +94,39 @@ class Batch:
         rows, width = self.sentence_BC.shape
         for name in ("audio", "visual", "words"):
             tokens, mask = self.sequence(name)
-            _expect(f"{name} features", tokens, (rows, None, width))
-            _expect(f"{name} mask", mask, tuple(tokens.shape[:2]), bool_=True)
-        _expect("present", self.present_BM, (rows, 2), bool_=True)
+            _check_shape(f"{name} features", tokens, (rows, None, width))
+            _check_shape(f"{name} mask", mask, tuple(tokens.shape[:2]), bool_=True)
+        _check_shape("present", self.present_BM, (rows, 2), bool_=True)
         for name, neighbours in (("retrieved", self.retrieved), ("farthest", self.farthest)):
             if neighbours is not None:
-                _expect(f"{name} features", neighbours.tokens_BNLC, (rows, None, None, width))
-                _expect(
+                _check_shape(f"{name} features", neighbours.tokens_BNLC, (rows, None, None, width))
+                _check_shape(
                     f"{name} mask", neighbours.mask_BNL, tuple(neighbours.tokens_BNLC.shape[:3]), bool_=True
                 )
-                _expect(f"{name} ids", neighbours.ids_BN, tuple(neighbours.tokens_BNLC.shape[:2]))
+                _check_shape(f"{name} ids", neighbours.ids_BN, tuple(neighbours.tokens_BNLC.shape[:2]))
         if (self.choices_BKC is None) != (self.choices_mask_BK is None):
             raise ValueError("choices and their mask come together; got one without the other")
         if self.choices_BKC is not None and self.choices_mask_BK is not None:
-            _expect("choices", self.choices_BKC, (rows, None, width))
-            _expect("choices mask", self.choices_mask_BK, tuple(self.choices_BKC.shape[:2]), bool_=True)
+            _check_shape("choices", self.choices_BKC, (rows, None, width))
+            _check_shape("choices mask", self.choices_mask_BK, tuple(self.choices_BKC.shape[:2]), bool_=True)
         self._check_values()
 
     def _check_values(self) -> None:
-        _refuse(
+        _check_rows(
             ~self.words_mask_BW.any(dim=1),
             "a question must have at least one word; without a question there is nothing to answer",
         )
         for column, mask_BL in ((AUDIO, self.audio_mask_BL), (VISUAL, self.visual_mask_BL)):
-            _refuse(
+            _check_rows(
                 self.present_BM[:, column] & ~mask_BL.any(dim=1),
                 f"{SOURCES[column]} is said to be present and has no token; say absent",
             )
         if self.choices_mask_BK is not None:
-            _refuse(~self.choices_mask_BK.any(dim=1), "a question with choices must have at least one choice")
+            _check_rows(~self.choices_mask_BK.any(dim=1), "a question with choices must have at least one choice")
             if self.target_B is not None:
                 hit_B1 = self.choices_mask_BK.gather(1, self.target_B.clamp(min=0)[:, None])
                 missed_B = (self.target_B >= 0) & ~hit_B1.squeeze(1)
-                _refuse(missed_B, "the answer must be one of the choices that are there")
+                _check_rows(missed_B, "the answer must be one of the choices that are there")
 
     def __len__(self) -> int:
         return len(self.sentence_BC)
@@ -144,17 +144,17 @@ class Batch:
             "words": (self.words_BWC, self.words_mask_BW),
         }[name]
 
-    def lacking(self, modality: int, rows_B: Tensor | None = None) -> "Batch":
+    def drop(self, modality: int, rows_B: Tensor | None = None) -> "Batch":
         """The same with `modality` (`AUDIO` or `VISUAL`) absent, in all rows or where rows_B is True."""
-        return replace(self, present_BM=without(self.present_BM, modality, rows_B))
+        return replace(self, present_BM=drop_modality(self.present_BM, modality, rows_B))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
-        return convert(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from where `to(..., non_blocking=True)` overlaps work."""
-        return convert(self, Tensor.pin_memory)
+        return map_tensors(self, Tensor.pin_memory)
 
 
 class Purification(NamedTuple):
@@ -165,7 +165,7 @@ class Purification(NamedTuple):
     source_BL: Tensor  # int64, the token of the available modality that took a purged token's place; else -1
     saliency_BU: Tensor  # the score behind eq. 7; NaN under padding
 
-    def only(self, rows_B: Tensor) -> "Purification":
+    def keep_rows(self, rows_B: Tensor) -> "Purification":
         """The same, untouched where rows_B is False."""
         others_B1 = ~rows_B[:, None]
         return Purification(
@@ -189,7 +189,7 @@ class Evidence(NamedTuple):
     """Why the model answered as it did."""
 
     router_BS: Tensor  # α of eq. 11; exactly 0 for a source that was neither there nor recovered
-    there_BM: Tensor  # bool, present or recovered
+    available_BM: Tensor  # bool, present or recovered
     recovered_BM: Tensor  # bool
     fallback_BM: Tensor  # bool, recovered without any neighbour, from the available modality alone
     neighbours_BN: Tensor | None  # int64, ids of the neighbours that were used, -1 for none
@@ -211,7 +211,7 @@ class Answer(NamedTuple):
     evidence: Evidence
 
 
-def without(present_BM: Tensor, modality: int, rows_B: Tensor | None = None) -> Tensor:
+def drop_modality(present_BM: Tensor, modality: int, rows_B: Tensor | None = None) -> Tensor:
     """A copy of present_BM with `modality` absent, in all rows or where rows_B is True."""
     if modality not in (AUDIO, VISUAL):
         raise ValueError(f"only audio ({AUDIO}) or visual ({VISUAL}) can go missing; got {modality}")
@@ -220,20 +220,20 @@ def without(present_BM: Tensor, modality: int, rows_B: Tensor | None = None) -> 
     return present_BM
 
 
-def convert(held: Held, change: Callable[[Tensor], Tensor]) -> Held:
+def map_tensors(value: TensorDataclass, function: Callable[[Tensor], Tensor]) -> TensorDataclass:
     """A dataclass of tensors, and of tuples of tensors at any depth, with each tensor changed."""
 
     def changed(value: object) -> object:
         if isinstance(value, Tensor):
-            return change(value)
+            return function(value)
         if isinstance(value, tuple):
             return getattr(value, "_make", tuple)(map(changed, value))
         return value
 
-    return replace(held, **{field.name: changed(getattr(held, field.name)) for field in fields(held)})
+    return replace(value, **{field.name: changed(getattr(value, field.name)) for field in fields(value)})
 
 
-def either(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
+def where_rows(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
     """`yes` where rows_B is True, `no` elsewhere; padded to the longer one only if both are needed."""
     if bool(rows_B.all()):
         return yes
@@ -246,7 +246,7 @@ def either(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
     return Tokens(chosen_BLD, torch.where(rows_B[:, None], *masks))
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], *, bool_: bool = False) -> None:
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], *, bool_: bool = False) -> None:
     fits = tensor.ndim == len(shape) and all(
         want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
     )
@@ -258,6 +258,6 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], *, bool_: 
         )
 
 
-def _refuse(wrong_B: Tensor, message: str) -> None:
+def _check_rows(wrong_B: Tensor, message: str) -> None:
     if bool(wrong_B.any()):
         raise ValueError(f"{message}; rows {wrong_B.nonzero().flatten().tolist()[:8]}")

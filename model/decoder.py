@@ -93,7 +93,7 @@ class Heads(nn.Module):
         self.visual = Decoder(sizes, classes)
 
     def forward(
-        self, joint: Tokens, audio: Tokens, visual: Tokens, there_BM: Tensor, question: Question
+        self, joint: Tokens, audio: Tokens, visual: Tokens, available_BM: Tensor, question: Question
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Logits (sum, joint, audio, visual), each (B, K) float32, zeros where a modality is not there;
         behind them what the joint head answers from, (B, D).
@@ -101,7 +101,7 @@ class Heads(nn.Module):
         joint_BD = self.joint.read(joint, question)
         joint_BK = self.joint.score(joint_BD, question)
         alone = [
-            torch.where(there_BM[:, column, None], head(tokens, question), 0.0)
+            torch.where(available_BM[:, column, None], head(tokens, question), 0.0)
             for column, (head, tokens) in enumerate(((self.audio, audio), (self.visual, visual)))
         ]
         return joint_BK + alone[0] + alone[1], joint_BK, alone[0], alone[1], joint_BD

@@ -29,7 +29,7 @@ class Sizes:
     dropout: float  # probability
 
 
-class Weighed(NamedTuple):
+class AttentionDetails(NamedTuple):
     """Attention with its insides: out_BQD, weights after dropout and logits (-inf under padding)."""
 
     out_BQD: Tensor
@@ -55,19 +55,19 @@ class Attention(nn.Module):
             query,
             key,
             value,
-            attn_mask=_never_empty(source.mask_BL)[:, None, None, :],
+            attn_mask=_without_empty_rows(source.mask_BL)[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out(mixed_BHQE.transpose(1, 2).flatten(2))
 
-    def weigh(self, query_BQD: Tensor, source: Tokens) -> Weighed:
+    def with_weights(self, query_BQD: Tensor, source: Tokens) -> AttentionDetails:
         """The same with its weights and logits, which are computed in float32."""
         query, key, value = self._split(query_BQD, source.states_BLD)
         logits = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[-1])
-        logits = logits.masked_fill(~_never_empty(source.mask_BL)[:, None, None, :], -math.inf)
+        logits = logits.masked_fill(~_without_empty_rows(source.mask_BL)[:, None, None, :], -math.inf)
         weights = F.dropout(logits.softmax(dim=-1), self.dropout, self.training)
         mixed_BHQE = weights.to(value.dtype) @ value
-        return Weighed(self.out(mixed_BHQE.transpose(1, 2).flatten(2)), weights, logits)
+        return AttentionDetails(self.out(mixed_BHQE.transpose(1, 2).flatten(2)), weights, logits)
 
     def _split(self, query_BQD: Tensor, source_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = (self.query(query_BQD), self.key(source_BLD), self.value(source_BLD))
@@ -154,7 +154,7 @@ class Experts(nn.Module):
         """E_expert(Φ_source(features)), masked. `expert` differs from `source` for the common features."""
         return self.experts[expert](self.projections[source](features_BLC, mask_BL))
 
-    def nearby(self, tokens_BNLC: Tensor, mask_BNL: Tensor, source: int) -> Tokens:
+    def encode_neighbours(self, tokens_BNLC: Tensor, mask_BNL: Tensor, source: int) -> Tokens:
         """H_miss of eq. 4: per second, the mean over the neighbours that have it of E(Φ(neighbour))."""
         rows, found = mask_BNL.shape[:2]
         states_BLD = self(tokens_BNLC.flatten(0, 1), mask_BNL.flatten(0, 1), source, source).states_BLD
@@ -170,6 +170,6 @@ def sinusoids(length: int, dim: int, device: torch.device | str = "cpu") -> Tens
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def _never_empty(mask_BL: Tensor) -> Tensor:
+def _without_empty_rows(mask_BL: Tensor) -> Tensor:
     """Softmax over nothing is NaN: a row without tokens attends to all of its (zeroed) places."""
     return mask_BL | ~mask_BL.any(dim=1, keepdim=True)

@@ -1,18 +1,13 @@
-"""What each stage minimises: eq. 10 in stage I, eqs. 13-15 in stage II.
-
-`StageOne` and `StageTwo` wrap the model so that one call does everything a step needs: wrapped for
-data-parallel training, each sees exactly one forward and one backward.
-"""
+"""What each stage minimises: eq. 10 in stage I, eqs. 13-15 in stage II."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from r2scp.model.batch import AUDIO, VISUAL, Answer, Batch
-from r2scp.model.r2scp import R2SCP, Encoded, Stage
+from r2scp.model.batch import AUDIO, VISUAL, Answer
 
 Rank = Literal["stopgrad", "paper", "release"]
 
@@ -45,67 +40,6 @@ class Loss(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
-
-
-class Step(NamedTuple):
-    """What a training step gives: the loss, the answers with everything there, and (stage II) without."""
-
-    loss: Loss
-    full: Answer
-    lacking: Answer | None
-
-
-class StageOne(nn.Module):
-    """Stage I as one call: batch -> loss. The batch may lack modalities (modality dropout)."""
-
-    def __init__(self, model: R2SCP) -> None:
-        super().__init__()
-        self.model = model.enter(Stage.EXPERTS)
-
-    def forward(self, batch: Batch) -> Step:
-        """One answer from what is present. ValueError without targets."""
-        target_B = _target(batch)
-        answer = self.model(batch)
-        return Step(expert_loss(answer, target_B, batch.present_BM), answer, None)
-
-
-class StageTwo(nn.Module):
-    """Stage II as one call: (batch, missing modality) -> loss. Every row must be complete.
-
-    Where the experts are frozen their output may come instead of a batch.
-    """
-
-    def __init__(self, model: R2SCP, config: LossConfig | None = None) -> None:
-        super().__init__()
-        self.model = model.enter(Stage.MIXING)
-        self.config = config or LossConfig()
-
-    def forward(self, batch: Batch | Encoded, missing: int) -> Step:
-        """Three answers from one encoding: X, R⁺ (`missing` recovered) and R⁻ (from the farthest).
-
-        There is no R⁻ without retrieval or without farthest neighbours in the batch; if the model recovers
-        nothing, R⁺ is the batch with the modality dropped and nothing is ranked.
-        """
-        target_B = _target(batch)
-        if not bool(batch.present_BM.all()):
-            raise ValueError("stage II compares with the real modality: every row must have audio and visual")
-        recovers = self.model.config.recovers
-        if isinstance(batch, Encoded):
-            encoded = batch
-        else:
-            encoded = self.model.encode(batch, missing if recovers else None)
-        full = self.model.answer(encoded)
-        lacking = farthest = None
-        if recovers or self.config.modality_dropout:
-            lacking = self.model.answer(encoded.lacking(missing))
-        if self.config.rank_weight and encoded.farthest is not None:
-            farthest = self.model.answer(encoded.lacking(missing).with_farthest())
-        losses = Losses(
-            real_B=task_loss(full.logits_BK, target_B),
-            near_B=None if lacking is None else task_loss(lacking.logits_BK, target_B),
-            far_B=None if farthest is None else task_loss(farthest.logits_BK, target_B),
-        )
-        return Step(mixing_loss(losses, self.config, ranked=recovers), full, lacking)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,11 +97,3 @@ def rank_losses(
 def _sum(parts: dict[str, Tensor], weights: dict[str, float]) -> Loss:
     total = torch.stack([part * weights.get(name, 1.0) for name, part in parts.items()]).sum()
     return Loss(total, {name: part.detach() for name, part in parts.items()})
-
-
-def _target(batch: Batch | Encoded) -> Tensor:
-    if batch.target_B is None:
-        raise ValueError("training needs answers: the batch must hold target_B")
-    if bool((batch.target_B < 0).any()):
-        raise ValueError("training needs answers: rows whose answer is not known (-1) must be left out")
-    return batch.target_B

@@ -70,20 +70,20 @@ class GuidanceBlock(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(sizes.dim)
 
     def forward(self, common: Tokens, words: Tokens) -> Guided:
-        within = self.self_attention.weigh(common.states_BLD, common)
-        across = self.cross_attention.weigh(common.states_BLD, words)
+        within = self.self_attention.with_weights(common.states_BLD, common)
+        across = self.cross_attention.with_weights(common.states_BLD, words)
         update_BUD = within.out_BQD + across.out_BQD
         states_BUD = self.norm_attention(common.states_BLD + self.dropout(update_BUD))
         states_BUD = self.norm_feed_forward(states_BUD + self.feed_forward(states_BUD))
         with torch.no_grad():
             if self.saliency == "received":
-                score_BU = received(within.logits_BHQL, across.logits_BHQL, common.mask_BL, words.mask_BL)
+                score_BU = received_attention(within.logits_BHQL, across.logits_BHQL, common.mask_BL, words.mask_BL)
             elif self.saliency == "output_norm":
                 score_BU = update_BUD.float().norm(dim=-1)
             elif self.saliency == "literal":
-                score_BU = literal(within.weights_BHQL, across.weights_BHQL)
+                score_BU = literal_saliency(within.weights_BHQL, across.weights_BHQL)
             else:
-                score_BU = arbitrary(common.mask_BL, fresh=self.training)
+                score_BU = random_saliency(common.mask_BL, fresh=self.training)
         return Guided(Tokens(states_BUD, common.mask_BL), score_BU)
 
 
@@ -157,7 +157,7 @@ def inject(missing_BLD: Tensor, guided_BUD: Tensor, noise_BL: Tensor, source_BL:
     return (1 - noise_BL1) * missing_BLD + noise_BL1 * gathered_BLD
 
 
-def received(self_logits_BHUU: Tensor, cross_logits_BHUW: Tensor, mask_BU: Tensor, mask_BW: Tensor) -> Tensor:
+def received_attention(self_logits_BHUU: Tensor, cross_logits_BHUW: Tensor, mask_BU: Tensor, mask_BW: Tensor) -> Tensor:
     """Attention received, (B, U): what the tokens give each other, plus what each word gives the tokens.
 
     The first term is the mean over heads of the column sums of self-attention. Cross-attention asks from
@@ -173,14 +173,14 @@ def received(self_logits_BHUU: Tensor, cross_logits_BHUW: Tensor, mask_BU: Tenso
     return _mean_one(within_BU, mask_BU) + _mean_one(across_BU, mask_BU)
 
 
-def literal(self_weights_BHUU: Tensor, cross_weights_BHUW: Tensor) -> Tensor:
+def literal_saliency(self_weights_BHUU: Tensor, cross_weights_BHUW: Tensor) -> Tensor:
     """The paper's saliency, (B, U): attention summed over keys, mean over heads. Without dropout it is 2 for
     every token, so that the first tokens win; with dropout it is noise."""
     score_BU = self_weights_BHUU.sum(dim=-1).mean(dim=1) + cross_weights_BHUW.sum(dim=-1).mean(dim=1)
     return score_BU.round(decimals=LITERAL_DECIMALS)
 
 
-def arbitrary(mask_BU: Tensor, *, fresh: bool) -> Tensor:
+def random_saliency(mask_BU: Tensor, *, fresh: bool) -> Tensor:
     """Saliency by lot, (B, U) in [0, 1): drawn anew if `fresh`, else fixed for each place in time."""
     rows, length = mask_BU.shape
     if fresh:

@@ -23,15 +23,15 @@ from r2scp.model.batch import (
     Purification,
     Question,
     Tokens,
-    convert,
-    either,
-    without,
+    map_tensors,
+    where_rows,
+    drop_modality,
 )
 from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.decoder import Heads
 from r2scp.model.experts import Experts
 from r2scp.model.purification import Purifier
-from r2scp.model.router import Router, even, fuse
+from r2scp.model.router import Router, uniform_weights, fuse
 
 MODALITIES = (AUDIO, VISUAL)
 
@@ -59,9 +59,9 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.present_BM)
 
-    def lacking(self, modality: int, rows_B: Tensor | None = None) -> "Encoded":
+    def drop(self, modality: int, rows_B: Tensor | None = None) -> "Encoded":
         """The same with `modality` absent, in all rows or where rows_B is True."""
-        return replace(self, present_BM=without(self.present_BM, modality, rows_B))
+        return replace(self, present_BM=drop_modality(self.present_BM, modality, rows_B))
 
     def with_farthest(self) -> "Encoded":
         """The same with the farthest clips in place of the nearest: R⁻ of eq. 14."""
@@ -71,11 +71,11 @@ class Encoded:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Encoded":
         """The same on another device."""
-        return convert(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Encoded":
         """The same in page-locked memory, from where `to(..., non_blocking=True)` overlaps work."""
-        return convert(self, Tensor.pin_memory)
+        return map_tensors(self, Tensor.pin_memory)
 
 
 class R2SCP(nn.Module):
@@ -89,9 +89,9 @@ class R2SCP(nn.Module):
         self.router = Router(config.sizes)
         self.decoders = Heads(config.sizes, config.classes)
         self.stage = Stage.EXPERTS
-        self.enter(Stage.EXPERTS)
+        self.set_stage(Stage.EXPERTS)
 
-    def enter(self, stage: Stage) -> "R2SCP":
+    def set_stage(self, stage: Stage) -> "R2SCP":
         """Move to `stage`: afterwards exactly the parameters that it trains require a gradient."""
         self.stage = Stage(stage)
         mixing = self.stage is Stage.MIXING
@@ -136,14 +136,14 @@ class R2SCP(nn.Module):
         answers with it (X) and without it (R⁺, R⁻).
         """
         with torch.no_grad() if self.experts_frozen else nullcontext():
-            audio, visual = (self._present(batch, column, column) for column in MODALITIES)
+            audio, visual = (self._encode_present(batch, column, column) for column in MODALITIES)
             words = self.experts(batch.words_BWC, batch.words_mask_BW, TEXT, TEXT)
             common_audio, common_visual = (
-                self._present(batch, 1 - column, column) if needed else None
+                self._encode_present(batch, 1 - column, column) if needed else None
                 for column, needed in enumerate(self._common_needed(batch, missing))
             )
-            retrieved = self._neighbours(batch, batch.retrieved, missing)
-            farthest = self._neighbours(batch, batch.farthest, missing)
+            retrieved = self._encode_neighbours(batch, batch.retrieved, missing)
+            farthest = self._encode_neighbours(batch, batch.farthest, missing)
         ids, far_ids = (
             None if part is None else part.ids_BN[:, : self.config.neighbours]
             for part in (batch.retrieved, batch.farthest)
@@ -165,7 +165,7 @@ class R2SCP(nn.Module):
     def answer(self, encoded: Encoded) -> Answer:
         """Recover, purify, weigh and decode what `encode` gave."""
         own = (encoded.audio, encoded.visual)
-        found = [self._complete(encoded, column) for column in MODALITIES]
+        found = [self._recover(encoded, column) for column in MODALITIES]
         recovered_BM = torch.stack([part.recovered_B for part in found], dim=1)
         fallback_BM = torch.stack([part.fallback_B for part in found], dim=1)
         there_BM = encoded.present_BM | recovered_BM
@@ -173,21 +173,21 @@ class R2SCP(nn.Module):
             found = [self._purify_present(encoded, column, found[column], own) for column in MODALITIES]
         sources = (found[AUDIO].tokens, found[VISUAL].tokens, encoded.words)
         there_BS = F.pad(there_BM, (0, 1), value=True)
-        router_BS = self.router(sources, there_BS) if self.stage is Stage.MIXING else even(there_BS)
+        router_BS = self.router(sources, there_BS) if self.stage is Stage.MIXING else uniform_weights(there_BS)
         joint = fuse(sources, router_BS, there_BS, self.config.fusion)
         *logits, joint_BD = self.decoders(joint, sources[AUDIO], sources[VISUAL], there_BM, encoded.question)
         evidence = Evidence(
             router_BS=router_BS,
-            there_BM=there_BM,
+            available_BM=there_BM,
             recovered_BM=recovered_BM,
             fallback_BM=fallback_BM,
-            neighbours_BN=self._used(encoded, (recovered_BM & ~fallback_BM).any(dim=1)),
+            neighbours_BN=self._used_neighbours(encoded, (recovered_BM & ~fallback_BM).any(dim=1)),
             purified=(found[AUDIO].purification, found[VISUAL].purification),
             joint_BD=joint_BD.detach(),
         )
         return Answer(*logits, evidence=evidence)
 
-    def _present(self, batch: Batch, source: int, expert: int) -> Tokens:
+    def _encode_present(self, batch: Batch, source: int, expert: int) -> Tokens:
         """E_expert(Φ_source(F_source)), with no token in the rows where the source is absent."""
         features_BLC, mask_BL = batch.sequence(("audio", "visual")[source])
         mask_BL = mask_BL & batch.present_BM[:, source, None]
@@ -197,7 +197,7 @@ class R2SCP(nn.Module):
                 features_BLC, mask_BL = F.pad(features_BLC, (0, 0, 0, 1)), F.pad(mask_BL, (0, 1))
         return self.experts(features_BLC, mask_BL, source, expert)
 
-    def _sought(self, batch: Batch, column: int, missing: int | None) -> Tensor:
+    def _needs_recovery(self, batch: Batch, column: int, missing: int | None) -> Tensor:
         """Rows that need, or are asked for, the recovery of a modality, (B,) bool."""
         absent_B = ~batch.present_BM[:, column]
         if missing is not None:
@@ -210,21 +210,21 @@ class R2SCP(nn.Module):
     def _needs_common(self, batch: Batch, column: int, missing: int | None) -> bool:
         if not self.recovers:
             return False
-        rows_B = self._sought(batch, column, missing)
+        rows_B = self._needs_recovery(batch, column, missing)
         if self.config.cmr and not self.purifies and batch.retrieved is not None:
             # only a row without any neighbour, among the nearest or the farthest, falls back
             for part in (batch.retrieved, batch.farthest):
-                if part is not None and bool((rows_B & ~self._hit(part)).any()):
+                if part is not None and bool((rows_B & ~self._has_neighbours(part)).any()):
                     return True
             return False
         if self.config.purify_full and self.purifies:
             rows_B = rows_B | batch.present_BM.all(dim=1)
         return bool(rows_B.any())
 
-    def _hit(self, part: Neighbours) -> Tensor:
+    def _has_neighbours(self, part: Neighbours) -> Tensor:
         return part.mask_BNL[:, : self.config.neighbours].flatten(1).any(dim=1)
 
-    def _neighbours(self, batch: Batch, part: Neighbours | None, missing: int | None) -> Tokens | None:
+    def _encode_neighbours(self, batch: Batch, part: Neighbours | None, missing: int | None) -> Tokens | None:
         """H_miss of eq. 4 for each row's missing modality; no token where nothing is sought."""
         if part is None or not (self.config.cmr and self.recovers):
             return None
@@ -234,34 +234,34 @@ class R2SCP(nn.Module):
         states_BLD = batch.sentence_BC.new_zeros(rows, length, self.config.dim, dtype=torch.float32)
         mask_BL = mask_BNL.new_zeros(rows, length)
         for column in MODALITIES:
-            sought_B = self._sought(batch, column, missing)
+            sought_B = self._needs_recovery(batch, column, missing)
             if bool(sought_B.all()):
-                return self.experts.nearby(tokens_BNLC, mask_BNL, column)
+                return self.experts.encode_neighbours(tokens_BNLC, mask_BNL, column)
             if bool(sought_B.any()):
-                near = self.experts.nearby(tokens_BNLC[sought_B], mask_BNL[sought_B], column)
+                near = self.experts.encode_neighbours(tokens_BNLC[sought_B], mask_BNL[sought_B], column)
                 states_BLD = states_BLD.index_put((sought_B,), near.states_BLD.float())
                 mask_BL = mask_BL.index_put((sought_B,), near.mask_BL)
         return Tokens(states_BLD, mask_BL)
 
-    def _complete(self, encoded: Encoded, column: int) -> "_Found":
+    def _recover(self, encoded: Encoded, column: int) -> "_Recovery":
         """A modality as it is where present, recovered where absent and the other one present."""
         own = (encoded.audio, encoded.visual)
-        tokens = own[column].only(encoded.present_BM[:, column])
+        tokens = own[column].keep_rows(encoded.present_BM[:, column])
         rows_B = ~encoded.present_BM[:, column] & encoded.present_BM[:, 1 - column]
         nowhere_B = torch.zeros_like(rows_B)
         if not self.recovers or not bool(rows_B.any()):
-            return _Found(tokens, nowhere_B, nowhere_B, None)
-        missing, fallback_B = self._recover(encoded, column, rows_B)
+            return _Recovery(tokens, nowhere_B, nowhere_B, None)
+        missing, fallback_B = self._missing_tokens(encoded, column, rows_B)
         purification = None
         if self.purifies:
-            available = own[1 - column].only(encoded.present_BM[:, 1 - column])
+            available = own[1 - column].keep_rows(encoded.present_BM[:, 1 - column])
             common = encoded.common[column]
             assert common is not None
             missing, purification = self.purifier(missing, available, common, encoded.words)
             purification = purification.only(rows_B)
-        return _Found(either(rows_B, missing, tokens), rows_B, fallback_B, purification)
+        return _Recovery(where_rows(rows_B, missing, tokens), rows_B, fallback_B, purification)
 
-    def _recover(self, encoded: Encoded, column: int, rows_B: Tensor) -> tuple[Tokens, Tensor]:
+    def _missing_tokens(self, encoded: Encoded, column: int, rows_B: Tensor) -> tuple[Tokens, Tensor]:
         """H_miss before purification, and the rows that found no neighbour although they should."""
         common = encoded.common[column]
         if not self.config.cmr:
@@ -272,11 +272,11 @@ class R2SCP(nn.Module):
         fallback_B = rows_B & ~encoded.retrieved.mask_BL.any(dim=1)
         if common is None:
             return encoded.retrieved, fallback_B
-        return either(fallback_B, common, encoded.retrieved), fallback_B
+        return where_rows(fallback_B, common, encoded.retrieved), fallback_B
 
     def _purify_present(
-        self, encoded: Encoded, column: int, found: "_Found", own: tuple[Tokens, Tokens]
-    ) -> "_Found":
+        self, encoded: Encoded, column: int, found: "_Recovery", own: tuple[Tokens, Tokens]
+    ) -> "_Recovery":
         """The release's habit: with both modalities present, purify each by the other."""
         rows_B, common = encoded.present_BM.all(dim=1), encoded.common[column]
         if common is None or not bool(rows_B.any()):
@@ -285,9 +285,9 @@ class R2SCP(nn.Module):
         purification = purification.only(rows_B)
         if found.purification is not None:
             purification = purification.merge(rows_B, found.purification)
-        return replace(found, tokens=either(rows_B, tokens, found.tokens), purification=purification)
+        return replace(found, tokens=where_rows(rows_B, tokens, found.tokens), purification=purification)
 
-    def _used(self, encoded: Encoded, rows_B: Tensor) -> Tensor | None:
+    def _used_neighbours(self, encoded: Encoded, rows_B: Tensor) -> Tensor | None:
         ids_BN = encoded.retrieved_ids_BN
         if ids_BN is None or not (self.config.cmr and self.recovers):
             return None
@@ -295,7 +295,7 @@ class R2SCP(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Recovery:
     tokens: Tokens
     recovered_B: Tensor
     fallback_B: Tensor

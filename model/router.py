@@ -28,18 +28,18 @@ class Router(nn.Module):
             for _ in SOURCES
         )
 
-    def forward(self, sources: Sequence[Tokens], there_BS: Tensor) -> Tensor:
+    def forward(self, sources: Sequence[Tokens], available_BS: Tensor) -> Tensor:
         """(B, S) float32; rows sum to 1, exactly 0 where there_BS is False."""
         scores = [gate(tokens.mean()) for gate, tokens in zip(self.gates, sources, strict=True)]
-        return torch.cat(scores, dim=1).float().masked_fill(~there_BS, -math.inf).softmax(dim=1)
+        return torch.cat(scores, dim=1).float().masked_fill(~available_BS, -math.inf).softmax(dim=1)
 
 
-def even(there_BS: Tensor) -> Tensor:
+def uniform_weights(available_BS: Tensor) -> Tensor:
     """The weights of stage I, before there is a router: the same for all that is there, (B, S) float32."""
-    return there_BS.float() / there_BS.sum(dim=1, keepdim=True)
+    return available_BS.float() / available_BS.sum(dim=1, keepdim=True)
 
 
-def fuse(sources: Sequence[Tokens], weights_BS: Tensor, there_BS: Tensor, fusion: Fusion) -> Tokens:
+def fuse(sources: Sequence[Tokens], weights_BS: Tensor, available_BS: Tensor, fusion: Fusion) -> Tokens:
     """Z_joint of eq. 12.
 
     `concat`: all weighted sequences one after another, since sequences of unlike lengths cannot be added.
@@ -51,7 +51,7 @@ def fuse(sources: Sequence[Tokens], weights_BS: Tensor, there_BS: Tensor, fusion
     ]
     if fusion == "sum_pooled":
         pooled_BD = torch.stack([weight[:, 0] * tokens.mean() for weight, tokens in weighted]).sum(dim=0)
-        return Tokens(pooled_BD[:, None], torch.ones_like(there_BS[:, :1]))
+        return Tokens(pooled_BD[:, None], torch.ones_like(available_BS[:, :1]))
     states_BLD = torch.cat([weight * tokens.states_BLD for weight, tokens in weighted], dim=1)
-    masks = [tokens.mask_BL & there_BS[:, index, None] for index, tokens in enumerate(sources)]
+    masks = [tokens.mask_BL & available_BS[:, index, None] for index, tokens in enumerate(sources)]
     return Tokens(states_BLD, torch.cat(masks, dim=1))

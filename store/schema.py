@@ -24,7 +24,7 @@ class Modality(StrEnum):
 
 
 #: What people call them.
-WORDS: dict[str, str] = {Modality.AUDIO: "sound", Modality.VISUAL: "picture"}
+MODALITY_NAMES: dict[str, str] = {Modality.AUDIO: "sound", Modality.VISUAL: "picture"}
 
 
 class ModalityStatus(StrEnum):

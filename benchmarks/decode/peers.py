@@ -14,7 +14,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from r2scp.pipelines.decoding.decode import tokens
+from r2scp.pipelines.decoding.decode import token_count
 from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, find_program
 
 PIXELS_APART = 12.0  # levels of 255, mean over a clip: another scaler, another colour matrix
@@ -57,7 +57,7 @@ def sought(path: Path) -> Sought:
             audio=None if audio is None else audio.index,
             width=math.floor(SIZE * shape + 1e-6) if shape >= 1 else SIZE,
             height=SIZE if shape >= 1 else math.floor(SIZE / shape + 1e-6),
-            middles=tuple(t + 0.5 for t in range(tokens(max(0.0, first - start) + length))),
+            middles=tuple(t + 0.5 for t in range(token_count(max(0.0, first - start) + length))),
             start_s=start,
         )
 

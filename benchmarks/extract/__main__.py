@@ -124,7 +124,7 @@ def _peer(name: str, spec: EncoderSpec, batch: int):
         return partial(loop, spec)
     if name == DAFT:
         return with_daft(spec, batch)
-    from benchmarks.extract.pixeltable import with_pixeltable  # needs a package of the bench group
+    from benchmarks.extract.pixeltable_flow import with_pixeltable  # needs a package of the bench group
 
     return with_pixeltable(spec)
 

@@ -38,8 +38,8 @@ from benchmarks.training.site import Site, open_site
 from benchmarks.training.steps import READY, STORE, step_seconds
 from benchmarks.training.store import Scale
 from r2scp.model.batch import Batch, Neighbours
-from r2scp.pipelines.batches.dataset import NOTHING, Ask
-from r2scp.pipelines.batches.prefetch import read_ahead
+from r2scp.pipelines.batches.dataset import NO_MODALITY, BatchRequest
+from r2scp.pipelines.batches.prefetch import prefetch
 
 PARTS = ("feed", "first", "step", "memory")
 CHECKED = 3  # batches of each contender that are compared with ours
@@ -51,9 +51,9 @@ RAY_QUESTIONS = 2_048  # a pass of Ray Data's, so that it ends
 SHORT_CLIPS = 400
 
 
-def ask(rows: np.ndarray, missing: int) -> Ask:
+def ask(rows: np.ndarray, missing: int) -> BatchRequest:
     """As stage I does, where `missing` is NOTHING, or as stage II with experts that learn."""
-    return Ask.all(len(rows), missing, hide=False, farthest=missing != NOTHING)
+    return BatchRequest.uniform(len(rows), missing, hide=False, farthest=missing != NO_MODALITY)
 
 
 def ours(site: Site) -> Make:
@@ -82,7 +82,7 @@ def _equal(one: Tensor, two: Tensor, name: str) -> None:
 
 def feed(site: Site, stage: str, missing: int, wanted: argparse.Namespace) -> tuple[Sheet, list[Grade]]:
     """One pass of batches by each contender, in turn."""
-    neighbours = missing != NOTHING
+    neighbours = missing != NO_MODALITY
     batches = site.order[: wanted.batches]
     questions = sum(map(len, batches))
     makers = {OURS: ours(site), MAPPED: mapped(site.arrays, neighbours)}
@@ -96,7 +96,7 @@ def feed(site: Site, stage: str, missing: int, wanted: argparse.Namespace) -> tu
             make(rows, missing)
 
     def ahead(make: Make) -> None:
-        with closing(read_ahead(lambda rows: make(rows, missing), batches)) as made:
+        with closing(prefetch(lambda rows: make(rows, missing), batches)) as made:
             for _ in made:
                 pass
 
@@ -184,7 +184,7 @@ def first(site: Site, wanted: argparse.Namespace) -> Sheet:
 
     def through(make: Make) -> None:
         for at in batches:
-            make(at, NOTHING)
+            make(at, NO_MODALITY)
 
     rows = []
     for name, paths in (("files in the page cache", []), ("files dropped from it", [*files, *tables])):
@@ -241,7 +241,7 @@ def benchmark(wanted: argparse.Namespace) -> Report:
             "seconds to fill": time.perf_counter() - began,
         }
         if "feed" in wanted.parts:
-            for stage, missing in (("I", NOTHING), ("II", AUDIO)):
+            for stage, missing in (("I", NO_MODALITY), ("II", AUDIO)):
                 sheet, more = feed(site, stage, missing, wanted)
                 sheets.append(sheet)
                 grades += more

@@ -16,8 +16,8 @@ import psutil
 from benchmarks.contest import Row
 from benchmarks.training.site import SEED, open_dataset
 from benchmarks.training.store import Scale, fill
-from r2scp.pipelines.batches.dataset import NOTHING, Ask
-from r2scp.pipelines.batches.prefetch import read_ahead, shuffled
+from r2scp.pipelines.batches.dataset import NO_MODALITY, BatchRequest
+from r2scp.pipelines.batches.prefetch import prefetch, shuffled_batches
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES
 
@@ -52,9 +52,9 @@ def main(uri: str, cache_bytes: int, most: int) -> dict[str, float]:
     dataset = open_dataset(FeatureStore.open(uri), cache_bytes)[1]
     process, own = psutil.Process(), []
     opened = process.memory_full_info().uss
-    batches = shuffled(len(dataset.examples), 64, SEED)[:most]
+    batches = shuffled_batches(len(dataset.examples), 64, SEED)[:most]
     started = process.cpu_times()
-    for at, _ in enumerate(read_ahead(lambda rows: dataset.batch(rows, ask(len(rows))), batches)):
+    for at, _ in enumerate(prefetch(lambda rows: dataset.batch(rows, ask(len(rows))), batches)):
         if at % 8 == 0:
             own.append(process.memory_full_info().uss)
     ended, last = process.cpu_times(), process.memory_full_info()
@@ -69,9 +69,9 @@ def main(uri: str, cache_bytes: int, most: int) -> dict[str, float]:
     }
 
 
-def ask(count: int) -> Ask:
+def ask(count: int) -> BatchRequest:
     """Stage II's, with experts that learn: the most that a batch holds."""
-    return Ask.all(count, NOTHING + 1, hide=False, farthest=True)
+    return BatchRequest.uniform(count, NO_MODALITY + 1, hide=False, farthest=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from r2scp.jobs.training.config import paper_music_avqa
 from r2scp.jobs.training.data import Opened, answers_of, complete
 from r2scp.pipelines.batches.dataset import Dataset
 from r2scp.pipelines.batches.examples import Pins
-from r2scp.pipelines.batches.prefetch import shuffled
+from r2scp.pipelines.batches.prefetch import shuffled_batches
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES
 
@@ -51,5 +51,5 @@ def open_site(folder: Path, scale: Scale) -> Site:
         opened=opened,
         dataset=dataset,
         arrays=Arrays.read(opened, dataset, folder),
-        order=shuffled(len(dataset.examples), opened.config.batch_size, SEED),
+        order=shuffled_batches(len(dataset.examples), opened.config.batch_size, SEED),
     )

@@ -17,8 +17,8 @@ from benchmarks.training.site import Site
 from r2scp.jobs.training.stages import ExpertsStage, MixingStage, TrainStage, Worker
 from r2scp.model.batch import Batch
 from r2scp.model.r2scp import R2SCP, Encoded
-from r2scp.pipelines.batches.dataset import NOTHING, Ask
-from r2scp.pipelines.batches.prefetch import read_ahead
+from r2scp.pipelines.batches.dataset import NO_MODALITY, BatchRequest
+from r2scp.pipelines.batches.prefetch import prefetch
 
 STORE, MEMORY, READY = "from the store", "tensors in memory", "batches ready"
 NOT_KEPT = "states not kept"
@@ -46,7 +46,7 @@ class Stepping:
 
     def run(self, make: Callable[[np.ndarray], Inputs], batches: list[np.ndarray]) -> None:
         """Steps on what a thread makes ahead of them, as a training does."""
-        with closing(read_ahead(make, batches)) as made:
+        with closing(prefetch(make, batches)) as made:
             self.all(made)
 
     def all(self, made: Iterable[Inputs]) -> None:
@@ -84,10 +84,10 @@ def _stage_one(site: Site, batches: list[np.ndarray], rounds: int) -> Taken:
     stage = ExpertsStage(site.opened.config, _model(site), site.dataset, site.dataset, Worker())
     stepping = Stepping(stage)
     memory = in_memory(site.arrays, tensors_of(site.arrays), neighbours=False)
-    ready = [stage.prepare(rows, NOTHING) for rows in batches]
+    ready = [stage.prepare(rows, NO_MODALITY) for rows in batches]
     works = {
-        STORE: lambda: stepping.run(lambda rows: stage.prepare(rows, NOTHING), batches),
-        MEMORY: lambda: stepping.run(lambda rows: memory(rows, NOTHING), batches),
+        STORE: lambda: stepping.run(lambda rows: stage.prepare(rows, NO_MODALITY), batches),
+        MEMORY: lambda: stepping.run(lambda rows: memory(rows, NO_MODALITY), batches),
         READY: lambda: stepping.all(ready),
     }
     return _taken(contest(works, rounds), len(batches))
@@ -104,7 +104,7 @@ def _stage_two(site: Site, batches: list[np.ndarray], rounds: int, folder: Path)
     ready = [stage.prepare(rows, MISSING) for rows in batches]
 
     def encoded_here(rows: np.ndarray) -> Inputs:
-        return site.dataset.batch(rows, Ask.all(len(rows), MISSING, hide=False, farthest=True))
+        return site.dataset.batch(rows, BatchRequest.uniform(len(rows), MISSING, hide=False, farthest=True))
 
     works = {
         STORE: lambda: stepping.run(lambda rows: stage.prepare(rows, MISSING), batches),

@@ -30,8 +30,8 @@ from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.pipelines.extraction.embed import EncoderSpec, key_of
 from r2scp.pipelines.extraction.questions import Texts, choice_texts
 from r2scp.pipelines.recordings.batch import RecordedQuestion, recorded_batch
-from r2scp.pipelines.recordings.recording import Recording, embed, without
-from r2scp.pipelines.recordings.retriever import Lacking, StandIn, StandIns
+from r2scp.pipelines.recordings.recording import Recording, embed, mark_unusable
+from r2scp.pipelines.recordings.retriever import RetrievalQuery, RetrievedClip, Retriever
 from r2scp.store.errors import FailureReason, MediaError, R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
@@ -68,7 +68,7 @@ class Answerer:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, encoder: EncoderSpec, bank: StandIns, snapshot: str, means: AnswerMeans
+        self, checkpoint: Checkpoint, encoder: EncoderSpec, bank: Retriever, snapshot: str, means: AnswerMeans
     ) -> None:
         self.checkpoint, self.bank, self.means = checkpoint, bank, means
         self._worker = Worker(device=torch.device(encoder.device))
@@ -97,7 +97,7 @@ class Answerer:
         read = store.at(snapshot) if snapshot else store
         if not read.dataset(Table.CLIPS).count_rows():
             raise StoreError(f"the store at {store.uri} holds no clip; fill it with `r2scp-pipe extract`")
-        return cls(checkpoint, encoder, StandIns(read, checkpoint.config.index.bank), snapshot, means)
+        return cls(checkpoint, encoder, Retriever(read, checkpoint.config.index.bank), snapshot, means)
 
     def answer(
         self, video: str | Path, question: str, missing: str = "auto", choices: Sequence[str] = ()
@@ -142,10 +142,10 @@ class Answerer:
     def _read(self, ask: Ask) -> Recording:
         """Decode, and find what is missing; the same for all questions of one file. Raises `MediaError`."""
         recording = Recording.read(
-            ask.video, self.means.limits, self.means.ffmpeg, judge=ask.missing != "none"
+            ask.video, self.means.limits, self.means.ffmpeg, detect_blank=ask.missing != "none"
         )
         if ask.missing in set(Modality):
-            without(recording, Modality(ask.missing), "it was to be taken as missing")
+            mark_unusable(recording, Modality(ask.missing), "it was to be taken as missing")
         recording.require()
         return recording
 
@@ -185,7 +185,7 @@ class Answerer:
         with self._worker.autocast():
             answer = self._model(batch)
         return [
-            evidence(self._shared, ask, recording, question.stand_ins, answer, row)
+            evidence(self._shared, ask, recording, question.retrieved, answer, row)
             for row, ((ask, recording), question) in enumerate(zip(asked, questions, strict=True))
         ]
 
@@ -200,7 +200,7 @@ class Answerer:
         return [
             RecordedQuestion(
                 tokens={name: tokens_TD.astype(np.float16) for name, tokens_TD in recording.tokens.items()},
-                stand_ins=stand_ins.get(at, []),
+                retrieved=stand_ins.get(at, []),
                 words_WD=self._texts.words[ask.question],
                 sentence_D=self._texts.sentences[ask.question],
                 choices_KD=np.stack(
@@ -212,26 +212,26 @@ class Answerer:
             for at, (ask, recording) in enumerate(asked)
         ]
 
-    def _stand_ins(self, asked: Sequence[tuple[Ask, Recording]]) -> dict[int, list[StandIn]]:
+    def _stand_ins(self, asked: Sequence[tuple[Ask, Recording]]) -> dict[int, list[RetrievedClip]]:
         """Number of a question -> clips for what its recording lacks; searched together by modality."""
-        found: dict[int, list[StandIn]] = {}
+        found: dict[int, list[RetrievedClip]] = {}
         if not (self._model.recovers and self._model.config.cmr):
             return found
         config = self.checkpoint.config
         settings = replace(config.index, n=config.model.neighbours, leak_guard=True)
         for missing in Modality:
             lacking = {
-                at: Lacking(
+                at: RetrievalQuery(
                     key_D=key_of(recording.tokens[OTHER[missing]]),
                     content_sha256=recording.content_sha256,
                     source_id=ask.source_id,
                 )
                 for at, (ask, recording) in enumerate(asked)
-                if missing in recording.empty
+                if missing in recording.unusable
             }
             if lacking:
                 how = settings.search(missing, config.retrieval)
-                found |= dict(zip(lacking, self.bank.find(list(lacking.values()), how), strict=True))
+                found |= dict(zip(lacking, self.bank.retrieve(list(lacking.values()), how), strict=True))
         return found
 
 

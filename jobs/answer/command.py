@@ -19,7 +19,7 @@ from r2scp.jobs.answer.answerer import Answerer, AnswerMeans
 from r2scp.jobs.answer.jsonl import asked_lines
 from r2scp.jobs.answer.page import answer_page
 from r2scp.jobs.answer.records import Answered, Ask, Refused
-from r2scp.jobs.console import absolute, default_workers, printable, tell
+from r2scp.jobs.console import absolute, default_workers, printable, log
 from r2scp.jobs.html.thumbnails import Previews
 from r2scp.jobs.ingest.extract_command import ALL_FAILED
 from r2scp.jobs.training.checkpoints import find
@@ -27,7 +27,7 @@ from r2scp.jobs.training.evaluation_table import grid
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import WORDS, Modality
+from r2scp.store.schema import MODALITY_NAMES, Modality
 
 BAR = 24  # characters of a probability of 1
 
@@ -96,7 +96,7 @@ def answer_one(answerer: Answerer, ask: Ask, wanted: Wanted) -> None:
         replace_file(
             absolute(wanted.html), answer_page(answered, Previews(ffmpeg=answerer.means.ffmpeg)).encode()
         )
-        tell(printable(f"kept in {absolute(wanted.html)}"))
+        log(printable(f"kept in {absolute(wanted.html)}"))
     if wanted.as_json:
         sys.stdout.write(_line(answered, wanted.top))
     else:
@@ -115,7 +115,7 @@ def answer_lines(answerer: Answerer, top: int) -> None:
             break
     seconds = time.monotonic() - started
     refused = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason)
-    tell(f"{counts['']} answered, {refused or 'none'} refused, {seconds:.1f} s")
+    log(f"{counts['']} answered, {refused or 'none'} refused, {seconds:.1f} s")
     if counts and not counts[""]:
         raise typer.Exit(ALL_FAILED)
 
@@ -177,7 +177,7 @@ def _evidence(answered: Answered) -> Iterator[RenderableType]:
             if said:
                 yield Text(f"   {printable(said)}")
     if purged := [one for one in answered.recovered if one.purged]:
-        other = WORDS[Modality.VISUAL if answered.missing == "audio" else Modality.AUDIO]
+        other = MODALITY_NAMES[Modality.VISUAL if answered.missing == "audio" else Modality.AUDIO]
         made = grid(
             f"\n{len(purged)} of {len(answered.recovered)} seconds purged",
             ("second", "dissonance δ", f"replaced by the guided {other} of second"),

@@ -14,8 +14,8 @@ from r2scp.model.r2scp import R2SCP
 from r2scp.pipelines.batches.examples import MODALITIES
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.recordings.recording import Recording
-from r2scp.pipelines.recordings.retriever import StandIn, StandIns
-from r2scp.store.schema import WORDS, Modality, ModalityStatus, Table
+from r2scp.pipelines.recordings.retriever import RetrievedClip, Retriever
+from r2scp.store.schema import MODALITY_NAMES, Modality, ModalityStatus, Table
 
 ALIKE = 0.999  # cosine of what both have, above which a clip may be the recording itself, coded otherwise
 
@@ -34,7 +34,7 @@ class Shared:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, model: R2SCP, encoder: EncoderSpec, bank: StandIns, snapshot: str
+        cls, checkpoint: Checkpoint, model: R2SCP, encoder: EncoderSpec, bank: Retriever, snapshot: str
     ) -> "Shared":
         """What a careful reader should know of model, encoder and bank."""
         notes, missing = [], []
@@ -77,15 +77,15 @@ class Shared:
 
 
 def evidence(
-    shared: Shared, ask: Ask, recording: Recording, stand_ins: Sequence[StandIn], answer: Answer, row: int
+    shared: Shared, ask: Ask, recording: Recording, stand_ins: Sequence[RetrievedClip], answer: Answer, row: int
 ) -> Answered:
     """The answer to one question, which is row `row` of what the model gave."""
-    missing = next((modality for modality in MODALITIES if modality in recording.empty), None)
+    missing = next((modality for modality in MODALITIES if modality in recording.unusable), None)
     streams = {modality: _stream(recording, modality) for modality in Modality}
     notes = shared.notes + (shared.notes_missing if missing else [])
     fallback = bool(answer.evidence.fallback_BM[row].any())
     recovered = bool(answer.evidence.recovered_BM[row].any())
-    if any(found.alike >= ALIKE for found in stand_ins):
+    if any(found.similarity >= ALIKE for found in stand_ins):
         notes = [
             *notes,
             "a clip that stood in is so like this recording that it may be the same; no test of recovery",
@@ -116,7 +116,7 @@ def evidence(
         model=shared.model,
         store=shared.store,
         notes=notes
-        + [f"{WORDS[m]}: {streams[m].why}" for m in Modality if streams[m].used and streams[m].why],
+        + [f"{MODALITY_NAMES[m]}: {streams[m].why}" for m in Modality if streams[m].used and streams[m].why],
     )
 
 
@@ -141,7 +141,7 @@ def _candidates(logits_K: torch.Tensor, names: Sequence[str]) -> list[Candidate]
 
 def _stream(recording: Recording, modality: Modality) -> Stream:
     report = recording.streams[modality]
-    why = recording.empty.get(modality, "")
+    why = recording.unusable.get(modality, "")
     if not why and report.status is ModalityStatus.PARTIAL:
         unit = "s" if modality is Modality.AUDIO else "frames"
         why = (
@@ -151,28 +151,28 @@ def _stream(recording: Recording, modality: Modality) -> Stream:
         status=report.status.value,
         expected=report.expected,
         decoded=report.decoded,
-        used=modality not in recording.empty,
+        used=modality not in recording.unusable,
         why=why,
     )
 
 
-def _neighbour(shared: Shared, found: StandIn) -> Neighbour:
+def _neighbour(shared: Shared, found: RetrievedClip) -> Neighbour:
     return Neighbour(
         clip_id=found.clip_id,
-        file=str(found.facts["uri"] or ""),
+        file=str(found.metadata["uri"] or ""),
         second=found.second,
         score=found.score,
         labels=found.labels,
-        split=str(found.facts["split"] or ""),
-        source_id=str(found.facts["source_id"] or ""),
-        content_sha256=str(found.facts["content_sha256"] or ""),
+        split=str(found.metadata["split"] or ""),
+        source_id=str(found.metadata["source_id"] or ""),
+        content_sha256=str(found.metadata["content_sha256"] or ""),
         encoder=shared.encoder,
         clips_version=shared.clips_version,
     )
 
 
 def _seconds(
-    answer: Answer, row: int, missing: Modality, stand_ins: Sequence[StandIn], recording: Recording
+    answer: Answer, row: int, missing: Modality, stand_ins: Sequence[RetrievedClip], recording: Recording
 ) -> list[Second]:
     """What became of each second that stood in."""
     length = max((len(found.tokens_TD) for found in stand_ins), default=0)

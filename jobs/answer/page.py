@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from r2scp.jobs.answer.records import Answered, Neighbour, Second, Stream
 from r2scp.jobs.html.render import decimal, page
 from r2scp.jobs.html.thumbnails import Preview, Previews
-from r2scp.store.schema import WORDS, Modality
+from r2scp.store.schema import MODALITY_NAMES, Modality
 
 ANSWERS = 5  # the best ones, named
 STILLS = 6  # of the recording, spread over it
@@ -120,7 +120,7 @@ def _neighbour(each: Neighbour) -> list[object]:
 
 
 def _heading(answered: Answered) -> str:
-    gone = WORDS[Modality(answered.missing)] if answered.missing else "features"
+    gone = MODALITY_NAMES[Modality(answered.missing)] if answered.missing else "features"
     return f"Clips whose {gone} stood in"
 
 
@@ -129,7 +129,7 @@ def _absences(answered: Answered, seen: Preview) -> list[str]:
     lines = []
     for name, stream in _streams(answered):
         there = seen.peaks if name is Modality.AUDIO else seen.pictures
-        word = WORDS[name]
+        word = MODALITY_NAMES[name]
         if not there and not seen.fault:
             lines.append(_cut(f"No {word}: {stream.status}."))
         elif not stream.used:
@@ -150,7 +150,7 @@ def _stream(name: Modality, stream: Stream) -> list[object]:
     unit = "s" if name is Modality.AUDIO else "frames"
     places = 1 if name is Modality.AUDIO else 0
     return [
-        WORDS[name],
+        MODALITY_NAMES[name],
         _cut(stream.status),
         f"{decimal(stream.decoded, places)} {unit}",
         f"{decimal(stream.expected, places)} {unit}",
@@ -180,7 +180,7 @@ def _second(each: Second, highest: float) -> dict[str, object]:
 
 
 def _timeline_words(answered: Answered) -> str:
-    gone = WORDS[Modality(answered.missing)] if answered.missing else "stream"
+    gone = MODALITY_NAMES[Modality(answered.missing)] if answered.missing else "stream"
     there = {"sound": "picture", "picture": "sound"}.get(gone, "other stream")
     if all(each.dissonance is None for each in answered.recovered):
         return f"The {gone} was recovered in {len(answered.recovered)} seconds; nothing was purified."

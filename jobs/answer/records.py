@@ -7,7 +7,7 @@ the store (the neighbours' ids and the version of `clips` say which tokens stood
 from dataclasses import asdict, dataclass, field
 
 from r2scp.store.errors import MediaError, R2SCPError
-from r2scp.store.schema import WORDS, Modality
+from r2scp.store.schema import MODALITY_NAMES, Modality
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +140,7 @@ class Answered:
         """What is missing, why, and what was done about it, in one sentence; "" where nothing is."""
         if self.missing is None:
             return ""
-        gone, stream = WORDS[Modality(self.missing)], self.audio if self.missing == "audio" else self.visual
+        gone, stream = MODALITY_NAMES[Modality(self.missing)], self.audio if self.missing == "audio" else self.visual
         clips = f"{len(self.neighbours)} clip{'s'[: len(self.neighbours) != 1]}"
         done = _DONE.get(self.recovery, "").format(gone=gone, count=clips)
         return f"The {gone} is missing ({stream.why}){': ' if done else ''}{done}."

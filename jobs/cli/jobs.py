@@ -11,9 +11,9 @@ from r2scp.jobs.console import (
     JsonOption,
     StorageOption,
     StoreOption,
-    choice,
-    say,
-    speaking,
+    parse_choice,
+    print_result,
+    exit_on_error,
     storage_options,
 )
 
@@ -33,7 +33,7 @@ def jobs_run(
     as_json: JsonOption = False,
 ) -> None:
     """Bring a store up to date with its corpora; let it serve if the gate passes, else exit with 1."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.reindex.command import run_and_tell
 
         run_and_tell(file, dry_run, as_json)
@@ -48,12 +48,12 @@ def jobs_list(
     as_json: JsonOption = False,
 ) -> None:
     """List what was done to a store, newest first."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.reindex.history import runs, show_runs
         from r2scp.store.feature_store import FeatureStore
 
         rows = runs(FeatureStore.open(store, fingerprint, storage_options(storage_option)), limit)
-        say({"runs": rows}, as_json) if as_json else show_runs(rows)
+        print_result({"runs": rows}, as_json) if as_json else show_runs(rows)
 
 
 @jobs_app.command("show")
@@ -65,11 +65,11 @@ def jobs_show(
     as_json: JsonOption = False,
 ) -> None:
     """Show all that is known of one run: settings, counts, recall, gate, versions."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.reindex.history import run as find
         from r2scp.store.feature_store import FeatureStore
 
-        say(find(FeatureStore.open(store, fingerprint, storage_options(storage_option)), run), as_json)
+        print_result(find(FeatureStore.open(store, fingerprint, storage_options(storage_option)), run), as_json)
 
 
 @jobs_app.command("rollback")
@@ -80,11 +80,11 @@ def jobs_rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Let the snapshot that served before serve again."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.reindex.history import rollback
         from r2scp.store.feature_store import FeatureStore
 
-        say(rollback(FeatureStore.open(store, fingerprint, storage_options(storage_option))), as_json)
+        print_result(rollback(FeatureStore.open(store, fingerprint, storage_options(storage_option))), as_json)
 
 
 @jobs_app.command("schedule")
@@ -100,10 +100,10 @@ def jobs_schedule(
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster that `ray job` submits to.")] = None,
 ) -> None:
     """Run a job at its times in the foreground, until interrupted; or print what runs it elsewhere."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.reindex.schedule.command import Elsewhere, Printed, schedule
 
-        kind = choice(Printed, printed, "--print") if printed else None
+        kind = parse_choice(Printed, printed, "--print") if printed else None
         if text := schedule(file, kind, Elsewhere(address=address, image=image)):
             typer.echo(text, nl=not text.endswith("\n"))
 
@@ -118,7 +118,7 @@ def jobs_torture(
     as_json: JsonOption = False,
 ) -> None:
     """Kill a job in every way we know, on a generated corpus, and account for every clip and file."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.faults.command import torture_and_tell
 
         torture_and_tell(rounds, seed, folder, as_json)

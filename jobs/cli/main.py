@@ -18,8 +18,8 @@ from r2scp.jobs.console import (
     StorageOption,
     StoreOption,
     WeightsOption,
-    say,
-    speaking,
+    print_result,
+    exit_on_error,
     storage_options,
 )
 
@@ -52,7 +52,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """The whole journey: generate mp4 files, extract, index, train, answer with a modality missing."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.demo.run import DemoWanted, run_demo
 
         wanted = DemoWanted(
@@ -63,7 +63,7 @@ def demo(
             settings=tuple(change or ()),
             as_json=as_json,
         )
-        say(run_demo(wanted), as_json)
+        print_result(run_demo(wanted), as_json)
 
 
 @app.command()
@@ -92,7 +92,7 @@ def extract(
     as_json: JsonOption = False,
 ) -> None:
     """Decode a corpus's videos, embed them with ImageBind, and store what the store does not hold yet."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
         from r2scp.jobs.ingest.extract import Destination, Source
         from r2scp.jobs.ingest.extract_command import finish, resources, run_with_progress
@@ -102,7 +102,7 @@ def extract(
         spec = encoder_spec(encoder, weights, pick_device(device))
         means = resources(num_workers, gpus_per_actor, ray_address, wheel, ffmpeg)
         report = run_with_progress(source, Destination(store, storage_options(storage_option)), spec, means)
-        say(report.to_json(), as_json)
+        print_result(report.to_json(), as_json)
         finish(report)
 
 
@@ -132,13 +132,13 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Find each clip's neighbours in the memory bank, for each modality that may be missing."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.ingest.index_command import Scope, index_with_progress
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
         scope = Scope(bank_corpus or [], bank_split or ["train"], query_corpus or [], disjoint)
-        say(index_with_progress(opened, retrieval, scope, neighbours, cross_weight, leak_guard), as_json)
+        print_result(index_with_progress(opened, retrieval, scope, neighbours, cross_weight, leak_guard), as_json)
 
 
 @app.command()
@@ -158,7 +158,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train both stages from the store: experts first, then purification, router and heads."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.training.command import Wanted, train_means, train_with_progress
         from r2scp.store.feature_store import FeatureStore
 
@@ -166,7 +166,7 @@ def train(
         opened = opened.at(at) if at else opened
         wanted = Wanted(preset=preset, settings=tuple(change or ()), seed=seed, with_baselines=baselines)
         means = train_means(num_workers, device, ray_address)
-        say(train_with_progress(opened, run, wanted, means), as_json)
+        print_result(train_with_progress(opened, run, wanted, means), as_json)
 
 
 @app.command()
@@ -186,7 +186,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy with sound alone, picture alone and both, beside the baselines."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.ingest.encoders import pick_device
         from r2scp.jobs.training.command import evaluate_with_progress
         from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans
@@ -197,7 +197,7 @@ def evaluate(
         means = EvaluateMeans(split=split, latest=latest, rates=rates, device=pick_device(device))
         report = evaluate_with_progress(opened, run, means, as_json)
         if as_json:
-            say(report, as_json)
+            print_result(report, as_json)
 
 
 @app.command()
@@ -238,7 +238,7 @@ def answer(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question about a recording of which sound or picture may be missing, and say why so."""
-    with speaking("what was answered is written; files that are being decoded come to their end"):
+    with exit_on_error("what was answered is written; files that are being decoded come to their end"):
         from r2scp.jobs.answer.command import Means, Wanted, answer_lines, answer_one, open_answerer
         from r2scp.jobs.answer.records import Ask
 
@@ -268,7 +268,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One page of a run, or several: accuracy, training, retrieval, answered questions, the store."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.report.run import ReportWanted, brief, report_with_progress
 
         wanted = ReportWanted(
@@ -283,7 +283,7 @@ def report(
             weights=weights,
         )
         made = report_with_progress(wanted, device)
-        say(made if as_json else brief(made), as_json)
+        print_result(made if as_json else brief(made), as_json)
 
 
 @app.command()
@@ -315,7 +315,7 @@ def study(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of the method with several seeds and compare them; goes on where it stopped."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.training.command import Wanted
         from r2scp.jobs.training.study.command import Machines, show, study_with_progress
         from r2scp.store.feature_store import FeatureStore
@@ -330,7 +330,7 @@ def study(
             ray_address=ray_address,
         )
         report = study_with_progress(opened, name, folder, wanted, seeds, split, machines)
-        say(report, as_json) if as_json else show(report)
+        print_result(report, as_json) if as_json else show(report)
 
 
 @app.command()
@@ -341,10 +341,10 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in the store: clips, statuses, questions, failures, versions, tags."""
-    with speaking():
+    with exit_on_error():
         from r2scp.store.feature_store import FeatureStore
 
-        say(FeatureStore.open(store, fingerprint, storage_options(storage_option)).status(), as_json)
+        print_result(FeatureStore.open(store, fingerprint, storage_options(storage_option)).status(), as_json)
 
 
 @app.command()
@@ -357,7 +357,7 @@ def failures(
     as_json: JsonOption = False,
 ) -> None:
     """Show what could not be stored, and why."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.inspect.failures import show_failures
         from r2scp.store.feature_store import FeatureStore
 
@@ -375,10 +375,10 @@ def weights(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch the published ImageBind checkpoint (4.8 GB), resuming and checking its hash."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.ingest.weights_command import fetch_with_progress
 
-        say(fetch_with_progress(encoder, accept_license, dest), as_json)
+        print_result(fetch_with_progress(encoder, accept_license, dest), as_json)
 
 
 @app.command()
@@ -389,9 +389,9 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check what is needed: packages, ffmpeg, devices, weights, the store; exit 1 where something lacks."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.cli.doctor import examine
 
         findings, sound = examine(store, storage_options(storage_option), ffmpeg)
-        say(findings, as_json)
+        print_result(findings, as_json)
         raise typer.Exit(0 if sound else 1)

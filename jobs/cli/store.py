@@ -15,8 +15,8 @@ from r2scp.jobs.console import (
     StorageOption,
     StoreOption,
     WeightsOption,
-    say,
-    speaking,
+    print_result,
+    exit_on_error,
     storage_options,
 )
 from r2scp.store.errors import UsageError
@@ -41,13 +41,13 @@ def store_show(
     as_json: JsonOption = False,
 ) -> None:
     """Show all that is known of one clip: statuses, where it came from, questions, neighbours, failure."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.inspect.show import clip_facts, show
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
         told = clip_facts(opened.at(at) if at else opened, clip)
-        say(told, as_json) if as_json else show(told, neighbours)
+        print_result(told, as_json) if as_json else show(told, neighbours)
 
 
 @store_app.command("search")
@@ -79,7 +79,7 @@ def store_search(
     as_json: JsonOption = False,
 ) -> None:
     """Find clips by a text, through the encoder's text tower, or clips like one that is there."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.ingest.encoders import encoder_of, pick_device
         from r2scp.jobs.inspect.search import Query, run_search, show
         from r2scp.jobs.inspect.search_page import write_page
@@ -94,7 +94,7 @@ def store_search(
         found = run_search(opened, query, spec and spec.load())
         if html is not None:
             write_page(found, html)
-        say(found, as_json) if as_json else show(found)
+        print_result(found, as_json) if as_json else show(found)
 
 
 @store_app.command("export")
@@ -121,7 +121,7 @@ def store_export(
     as_json: JsonOption = False,
 ) -> None:
     """Copy clips, questions and neighbours of one moment as Parquet that `datasets` loads."""
-    with speaking():
+    with exit_on_error():
         from r2scp.jobs.inspect.export import Export, export_with_progress
         from r2scp.store.feature_store import FeatureStore
 
@@ -129,4 +129,4 @@ def store_export(
         wanted = Export(
             corpora=tuple(corpus or ()), splits=tuple(split or ()), sequences=sequences, where=where
         )
-        say(export_with_progress(opened.at(at) if at else opened, folder, wanted), as_json)
+        print_result(export_with_progress(opened.at(at) if at else opened, folder, wanted), as_json)

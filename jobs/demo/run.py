@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from r2scp.jobs.console import absolute, default_workers, tell
+from r2scp.jobs.console import absolute, default_workers, log
 from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
 from r2scp.jobs.ingest.extract import Destination, Source
 from r2scp.jobs.ingest.extract_command import run_with_progress
@@ -43,10 +43,10 @@ def run_demo(wanted: DemoWanted) -> dict[str, object]:
     folder = absolute(wanted.folder)
     corpus, uri, run = folder / f"corpus-{which}", str(folder / f"store-{which}"), folder / f"run-{which}"
     clock = _Clock()
-    tell(f"1/{STEPS} generating {wanted.clips} clips with their questions in {corpus}")
+    log(f"1/{STEPS} generating {wanted.clips} clips with their questions in {corpus}")
     generated = generate(corpus, clips=wanted.clips, seed=wanted.seed, workers=workers)
     clock.done("generate", f"{generated.written} written, {generated.questions} questions")
-    tell(f"2/{STEPS} extracting them into {uri}")
+    log(f"2/{STEPS} extracting them into {uri}")
     encoder = encoder_spec("imagebind-demo", None, pick_device(None))
     extracted = run_with_progress(
         Source("demo", corpus), Destination(uri), encoder, Resources(num_workers=workers)
@@ -55,19 +55,19 @@ def run_demo(wanted: DemoWanted) -> dict[str, object]:
         "extract", f"{extracted.stored} stored, {extracted.unchanged} unchanged, {extracted.dead} dead"
     )
     store = FeatureStore.open(uri, encoder.fingerprint)
-    tell(f"3/{STEPS} finding each clip's neighbours in the memory bank")
+    log(f"3/{STEPS} finding each clip's neighbours in the memory bank")
     scope = Scope([], list(IndexSettings().bank.splits), [])
     index = index_with_progress(store, None, scope, HITS, IndexSettings().cross_weight, leak_guard=True)
     clock.done("index", f"{index['searched']} searches among {index['bank_clips']} clips")
-    tell(f"4/{STEPS} training experts, then the model and what it must beat, in {run}")
+    log(f"4/{STEPS} training experts, then the model and what it must beat, in {run}")
     asked = Wanted(preset="demo", settings=wanted.settings)
     trained = train_with_progress(store, run, asked, train_means(1, None, None, workers))
     clock.done("train", f"best after epoch {trained['epoch']}")
-    tell(f"5/{STEPS} asking the test split's questions with sound alone, picture alone and both")
+    log(f"5/{STEPS} asking the test split's questions with sound alone, picture alone and both")
     means = EvaluateMeans(rates=MISSING_RATES, device=pick_device(None))
     evaluation = evaluate_with_progress(store, run, means, wanted.as_json)
     clock.done("evaluate", f"{100 * evaluation['average']:.1f} % on average")
-    tell(f"6/{STEPS} writing a report of it")
+    log(f"6/{STEPS} writing a report of it")
     report = report_with_progress(ReportWanted(runs=(run,), store=uri), None)
     clock.done("report", str(report["report"]))
     ended: dict[str, object] = {
@@ -105,4 +105,4 @@ class _Clock:
         now = time.monotonic()
         self.seconds[step] = round(now - self._since, 1)
         self._since = now
-        tell(f"    {what}, {self.seconds[step]:.1f} s")
+        log(f"    {what}, {self.seconds[step]:.1f} s")

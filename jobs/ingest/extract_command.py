@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.progress import Progress
 
-from r2scp.jobs.console import absolute, default_workers, progress_bar, tell
+from r2scp.jobs.console import absolute, default_workers, progress_bar, log
 from r2scp.jobs.ingest.extract import Destination, Report, Source, run_extract
 from r2scp.jobs.ingest.weights import DEMO_WEIGHTS
 from r2scp.pipelines.extraction.embed import EncoderSpec
@@ -50,7 +50,7 @@ class Teller:
         self._bar.update(self._task, total=total, completed=done, note=note)
         if self._bar.disable and (present - self._said > LINE_EVERY_S or done >= total):
             left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            tell(f"{self._name}: {done}/{total} clips, {note}{left}")
+            log(f"{self._name}: {done}/{total} clips, {note}{left}")
             self._said = present
 
 
@@ -59,14 +59,14 @@ def run_with_progress(
 ) -> Report:
     """`run_extract`, seen on stderr; says what the demo encoder is not for."""
     for caution in _cautions(source, encoder):
-        tell(f"note: {caution}")
+        log(f"note: {caution}")
     with progress_bar() as bar:
         report = run_extract(source, destination, encoder, means, Teller(bar))
     for clip_id in report.gone_first:
-        tell(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
+        log(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
     if not report.decoded:
         known = f", or knows why not ({report.dead_before} dead letters)" if report.dead_before else ""
-        tell(f"nothing to decode: the store holds all of it{known}")
+        log(f"nothing to decode: the store holds all of it{known}")
     return report
 
 
@@ -80,5 +80,5 @@ def _cautions(source: Source, encoder: EncoderSpec) -> Iterator[str]:
 def finish(report: Report) -> None:
     """Exit 3 where there was something to do and all of it failed."""
     if report.inputs and report.dead == report.inputs:
-        tell(f"every one of {report.inputs} inputs failed; `r2scp-pipe failures` says why")
+        log(f"every one of {report.inputs} inputs failed; `r2scp-pipe failures` says why")
         raise typer.Exit(ALL_FAILED)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from r2scp.jobs.console import choice, progress_bar, tell
+from r2scp.jobs.console import parse_choice, progress_bar, log
 from r2scp.jobs.ingest.index import run_index
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.feature_store import FeatureStore
@@ -30,7 +30,7 @@ def index_with_progress(
 ) -> dict[str, object]:
     """`run_index`, seen on stderr. Raises `UsageError` for a way to compare that does not exist."""
     settings = IndexSettings(
-        retrieval=tuple(choice(Retrieval, name, "--retrieval") for name in retrieval or Retrieval),
+        retrieval=tuple(parse_choice(Retrieval, name, "--retrieval") for name in retrieval or Retrieval),
         bank=BankScope(
             corpora=tuple(scope.bank_corpora), splits=tuple(scope.bank_splits), disjoint=scope.disjoint
         ),
@@ -40,7 +40,7 @@ def index_with_progress(
         cross_weight=cross_weight,
     )
     if not leak_guard:
-        tell("note: without the leak guard a clip may be its own neighbour; the rows say so")
+        log("note: without the leak guard a clip may be its own neighbour; the rows say so")
     with progress_bar() as bar:
         tasks = {mode: bar.add_task(mode.value, total=None, note="searches") for mode in settings.retrieval}
 

@@ -15,7 +15,7 @@ from r2scp.jobs.inspect.tables import cell, facts, listing
 from r2scp.store.commits import sql_literal
 from r2scp.store.errors import TRANSIENT_REASONS, StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import WORDS, Modality, Table
+from r2scp.store.schema import MODALITY_NAMES, Modality, Table
 
 KEYS = ("visual_key", "audio_key")
 SEQUENCES = ("visual", "audio")
@@ -245,7 +245,7 @@ def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def _near(found: Mapping[str, Any], most: int) -> RenderableType:
-    gone = WORDS.get(found["missing"], str(cell(found["missing"])))
+    gone = MODALITY_NAMES.get(found["missing"], str(cell(found["missing"])))
     shown = found["nearest"][:most]
     rows = [
         (at, hit["clip_id"], hit["score"], hit["split"], _joined(hit["labels"]))

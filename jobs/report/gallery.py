@@ -12,7 +12,7 @@ from r2scp.jobs.html.thumbnails import Previews
 from r2scp.jobs.report.builder import Section
 from r2scp.jobs.report.facts.probe import SEED, WITH, Probe
 from r2scp.jobs.report.facts.run_folder import Gap, RunFacts
-from r2scp.pipelines.batches.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN
 from r2scp.pipelines.batches.examples import MODALITIES
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
@@ -106,7 +106,7 @@ def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
             ask=Ask(
                 video=uris[at],
                 question=rows[at]["question"],
-                missing=MODALITIES[CONDITIONS[condition]].value,
+                missing=MODALITIES[MISSING_COLUMN[condition]].value,
                 choices=tuple(choice or "" for choice in rows[at]["choices"] or ())
                 if opened.answers is None
                 else (),

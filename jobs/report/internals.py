@@ -80,7 +80,7 @@ def _pure(made: Making, section: Section, purity: Purity) -> None:
             rows.append(
                 [
                     kind,
-                    report_evidence.WORDS[missing],
+                    report_evidence.MODALITY_NAMES[missing],
                     side,
                     cell,
                     share_cell(share.chance),
@@ -93,7 +93,7 @@ def _pure(made: Making, section: Section, purity: Purity) -> None:
         section.table("Retrieval purity", columns, rows, "In brackets 95 % intervals over clips.")
     section.figure(report_evidence.scores(purity))
     leaks = [
-        [report_evidence.WORDS[missing], side, hits, clips, of]
+        [report_evidence.MODALITY_NAMES[missing], side, hits, clips, of]
         for missing, sides in purity.leaks.items()
         for side, (hits, clips, of) in sides.items()
     ]

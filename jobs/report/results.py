@@ -8,7 +8,7 @@ from r2scp.jobs.report.builder import Making, Section, share_cell
 from r2scp.jobs.report.facts.run_folder import MISSHAPEN, Gap, Judged, RunFacts, command
 from r2scp.jobs.report.figures import evaluation as report_figures
 from r2scp.jobs.report.figures import training as report_curves
-from r2scp.pipelines.batches.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN
 
 
 def accuracy(made: Making) -> None:
@@ -76,13 +76,13 @@ def _accuracy_table(section: Section, runs: Sequence[RunFacts]) -> None:
     several = len(runs) > 1
     rows = [
         [*([run.name] if several else []), model.name]
-        + [_cell(model.conditions[condition].overall) for condition in CONDITIONS]
+        + [_cell(model.conditions[condition].overall) for condition in MISSING_COLUMN]
         + [share_cell(model.average)]
         for run in runs
         if run.evaluation
         for model in run.evaluation.models
     ]
-    heads = [report_figures.CONDITION_TITLES[condition] for condition in CONDITIONS]
+    heads = [report_figures.CONDITION_TITLES[condition] for condition in MISSING_COLUMN]
     if rows:
         note = (
             "In brackets the 95 % interval of each accuracy, for the questions as drawn; mean: of the three."
@@ -98,13 +98,13 @@ def _types_table(section: Section, run: RunFacts) -> None:
         kinds = [kind for kind in told["AV"].types if kind.split("/", 1)[0] == group]
         if kinds != [group]:
             rows.append(
-                [f"{group or '(none)'}, all", score.n, *(_cell(told[c].groups[group]) for c in CONDITIONS)]
+                [f"{group or '(none)'}, all", score.n, *(_cell(told[c].groups[group]) for c in MISSING_COLUMN)]
             )
         rows += [
-            [kind or "(none)", told["AV"].types[kind].n, *(_cell(told[c].types[kind]) for c in CONDITIONS)]
+            [kind or "(none)", told["AV"].types[kind].n, *(_cell(told[c].types[kind]) for c in MISSING_COLUMN)]
             for kind in kinds
         ]
-    section.table(f"Accuracy by question type, %, {run.name}", ["type", "n", *CONDITIONS], rows)
+    section.table(f"Accuracy by question type, %, {run.name}", ["type", "n", *MISSING_COLUMN], rows)
 
 
 def training(made: Making) -> None:

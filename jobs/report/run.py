@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from r2scp.jobs.console import absolute, console, printable, tell
+from r2scp.jobs.console import absolute, console, printable, log
 from r2scp.jobs.html.render import page
 from r2scp.jobs.ingest.encoders import pick_device
 from r2scp.jobs.report.builder import Making, ReportWanted, Told
@@ -135,8 +135,8 @@ def report_with_progress(wanted: ReportWanted, device: str | None) -> dict[str, 
     assert isinstance(missing, list)
     for gap in missing:
         make = f"; `{gap['make']}` makes it" if gap["make"] else ""
-        tell(printable(f"missing: {gap['what']}: {gap['why']}{make}"))
-    tell(printable(f"kept in {report['report']}"))
+        log(printable(f"missing: {gap['what']}: {gap['why']}{make}"))
+    log(printable(f"kept in {report['report']}"))
     return report
 
 
@@ -161,7 +161,7 @@ def brief(report: dict[str, object]) -> dict[str, object]:
 
 def _told(part: str) -> None:
     if console.is_terminal:
-        tell(f"report: {part}")
+        log(f"report: {part}")
 
 
 def _asked(wanted: ReportWanted) -> tuple[str, ...]:

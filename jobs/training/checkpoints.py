@@ -69,7 +69,7 @@ class Checkpoint:
 
     def model(self, device: torch.device | str = "cpu") -> R2SCP:
         """The model, in its stage and in evaluation mode. Raises `CheckpointError` for a damaged file."""
-        model = R2SCP(self.config.model).enter(self.stage)
+        model = R2SCP(self.config.model).set_stage(self.stage)
         self.load_into(model)
         return model.to(device).eval()
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.markup import escape
 
-from r2scp.jobs.console import absolute, default_workers, printable, progress_bar, tell
+from r2scp.jobs.console import absolute, default_workers, printable, progress_bar, log
 from r2scp.jobs.ingest.encoders import pick_device
 from r2scp.jobs.training.checkpoints import BEST, find
 from r2scp.jobs.training.config import PRESETS, TrainConfig
@@ -135,7 +135,7 @@ def tell_epoch(name: str, values: Mapping[str, object]) -> None:
     assert isinstance(validation, Mapping)
     assert isinstance(train, Mapping)
     shown = "  ".join(f"{key} {100 * number:.1f}" for key, number in validation.items() if key != "mean")
-    tell(
+    log(
         f"{name}: stage {'I' if values['stage'] == Stage.EXPERTS else 'II'}, "
         f"epoch {values['epoch']}/{values['of']}, loss {train['loss']:.3f}, validation {shown} %, "
         f"{values['seconds']:.1f} s"
@@ -156,14 +156,14 @@ def evaluate_with_progress(
 
         report = run_evaluate(store, absolute(run), replace(means, progress=show))
     if report["trained_on"] != store.uri:
-        tell(f"note: it was trained on the store at {printable(str(report['trained_on']))}")
+        log(f"note: it was trained on the store at {printable(str(report['trained_on']))}")
     if not as_json:
         Console().print(tables(report))
     name = f"evaluation-{quote(means.split, safe='')}{'-latest' if means.latest else ''}.json"
     kept = find(absolute(run)).folder / name
     try:
         replace_file(kept, (json.dumps(report, indent=1) + "\n").encode())
-        tell(f"kept in {kept}")
+        log(f"kept in {kept}")
     except R2SCPError as error:  # a run of somebody else's
-        tell(f"not kept: {error}")
+        log(f"not kept: {error}")
     return report

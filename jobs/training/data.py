@@ -7,7 +7,7 @@ import numpy as np
 
 from r2scp.jobs.training.config import TrainConfig
 from r2scp.pipelines.batches.dataset import Dataset, NeighbourRows
-from r2scp.pipelines.batches.examples import NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
+from r2scp.pipelines.batches.examples import NO_ANSWER, QuestionFilter, Clips, Examples, Pins, vocabulary
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES, SequenceCache
@@ -82,7 +82,7 @@ class Opened:
                 f"holdout={share} leaves nothing to {'learn from' if held_B.all() else 'choose by'}: the "
                 f"questions are about {len(set(sources))} videos; give another share"
             )
-        return answerable(train.only(~held_B, "held out")), train.only(held_B, "learned from")
+        return answerable(train.keep(~held_B, "held out")), train.keep(held_B, "learned from")
 
     def _validation(self) -> Examples:
         try:
@@ -110,14 +110,14 @@ def answers_of(store: FeatureStore, pins: Pins, config: TrainConfig) -> list[str
     return vocabulary(store, pins, Clips.read(store, pins.clips), asked_by(config, "train"))
 
 
-def asked_by(config: TrainConfig, split: str) -> Asked:
+def asked_by(config: TrainConfig, split: str) -> QuestionFilter:
     """The questions of a split, as a config asks for them."""
-    return Asked(split=split, corpora=config.corpora, disjoint=config.index.bank.disjoint)
+    return QuestionFilter(split=split, corpora=config.corpora, disjoint=config.index.bank.disjoint)
 
 
 def answerable(examples: Examples) -> Examples:
     """Those whose answer is known, from which one can learn. Raises `StoreError` where none is left."""
-    kept = examples.only(np.not_equal(examples.target_B, NO_ANSWER), "answer not known")
+    kept = examples.keep(np.not_equal(examples.target_B, NO_ANSWER), "answer not known")
     if not len(kept):
         raise StoreError("no question of the split has an answer that training knows; nothing can be learned")
     return kept
@@ -125,7 +125,7 @@ def answerable(examples: Examples) -> Examples:
 
 def complete(examples: Examples) -> Examples:
     """Those whose clip has both modalities. Raises `StoreError` where none is left."""
-    kept = examples.only(np.logical_and.reduce(examples.present_BM, axis=1), "clip lacks a modality")
+    kept = examples.keep(np.logical_and.reduce(examples.present_BM, axis=1), "clip lacks a modality")
     if not len(kept):
         raise StoreError("stage II needs clips with both modalities; no question is about one")
     return kept

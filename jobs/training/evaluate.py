@@ -18,10 +18,10 @@ from r2scp.jobs.training.checkpoints import Checkpoint, find, find_last
 from r2scp.jobs.training.data import Opened
 from r2scp.jobs.training.stages import Worker
 from r2scp.model.batch import SOURCES, Answer
-from r2scp.model.metrics import Score, Tally
-from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask
+from r2scp.model.metrics import Score, AccuracyCounts
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest
 from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Examples, Pins
-from r2scp.pipelines.batches.prefetch import in_order, read_ahead
+from r2scp.pipelines.batches.prefetch import sequential_batches, prefetch
 from r2scp.store.errors import CheckpointError
 from r2scp.store.feature_store import FeatureStore
 
@@ -50,7 +50,7 @@ class EvaluateMeans:
 class Asked:
     """What one model answered under one condition."""
 
-    tally: Tally = field(default_factory=Tally)
+    tally: AccuracyCounts = field(default_factory=AccuracyCounts)
     recovered: int = 0  # questions with a modality fetched from elsewhere
     fallbacks: int = 0  # of these, without any neighbour
     loads: np.ndarray = field(default_factory=lambda: np.zeros(len(SOURCES)))  # sums of router weights
@@ -148,15 +148,15 @@ def evaluate_model(
     """Condition -> what the model answered. Conditions at a missing rate are named like "audio 30%"."""
     worker = Worker(device=torch.device(means.device))
     model, dataset = checkpoint.model(worker.device), opened.dataset(examples)
-    asks = {name: np.full(len(examples), missing) for name, missing in CONDITIONS.items()}
+    asks = {name: np.full(len(examples), missing) for name, missing in MISSING_COLUMN.items()}
     for rate in means.rates:
         asks |= at_rate(len(examples), rate)
     answered = {}
     for name, missing_N in asks.items():
         answered[name] = asked = Asked()
-        batches = in_order(len(examples), checkpoint.config.evaluate_rows)
-        prepared = read_ahead(
-            lambda rows, missing_N=missing_N: dataset.batch(rows, Ask(missing_B=missing_N[rows])), batches
+        batches = sequential_batches(len(examples), checkpoint.config.evaluate_rows)
+        prepared = prefetch(
+            lambda rows, missing_N=missing_N: dataset.batch(rows, BatchRequest(missing_B=missing_N[rows])), batches
         )
         with closing(prepared):  # also where a batch fails
             for rows, batch in zip(batches, prepared, strict=True):
@@ -174,7 +174,7 @@ def at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
     """
     draw_MN = np.random.default_rng(MISSING_SEED).random((len(MODALITIES), count))
     return {
-        f"{modality.value} {rate:.0%}": np.where(draw_MN[column] < rate, column, NOTHING)
+        f"{modality.value} {rate:.0%}": np.where(draw_MN[column] < rate, column, NO_MODALITY)
         for column, modality in enumerate(MODALITIES)
     }
 
@@ -209,12 +209,12 @@ def _finished(checkpoint: Checkpoint) -> bool:
 
 
 def _report(answered: Mapping[str, Asked]) -> dict[str, object]:
-    conditions = {name: asked.to_json() for name, asked in answered.items() if name in CONDITIONS}
+    conditions = {name: asked.to_json() for name, asked in answered.items() if name in MISSING_COLUMN}
     report: dict[str, object] = {
         "conditions": conditions,
-        "average": sum(answered[name].tally.overall().accuracy for name in CONDITIONS) / len(CONDITIONS),
+        "average": sum(answered[name].tally.overall().accuracy for name in MISSING_COLUMN) / len(MISSING_COLUMN),
     }
-    rates = {name: asked.to_json() for name, asked in answered.items() if name not in CONDITIONS}
+    rates = {name: asked.to_json() for name, asked in answered.items() if name not in MISSING_COLUMN}
     return report | ({"missing_rates": rates} if rates else {})
 
 

@@ -9,8 +9,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from r2scp.jobs.console import printable
-from r2scp.pipelines.batches.dataset import CONDITIONS
-from r2scp.store.schema import WORDS
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN
+from r2scp.store.schema import MODALITY_NAMES
 
 HEADINGS = {"A": "A: sound only", "V": "V: picture only", "AV": "AV: both"}
 OURS = "R²ScP"
@@ -30,10 +30,10 @@ def tables(report: Mapping[str, Any]) -> Group:
     split = printable(report["split"]) + (" split by source" if settings["disjoint"] else " split")
     main = grid(
         f"Accuracy in %, {split}, {n:,} questions\n({name}, {settings['retrieval']} retrieval)",
-        ("model", *(HEADINGS[condition] for condition in CONDITIONS), "mean"),
+        ("model", *(HEADINGS[condition] for condition in MISSING_COLUMN), "mean"),
     )
     for label, row, style in _rows(report):
-        cells = [_cell(row["conditions"][condition]) for condition in CONDITIONS]
+        cells = [_cell(row["conditions"][condition]) for condition in MISSING_COLUMN]
         main.add_row(Text(label), *map(Text, cells), Text(f"{100 * row['average']:.1f}"), style=style)
     parts: list[RenderableType] = [main, _types(report)]
     if "missing_rates" in report:
@@ -72,16 +72,16 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]
 
 
 def _types(report: Mapping[str, Any]) -> Grid:
-    made = grid(f"\n{OURS} by question type", ("type", "n", *CONDITIONS))
+    made = grid(f"\n{OURS} by question type", ("type", "n", *MISSING_COLUMN))
     both = report["conditions"]["AV"]
     for group, score in both["groups"].items():
         kinds = [kind for kind in both["types"] if kind.split("/", 1)[0] == group]
-        cells = [_cell(report["conditions"][c]["groups"][group]) for c in CONDITIONS]
+        cells = [_cell(report["conditions"][c]["groups"][group]) for c in MISSING_COLUMN]
         made.add_row(
             Text(printable(group) or "(none)"), Text(str(score["n"])), *map(Text, cells), style="bold"
         )
         for kind in kinds if kinds != [group] else ():
-            cells = [_cell(report["conditions"][c]["types"][kind]) for c in CONDITIONS]
+            cells = [_cell(report["conditions"][c]["types"][kind]) for c in MISSING_COLUMN]
             label = printable(kind.partition("/")[2] or kind)
             made.add_row(Text(f"  {label}"), Text(str(both["types"][kind]["n"])), *map(Text, cells))
     return made
@@ -89,7 +89,7 @@ def _types(report: Mapping[str, Any]) -> Grid:
 
 def _rates(report: Mapping[str, Any], modality: str) -> Grid:
     shares = [name.split()[1] for name in report["missing_rates"] if name.split()[0] == modality]
-    gone = WORDS[modality]
+    gone = MODALITY_NAMES[modality]
     made = grid(f"\nWhere a share of the questions lacks its {gone}", ("model", *shares))
     for label, row, style in _rows(report):
         cells = [_cell(row["missing_rates"][f"{modality} {share}"]) for share in shares]

@@ -35,7 +35,7 @@ from r2scp.jobs.training.log import TrainLog
 from r2scp.jobs.training.stages import ExpertsStage, MixingStage, TrainStage, Worker, described
 from r2scp.model.batch import Batch
 from r2scp.model.r2scp import R2SCP, Encoded, Stage
-from r2scp.pipelines.batches.prefetch import read_ahead, shuffled
+from r2scp.pipelines.batches.prefetch import prefetch, shuffled_batches
 from r2scp.store.errors import CheckpointError, R2SCPError
 
 LOG_EVERY = 20  # steps
@@ -182,7 +182,7 @@ class Training:
         module.train()
         batches, missing, chances = self._draws(stage, epoch)
         said: dict[str, list[tuple[float, int]]] = {}
-        prepared = read_ahead(lambda item: stage.prepare(*item), zip(batches, missing, strict=True))
+        prepared = prefetch(lambda item: stage.prepare(*item), zip(batches, missing, strict=True))
         with closing(prepared):  # also where a step fails
             for at, inputs in enumerate(prepared):
                 rate = length.rate(epoch * len(batches) + at, len(batches))
@@ -198,7 +198,7 @@ class Training:
         worker = self.worker
         seed = (self.config.seed, STAGE_NUMBER[stage.stage], epoch)
         count = len(stage.dataset.examples)
-        batches = shuffled(count, self.config.batch_size, seed, worker.rank, worker.world)
+        batches = shuffled_batches(count, self.config.batch_size, seed, worker.rank, worker.world)
         missing = np.random.default_rng((*seed, DRAWS)).integers(2, size=len(batches))
         chances = np.random.default_rng((*seed, STEPS, worker.rank)).integers(2**62, size=len(batches))
         return batches, missing.tolist(), chances.tolist()

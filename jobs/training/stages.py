@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from r2scp.jobs.training.checkpoints import BEST, EXPERTS
 from r2scp.jobs.training.config import TrainConfig
-from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Batch
-from r2scp.model.losses import StageOne, StageTwo, Step
+from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Answer, Batch
+from r2scp.model.losses import Loss, LossConfig, Losses, expert_loss, mixing_loss, task_loss
 from r2scp.model.r2scp import R2SCP, Encoded, Stage
-from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
-from r2scp.pipelines.batches.expert_cache import ExpertStates
-from r2scp.pipelines.batches.prefetch import in_order, read_ahead
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest, Dataset
+from r2scp.pipelines.batches.expert_cache import ExpertCache
+from r2scp.pipelines.batches.prefetch import sequential_batches, prefetch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,70 @@ class Worker:
             counts = counts.to(self.device)
             dist.all_reduce(counts)
         return counts.cpu()
+
+
+class Step(NamedTuple):
+    """Loss of a training step, answers from complete rows and, in stage II, with one modality missing."""
+
+    loss: Loss
+    full: Answer
+    incomplete: Answer | None
+
+
+class ExpertsObjective(nn.Module):
+    """Stage I as one call: batch -> loss. Modalities may be missing from the batch (modality dropout).
+
+    A module around the model, so that data-parallel training sees one forward and one backward per step.
+    """
+
+    def __init__(self, model: R2SCP) -> None:
+        super().__init__()
+        self.model = model.set_stage(Stage.EXPERTS)
+
+    def forward(self, batch: Batch) -> Step:
+        """One answer from what is present. ValueError without targets."""
+        target_B = _target(batch)
+        answer = self.model(batch)
+        return Step(expert_loss(answer, target_B, batch.present_BM), answer, None)
+
+
+class MixingObjective(nn.Module):
+    """Stage II as one call: (batch, missing modality) -> loss. Every row must be complete.
+
+    Where the experts are frozen their output may come instead of a batch.
+    """
+
+    def __init__(self, model: R2SCP, config: LossConfig | None = None) -> None:
+        super().__init__()
+        self.model = model.set_stage(Stage.MIXING)
+        self.config = config or LossConfig()
+
+    def forward(self, batch: Batch | Encoded, missing: int) -> Step:
+        """Three answers from one encoding: X, R⁺ (`missing` recovered) and R⁻ (from the farthest).
+
+        There is no R⁻ without retrieval or without farthest neighbours in the batch; if the model recovers
+        nothing, R⁺ is the batch with the modality dropped and nothing is ranked.
+        """
+        target_B = _target(batch)
+        if not bool(batch.present_BM.all()):
+            raise ValueError("stage II compares with the real modality: every row must have audio and visual")
+        recovers = self.model.config.recovers
+        if isinstance(batch, Encoded):
+            encoded = batch
+        else:
+            encoded = self.model.encode(batch, missing if recovers else None)
+        full = self.model.answer(encoded)
+        lacking = farthest = None
+        if recovers or self.config.modality_dropout:
+            lacking = self.model.answer(encoded.drop(missing))
+        if self.config.rank_weight and encoded.farthest is not None:
+            farthest = self.model.answer(encoded.drop(missing).with_farthest())
+        losses = Losses(
+            real_B=task_loss(full.logits_BK, target_B),
+            near_B=None if lacking is None else task_loss(lacking.logits_BK, target_B),
+            far_B=None if farthest is None else task_loss(farthest.logits_BK, target_B),
+        )
+        return Step(mixing_loss(losses, self.config, ranked=recovers), full, lacking)
 
 
 class TrainStage(Protocol):
@@ -76,12 +140,12 @@ class ExpertsStage:
         self, config: TrainConfig, model: R2SCP, train: Dataset, validation: Dataset, worker: Worker
     ) -> None:
         self.config, self.model, self.dataset = config, model, train
-        self.module = StageOne(model)
+        self.module = ExpertsObjective(model)
         self.names = [EXPERTS] if config.stage_two.epochs else [EXPERTS, BEST]
         self._validation, self._worker = validation, worker
 
     def prepare(self, rows: np.ndarray, missing: int) -> Batch:
-        return self.dataset.batch(rows, Ask.all(len(rows), NOTHING))
+        return self.dataset.batch(rows, BatchRequest.uniform(len(rows), NO_MODALITY))
 
     def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
         assert isinstance(inputs, Batch)
@@ -94,14 +158,14 @@ class ExpertsStage:
             return batch
         draw_B = torch.rand(len(batch), generator=torch.Generator().manual_seed(chance))
         for modality, rows_B in ((AUDIO, draw_B < rate / 2), (VISUAL, draw_B >= 1 - rate / 2)):
-            batch = batch.lacking(modality, rows_B.to(batch.present_BM.device))
+            batch = batch.drop(modality, rows_B.to(batch.present_BM.device))
         return batch
 
     def validate(self) -> dict[str, float]:
         """With everything there: stage I has no recovery yet."""
 
         def prepare(rows: np.ndarray) -> Batch:
-            return self._validation.batch(rows, Ask.all(len(rows), NOTHING))
+            return self._validation.batch(rows, BatchRequest.uniform(len(rows), NO_MODALITY))
 
         accuracy = _accuracy(self.model, self._validation, self.config, self._worker, prepare)
         return {"AV": accuracy, "mean": accuracy}
@@ -126,17 +190,17 @@ class MixingStage:
     ) -> None:
         self.config, self.model = config, model
         self.dataset = train
-        self.module = StageTwo(model, config.loss)
+        self.module = MixingObjective(model, config.loss)
         self.names = [BEST]
         self._validation, self._worker = validation, worker
-        self.states: ExpertStates | None = None
+        self.states: ExpertCache | None = None
         if model.experts_frozen:
             model.eval()
-            self.states = ExpertStates(model, [train, validation], folder, worker.device)
+            self.states = ExpertCache(model, [train, validation], folder, worker.device)
 
     def prepare(self, rows: np.ndarray, missing: int) -> Batch | Encoded:
         far = self.config.model.cmr and self.config.loss.rank_weight > 0
-        ask = Ask.all(len(rows), missing, hide=False, farthest=far)
+        ask = BatchRequest.uniform(len(rows), missing, hide=False, farthest=far)
         return self._inputs(self.dataset, rows, ask)
 
     def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
@@ -144,26 +208,26 @@ class MixingStage:
 
     def validate(self) -> dict[str, float]:
         accuracies = {}
-        for condition, missing in CONDITIONS.items():
+        for condition, missing in MISSING_COLUMN.items():
 
             def prepare(rows: np.ndarray, missing: int = missing) -> Batch | Encoded:
-                return self._inputs(self._validation, rows, Ask.all(len(rows), missing))
+                return self._inputs(self._validation, rows, BatchRequest.uniform(len(rows), missing))
 
             accuracies[condition] = _accuracy(
                 self.model, self._validation, self.config, self._worker, prepare
             )
         return accuracies | {"mean": sum(accuracies.values()) / len(accuracies)}
 
-    def _inputs(self, dataset: Dataset, rows: np.ndarray, ask: Ask) -> Batch | Encoded:
-        return self.states.encoded(dataset, rows, ask) if self.states else dataset.batch(rows, ask)
+    def _inputs(self, dataset: Dataset, rows: np.ndarray, ask: BatchRequest) -> Batch | Encoded:
+        return self.states.encoded_batch(dataset, rows, ask) if self.states else dataset.batch(rows, ask)
 
 
 def described(step: Step, target_B: Tensor, missing: int) -> dict[str, float]:
     """Numbers of one step to log: losses, accuracies and the router's mean weights, by condition."""
     values = {"loss": step.loss.total.item()}
     values |= {f"loss/{name}": part.item() for name, part in step.loss.parts.items()}
-    conditions = {number: name for name, number in CONDITIONS.items()}
-    for name, answer in ((conditions[NOTHING], step.full), (conditions[missing], step.lacking)):
+    conditions = {number: name for name, number in MISSING_COLUMN.items()}
+    for name, answer in ((conditions[NO_MODALITY], step.full), (conditions[missing], step.incomplete)):
         if answer is not None:
             right_B = answer.logits_BK.argmax(dim=1) == target_B
             values[f"accuracy/{name}"] = right_B.float().mean().item()
@@ -183,11 +247,19 @@ def _accuracy(
     """Share of a dataset's questions answered right, over all workers."""
     model.eval()
     right = 0
-    batches = in_order(len(dataset.examples), config.evaluate_rows, worker.rank, worker.world)
-    with closing(read_ahead(prepare, batches)) as prepared:
+    batches = sequential_batches(len(dataset.examples), config.evaluate_rows, worker.rank, worker.world)
+    with closing(prefetch(prepare, batches)) as prepared:
         for rows, inputs in zip(batches, prepared, strict=True):
             there = inputs.to(worker.device)
             with worker.autocast():
                 answer = model(there) if isinstance(there, Batch) else model.answer(there)
             right += int((answer.logits_BK.argmax(dim=1).cpu() == dataset.targets(rows)).sum())
     return float(worker.together(torch.tensor(right))) / len(dataset.examples)
+
+
+def _target(batch: Batch | Encoded) -> Tensor:
+    if batch.target_B is None:
+        raise ValueError("training needs answers: the batch must hold target_B")
+    if bool((batch.target_B < 0).any()):
+        raise ValueError("training needs answers: rows whose answer is not known (-1) must be left out")
+    return batch.target_B

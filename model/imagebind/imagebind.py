@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from r2scp.model.imagebind.packed_linear import packed, unpacked
+from r2scp.model.imagebind.packed_linear import pack_weight, unpack_weight
 from r2scp.model.imagebind.towers import (
     IMAGE_SIDE,
     AudioTower,
@@ -110,7 +110,7 @@ class ImageBind(nn.Module):
         source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> "Description":
         """What `load` with the same arguments will give, without its memory: a file is hashed, not loaded."""
-        dtype = _allowed(dtype or best_dtype(device))
+        dtype = _check_dtype(dtype or best_dtype(device))
         if (seed := _random_seed(source)) is not None:
             dim = ImageBindConfig.huge().dim
             return Description(_fingerprint(dim, f"random-{seed}"), dim, dtype, None)
@@ -133,7 +133,7 @@ class ImageBind(nn.Module):
         digest of the file (see `describe`), saves hashing it again. Float32 weights on the CPU stay mapped
         from the file, so that processes share them. Raises WeightsError.
         """
-        dtype = _allowed(dtype or best_dtype(device))
+        dtype = _check_dtype(dtype or best_dtype(device))
         if (seed := _random_seed(source)) is not None:
             return cls._random(seed, device, dtype)
         path = Path(source)
@@ -169,7 +169,7 @@ class ImageBind(nn.Module):
         for tower in (self.vision, self.audio, self.text):
             for module in tower.blocks.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
-                    if parameter.ndim == 2 and (laid := packed(parameter)) is not parameter:
+                    if parameter.ndim == 2 and (laid := pack_weight(parameter)) is not parameter:
                         setattr(module, name, nn.Parameter(laid, requires_grad=False))
                         self.requires_grad_(False)
         return self
@@ -201,7 +201,7 @@ class ImageBind(nn.Module):
         `dtype` is that of the tensors in the file (None: as they are). The file appears whole or not at all.
         """
         tensors = self.state_dict().items()
-        state = {name: unpacked(tensor.detach()).to("cpu", dtype) for name, tensor in tensors}
+        state = {name: unpack_weight(tensor.detach()).to("cpu", dtype) for name, tensor in tensors}
         write_weights(Path(path), state, self.config, metadata)
 
 
@@ -233,7 +233,7 @@ def _fingerprint(dim: int, weights: str) -> str:
     return f"imagebind-{dim}-{name}-r{REVISION}"
 
 
-def _allowed(dtype: torch.dtype) -> torch.dtype:
+def _check_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in DTYPE_NAMES:
         raise WeightsError(f"dtype must be one of {', '.join(map(str, DTYPE_NAMES))}; got {dtype}")
     return dtype

@@ -25,14 +25,14 @@ def can_pack(weight_OI: Tensor) -> bool:
 
 
 @torch.no_grad()
-def packed(weight_OI: Tensor) -> Tensor:
+def pack_weight(weight_OI: Tensor) -> Tensor:
     """The same matrix in oneDNN's order, or `weight_OI` itself where `can_pack` says no."""
     if not can_pack(weight_OI):
         return weight_OI
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), None)
 
 
-def unpacked(weight_OI: Tensor) -> Tensor:
+def unpack_weight(weight_OI: Tensor) -> Tensor:
     """The matrix in PyTorch's order, whichever it is in."""
     return weight_OI.to_dense() if weight_OI.is_mkldnn else weight_OI
 
@@ -51,7 +51,7 @@ def linear_gelu(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return F.gelu(F.linear(x_I, weight_OI, bias_O))
 
 
-def linear_plus(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor, onto_O: Tensor) -> Tensor:
+def linear_add(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor, onto_O: Tensor) -> Tensor:
     """`onto_O` + x W^T + b."""
     if weight_OI.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.binary(x_I, onto_O, weight_OI, bias_O, "add")

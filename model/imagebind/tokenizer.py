@@ -24,13 +24,13 @@ END = START + 1  # 49407, the highest id
 PADDING = 0  # also the id of "!": tell padding by the length, not by the id
 VOCABULARY = END + 1
 WORD_END = "</w>"
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 CONTROLS = re.compile("\x1b\\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 SPACES = re.compile(r"\s+")
 
 
-class Tokens(NamedTuple):
+class TokenIds(NamedTuple):
     """Ids int64 (N, 77), zero after the end token, and the number of real ones, int64 (N)."""
 
     ids_NW: Tensor
@@ -47,7 +47,7 @@ class Tokenizer:
         """Ids int64 (N, 77): start, text, end, zeros. A longer text is cut and keeps the end token."""
         return self.tokens(texts).ids_NW
 
-    def tokens(self, texts: Sequence[str]) -> Tokens:
+    def tokens(self, texts: Sequence[str]) -> TokenIds:
         """As `encode`, and how many ids of each row are real (2 to 77)."""
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings; got one string")
@@ -58,7 +58,7 @@ class Tokenizer:
             ids = [START, *encoding.ids, END]
             ids_NW[row, : len(ids)] = torch.tensor(ids)
             lengths_N[row] = len(ids)
-        return Tokens(ids_NW, lengths_N)
+        return TokenIds(ids_NW, lengths_N)
 
 
 def clean(text: str) -> str:
@@ -87,7 +87,7 @@ def _byte_pair_encoding() -> tokenizers.Tokenizer:
     bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
+            pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2scp.model.imagebind.melspec import MEL_BINS, MEL_FRAMES
-from r2scp.model.imagebind.packed_linear import linear, linear_gelu, linear_plus
+from r2scp.model.imagebind.packed_linear import linear, linear_gelu, linear_add
 
 IMAGE_SIDE = 224  # pixels
 FRAMES = 2  # a clip given to the vision tower is two frames; a still is repeated
@@ -86,7 +86,7 @@ class TextOutput(NamedTuple):
     words_BWD: Tensor  # the head applied to each position; padding positions carry no meaning
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head self-attention, added to `onto_BQC`, for the first Q tokens: as many as that has.
 
     With `extra_token` there is one learned key and value more, which every query sees.
@@ -111,7 +111,7 @@ class Attention(nn.Module):
             self._split(query_BQC), self._split(key_BLC), self._split(value_BLC), is_causal=self.causal
         )
         mixed_BQC = mixed_BHQE.transpose(1, 2).flatten(2)
-        return linear_plus(mixed_BQC, self.out_proj.weight, self.out_proj.bias, onto_BQC)
+        return linear_add(mixed_BQC, self.out_proj.weight, self.out_proj.bias, onto_BQC)
 
     def _split(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -127,7 +127,7 @@ class Mlp(nn.Module):
 
     def forward(self, x_BLC: Tensor, onto_BLC: Tensor) -> Tensor:
         inner_BLC = linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias)
-        return linear_plus(inner_BLC, self.fc2.weight, self.fc2.bias, onto_BLC)
+        return linear_add(inner_BLC, self.fc2.weight, self.fc2.bias, onto_BLC)
 
 
 class Block(nn.Module):
@@ -140,7 +140,7 @@ class Block(nn.Module):
     def __init__(self, config: TowerConfig, *, causal: bool = False, extra_token: bool = False) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.width, eps=TRUNK_EPS)
-        self.attn = Attention(config, causal=causal, extra_token=extra_token)
+        self.attn = SelfAttention(config, causal=causal, extra_token=extra_token)
         self.norm_2 = nn.LayerNorm(config.width, eps=TRUNK_EPS)
         self.mlp = Mlp(config.width)
 
@@ -168,7 +168,7 @@ class VisionTower(nn.Module):
         self.head = nn.Linear(width, config.dim, bias=False)
 
     def forward(self, frames_B3HW: Tensor) -> Tensor:
-        expect(frames_B3HW, "frames", (None, 3, IMAGE_SIDE, IMAGE_SIDE))
+        check_shape(frames_B3HW, "frames", (None, 3, IMAGE_SIDE, IMAGE_SIDE))
         frames_B3HW = frames_B3HW.to(self.stem)
         patches_BLC = F.conv2d(frames_B3HW, self.stem.sum(2), stride=self.patch).flatten(2).transpose(1, 2)
         x_BLC = torch.cat([self.class_token.expand(len(patches_BLC), -1, -1), patches_BLC], dim=1)
@@ -194,7 +194,7 @@ class AudioTower(nn.Module):
         self.head = nn.Linear(width, config.dim, bias=False)
 
     def forward(self, melspec_B1MF: Tensor) -> Tensor:
-        expect(melspec_B1MF, "melspec", (None, 1, MEL_BINS, MEL_FRAMES))
+        check_shape(melspec_B1MF, "melspec", (None, 1, MEL_BINS, MEL_FRAMES))
         melspec_B1MF = melspec_B1MF.to(self.stem)
         patches_BLC = F.conv2d(melspec_B1MF, self.stem, stride=AUDIO_STRIDE).flatten(2).transpose(1, 2)
         patches_BLC = self.stem_norm(patches_BLC)
@@ -241,7 +241,7 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def expect(x: Tensor, name: str, shape: tuple[int | None, ...]) -> None:
+def check_shape(x: Tensor, name: str, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `x` is floating point and has `shape`, where None stands for any length."""
     fits = x.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, x.shape, strict=True))
     if not fits or not x.is_floating_point():

@@ -21,7 +21,7 @@ from r2scp.model.imagebind.towers import ImageBindConfig, TowerConfig
 
 TOWERS = ("vision", "audio", "text")
 PUBLISHED_HEADS = {"vision": 16, "audio": 12, "text": 16}  # imagebind_huge.pth carries no metadata
-NOT_OURS = ("depth", "thermal", "imu")  # towers of the published checkpoint that are passed over
+OTHER_TOWERS = ("depth", "thermal", "imu")  # towers of the published checkpoint that are passed over
 UNUSED = frozenset(  # known names that have no effect on a unit-norm output of a causal tower
     {
         "modality_preprocessors.text.mask",
@@ -110,13 +110,13 @@ def select_tensors(
 ) -> dict[str, Tensor]:
     """The tensors that our parameters (name: shape) want, by our names; any difference is a WeightsError."""
     ours = {published_name(name): name for name in shapes}
-    ignored = re.compile(rf"modality_\w+\.(?:{'|'.join(NOT_OURS)})\.")
+    ignored = re.compile(rf"modality_\w+\.(?:{'|'.join(OTHER_TOWERS)})\.")
     missing = ours.keys() - tensors.keys()
     unexpected = {name for name in tensors.keys() - ours.keys() - UNUSED if not ignored.match(name)}
     if missing or unexpected:
         raise WeightsError(
             f"{path} does not fit ImageBind's vision, audio and text towers: "
-            f"{_sample('missing', missing)}; {_sample('unexpected', unexpected)}"
+            f"{_summary('missing', missing)}; {_summary('unexpected', unexpected)}"
         )
     for theirs, name in ours.items():
         if tensors[theirs].shape != shapes[name] or not tensors[theirs].is_floating_point():
@@ -165,7 +165,7 @@ def _depth(tensors: Mapping[str, Tensor], tower: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def _sample(kind: str, names: set[str], limit: int = 3) -> str:
+def _summary(kind: str, names: set[str], limit: int = 3) -> str:
     """`3 missing (a, b, c)`, with no more than `limit` names spelt out."""
     if not names:
         return f"none {kind}"

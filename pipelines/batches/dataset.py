@@ -17,7 +17,7 @@ from torch import Tensor
 
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours, Question
 from r2scp.pipelines.batches.examples import MODALITIES, Clips, Examples, Pins
-from r2scp.pipelines.batches.pooled_gather import gather
+from r2scp.pipelines.batches.pooled_gather import take_rows
 from r2scp.pipelines.neighbours.settings import IndexSettings, read_neighbours
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
@@ -25,9 +25,9 @@ from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.token_cache import CACHE_BYTES, NO_ROW, SequenceCache, Sequences
 
 Negatives = Literal["farthest", "random"]
-NOTHING = NO_ROW  # in missing_B: nothing is missing in this row; in rows of neighbours: there is none
+NO_MODALITY = NO_ROW  # in missing_B: nothing is missing in this row; in rows of neighbours: there is none
 #: What is missing in each condition: A has the sound alone, V the picture alone, AV both.
-CONDITIONS = {"A": VISUAL, "V": AUDIO, "AV": NOTHING}
+MISSING_COLUMN = {"A": VISUAL, "V": AUDIO, "AV": NO_MODALITY}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class NeighbourRows:
         table = read_neighbours(store, settings, retrieval, pins.neighbours)
         sides: list[dict[Modality, np.ndarray]] = []
         for side in ("nearest_ids", "farthest_ids"):
-            rows = {m: np.full((len(clips.ids), n), NOTHING, dtype=np.int64) for m in MODALITIES}
+            rows = {m: np.full((len(clips.ids), n), NO_MODALITY, dtype=np.int64) for m in MODALITIES}
             columns = (table[name].to_pylist() for name in ("clip_id", "missing", side))
             for clip_id, missing, ids in zip(*columns, strict=True):
                 if clip_id not in clips.row_of:
@@ -72,18 +72,18 @@ class NeighbourRows:
         drawn = {}
         for modality, nearest_RN in self.nearest_RN.items():
             bank = np.unique(np.concatenate([nearest_RN.ravel(), self.farthest_RN[modality].ravel()]))
-            bank = bank[bank != NOTHING]
+            bank = bank[bank != NO_MODALITY]
             farthest_RN = self.farthest_RN[modality].copy()
             if len(bank):
                 picks_RN = bank[generator.integers(len(bank), size=farthest_RN.shape)]
                 own_RN = sources[picks_RN] == sources[: len(picks_RN), None]
-                farthest_RN = np.where(own_RN | (farthest_RN == NOTHING), farthest_RN, picks_RN)
+                farthest_RN = np.where(own_RN | (farthest_RN == NO_MODALITY), farthest_RN, picks_RN)
             drawn[modality] = farthest_RN
         return NeighbourRows(nearest_RN=self.nearest_RN, farthest_RN=drawn)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class BatchRequest:
     """How to ask questions: what is missing, and what else is wanted.
 
     `missing_B`: for each question the number of a modality, or NOTHING. With `hide` it is taken away;
@@ -96,7 +96,7 @@ class Ask:
     farthest: bool = False
 
     @classmethod
-    def all(cls, count: int, missing: int, *, hide: bool = True, farthest: bool = False) -> "Ask":
+    def uniform(cls, count: int, missing: int, *, hide: bool = True, farthest: bool = False) -> "BatchRequest":
         """The same for `count` questions."""
         return cls(missing_B=np.full(count, missing), hide=hide, farthest=farthest)
 
@@ -133,13 +133,13 @@ class Dataset:
         listed = table["choices"].to_pylist() if self.choices else []
         self._choice_there = [[choice is not None for choice in row] for row in listed]
 
-    def batch(self, rows: np.ndarray, ask: Ask) -> Batch:
+    def batch(self, rows: np.ndarray, request: BatchRequest) -> Batch:
         """The questions `rows` (numbers in `examples`) as `ask` says."""
-        present_BM = self.present(rows, ask)
+        present_BM = self.present(rows, request)
         own_B = self.examples.clip_row_B[rows]
-        own = [np.where(present_BM[:, column], own_B, NOTHING) for column in range(len(MODALITIES))]
-        nearest_BN, farthest_BN = self.neighbour_rows(rows, ask)
-        sought_B = self.sought(rows, ask)
+        own = [np.where(present_BM[:, column], own_B, NO_MODALITY) for column in range(len(MODALITIES))]
+        nearest_BN, farthest_BN = self.neighbour_rows(rows, request)
+        sought_B = self.recovered_modality(rows, request)
         beside = [_by_modality(found_BN, sought_B) for found_BN in (nearest_BN, farthest_BN)]
         self._clips.fetch([dict(zip(MODALITIES, own, strict=True)), *beside])
         audio, visual = (self.clip_tokens(m, found) for m, found in zip(MODALITIES, own, strict=True))
@@ -161,19 +161,19 @@ class Dataset:
             target_B=self.targets(rows),
         )
 
-    def present(self, rows: np.ndarray, ask: Ask) -> np.ndarray:
+    def present(self, rows: np.ndarray, request: BatchRequest) -> np.ndarray:
         """(B, M) bool: what the model may use."""
         present_BM = self.examples.present_BM[rows].copy()
-        if ask.hide:
+        if request.hide:
             for column in range(len(MODALITIES)):
-                present_BM[ask.missing_B == column, column] = False
+                present_BM[request.missing_B == column, column] = False
         return present_BM
 
-    def sought(self, rows: np.ndarray, ask: Ask) -> np.ndarray:
+    def recovered_modality(self, rows: np.ndarray, request: BatchRequest) -> np.ndarray:
         """(B,): the modality whose neighbours come, or NOTHING."""
         present_BM = self.examples.present_BM[rows]
-        own_B = np.where(present_BM.sum(axis=1) == 1, present_BM.argmin(axis=1), NOTHING)
-        return np.where(ask.missing_B == NOTHING, own_B, ask.missing_B)
+        own_B = np.where(present_BM.sum(axis=1) == 1, present_BM.argmin(axis=1), NO_MODALITY)
+        return np.where(request.missing_B == NO_MODALITY, own_B, request.missing_B)
 
     def targets(self, rows: np.ndarray) -> Tensor:
         """(B,) int64."""
@@ -195,17 +195,17 @@ class Dataset:
             mask_BK[at, : len(there)] &= there
         return Question(sentence_BC, choices_BKC, mask_BK)
 
-    def neighbour_rows(self, rows: np.ndarray, ask: Ask) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def neighbour_rows(self, rows: np.ndarray, request: BatchRequest) -> tuple[np.ndarray | None, np.ndarray | None]:
         """(B, N) rows of `clips` each, nearest and farthest, of what is sought; None if nothing is."""
-        sought_B = self.sought(rows, ask)
-        if self.neighbours is None or (sought_B == NOTHING).all():
+        sought_B = self.recovered_modality(rows, request)
+        if self.neighbours is None or (sought_B == NO_MODALITY).all():
             return None, None
         clip_rows = self.examples.clip_row_B[rows]
-        tables = [self.neighbours.nearest_RN, self.neighbours.farthest_RN][: 2 if ask.farthest else 1]
+        tables = [self.neighbours.nearest_RN, self.neighbours.farthest_RN][: 2 if request.farthest else 1]
         found: list[np.ndarray | None] = [None, None]
         for side, table in enumerate(tables):
             n = table[MODALITIES[0]].shape[1]
-            found_BN = np.full((len(rows), n), NOTHING, dtype=np.int64)
+            found_BN = np.full((len(rows), n), NO_MODALITY, dtype=np.int64)
             for column, modality in enumerate(MODALITIES):
                 at = np.flatnonzero(sought_B == column)
                 found_BN[at] = table[modality][clip_rows[at]]
@@ -226,7 +226,7 @@ class Dataset:
     def _padded(self, sequences: Sequences, rows: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
         """(rows, longest, C) float16, zeros behind each one's end, and the mask of what is real."""
         found = sequences.find(rows)
-        tokens = gather(torch.from_numpy(found.tokens_SD), torch.from_numpy(found.places_BL))
+        tokens = take_rows(torch.from_numpy(found.tokens_SD), torch.from_numpy(found.places_BL))
         mask = np.arange(tokens.shape[1]) < found.lengths_B[:, None]
         return tokens, torch.from_numpy(mask)
 
@@ -236,6 +236,6 @@ def _by_modality(found_BN: np.ndarray | None, sought_B: np.ndarray) -> dict[str,
     if found_BN is None:
         return {}
     return {
-        modality: np.where((sought_B == column)[:, None], found_BN, NOTHING).ravel()
+        modality: np.where((sought_B == column)[:, None], found_BN, NO_MODALITY).ravel()
         for column, modality in enumerate(MODALITIES)
     }

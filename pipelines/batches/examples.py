@@ -65,7 +65,7 @@ class Clips:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class QuestionFilter:
     """Which questions: of what split, and of which corpora (empty for all).
 
     With `disjoint` the split is that of `disjoint_split` for the clip's source, not the corpus's own.
@@ -105,7 +105,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.question_ids)
 
-    def only(self, keep_B: np.ndarray, reason: str) -> "Examples":
+    def keep(self, keep_B: np.ndarray, reason: str) -> "Examples":
         """Those where keep_B is True; the others are counted under `reason`."""
         at = np.flatnonzero(keep_B)
         left_out = Counter(self.left_out) + Counter({reason: len(self) - len(at)})
@@ -121,7 +121,7 @@ class Examples:
 
     @classmethod
     def read(
-        cls, store: FeatureStore, pins: Pins, clips: Clips, asked: Asked, answers: Sequence[str] | None
+        cls, store: FeatureStore, pins: Pins, clips: Clips, selection: QuestionFilter, answers: Sequence[str] | None
     ) -> "Examples":
         """`answers`: the classes, or None where each question brings its choices.
 
@@ -131,10 +131,10 @@ class Examples:
         columns = ["question_id", "clip_id", "corpus", "split", "type", "answer", "choices", "answer_index"]
         table = dataset.to_table(columns=columns, scan_in_order=True)
         table = table.append_column("row", pa.array(np.arange(table.num_rows)))
-        table = asked.rows(table, clips).sort_by("question_id")
+        table = selection.rows(table, clips).sort_by("question_id")
         if not table.num_rows:
             raise StoreError(
-                f"the store at {store.uri} has no question ({asked}); `r2scp-pipe status` lists what there is"
+                f"the store at {store.uri} has no question ({selection}); `r2scp-pipe status` lists what there is"
             )
         clip_row_B = np.array([clips.row_of.get(c, -1) for c in table["clip_id"].to_pylist()], dtype=np.int64)
         present_RM = np.vstack([clips.present_RM, np.zeros((1, len(MODALITIES)), dtype=bool)])
@@ -150,24 +150,24 @@ class Examples:
         if answers is None:
             listed = table["choices"].to_pylist()
             has_choice = np.array([any(choice is not None for choice in row or ()) for row in listed])
-            examples = examples.only(has_choice, "no choices")
-            examples = examples.only(examples.target_B != NO_ANSWER, "the right choice is not there")
-        examples = examples.only(examples.clip_row_B >= 0, "clip not in the store")
+            examples = examples.keep(has_choice, "no choices")
+            examples = examples.keep(examples.target_B != NO_ANSWER, "the right choice is not there")
+        examples = examples.keep(examples.clip_row_B >= 0, "clip not in the store")
         if not len(examples):
             reasons = ", ".join(f"{count} {reason}" for reason, count in examples.left_out.items())
-            raise StoreError(f"no question ({asked}) in {store.uri} can be asked: {reasons}")
+            raise StoreError(f"no question ({selection}) in {store.uri} can be asked: {reasons}")
         return examples
 
 
-def vocabulary(store: FeatureStore, pins: Pins, clips: Clips, asked: Asked) -> list[str]:
+def vocabulary(store: FeatureStore, pins: Pins, clips: Clips, selection: QuestionFilter) -> list[str]:
     """The answers to what is asked, of the train split as a rule; the most frequent first."""
     table = store.questions(["clip_id", "corpus", "split", "answer"], version=pins.questions)
-    answers = asked.rows(table, clips)["answer"].to_pylist()
+    answers = selection.rows(table, clips)["answer"].to_pylist()
     counts = Counter(answer for answer in answers if answer)
     if len(counts) < 2:
         raise StoreError(
             f"training needs at least two different answers; the store at {store.uri} has {len(counts)} "
-            f"({asked})"
+            f"({selection})"
         )
     return sorted(counts, key=lambda answer: (-counts[answer], answer))
 

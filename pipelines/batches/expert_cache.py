@@ -22,9 +22,9 @@ from torch import Tensor
 
 from r2scp.model.batch import AUDIO, TEXT, VISUAL, Tokens
 from r2scp.model.r2scp import R2SCP, Encoded
-from r2scp.pipelines.batches.dataset import NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.dataset import NO_MODALITY, BatchRequest, Dataset
 from r2scp.pipelines.batches.examples import MODALITIES
-from r2scp.pipelines.batches.pooled_gather import gather
+from r2scp.pipelines.batches.pooled_gather import take_rows
 from r2scp.store.errors import StoreError
 
 IN_MEMORY_BYTES = 8 << 30  # larger states go to files in the run's folder
@@ -32,7 +32,7 @@ CLIPS_PER_FORWARD = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _States:
+class _ClipStates:
     """states_SLD float32 and mask_SL of one expert's view of one source, zeros under padding.
 
     The last slot is NOTHING's: it has no token.
@@ -49,16 +49,16 @@ class _States:
     def take(self, slots_B: np.ndarray) -> Tokens:
         """States and mask, cut to the longest."""
         mask_BL = self.mask(slots_B)
-        return Tokens(gather(self.states_SLD.flatten(0, 1), self._places(slots_B, mask_BL.shape[1])), mask_BL)
+        return Tokens(take_rows(self.states_SLD.flatten(0, 1), self._places(slots_B, mask_BL.shape[1])), mask_BL)
 
     def mean(self, slots_BN: np.ndarray) -> Tokens:
         """Per second, the mean over N of the slots that have it."""
         mask_BNL = self.mask(slots_BN)
         rows, longest = self.states_SLD.flatten(0, 1), mask_BNL.shape[2]
-        sum_BLD = gather(rows, self._places(slots_BN[:, 0], longest))
+        sum_BLD = take_rows(rows, self._places(slots_BN[:, 0], longest))
         one_BLD = None
         for slots_B in slots_BN.T[1:]:  # one after another: all at once would take N times the memory
-            one_BLD = gather(rows, self._places(slots_B, longest), one_BLD)
+            one_BLD = take_rows(rows, self._places(slots_B, longest), one_BLD)
             sum_BLD += one_BLD
         sum_BLD /= mask_BNL.sum(dim=1).clamp(min=1)[..., None]
         return Tokens(sum_BLD, mask_BNL.any(dim=1))
@@ -69,7 +69,7 @@ class _States:
         return torch.from_numpy(slots_B % slots * length)[:, None] + torch.arange(longest)
 
 
-class ExpertStates:
+class ExpertCache:
     """States of all clips that the questions of some datasets can meet.
 
     Datasets share clips and store. `folder`: where states that outgrow memory go. Raises ValueError for a
@@ -81,22 +81,22 @@ class ExpertStates:
             raise ValueError("states of experts can be kept only where experts are frozen (stage II)")
         self._model, self._device, self._folder = model, device, folder
         self._datasets = datasets
-        rows = _needed(datasets)
+        rows = _referenced_clips(datasets)
         self.forwards = 0  # clips that went through an expert, for each of its views
-        self._slot_of = np.full(len(datasets[0].clips.ids), NOTHING, dtype=np.int64)
+        self._slot_of = np.full(len(datasets[0].clips.ids), NO_MODALITY, dtype=np.int64)
         self._slot_of[rows] = np.arange(len(rows))
         views = [self._views(rows, source) for source in (AUDIO, VISUAL)]
         self._own = [view[0] for view in views]
         self._common = [view[1] for view in reversed(views)] if model.config.recovers else None
         self._words = {id(dataset): self._texts(dataset) for dataset in datasets}
 
-    def encoded(self, dataset: Dataset, rows: np.ndarray, ask: Ask) -> Encoded:
+    def encoded_batch(self, dataset: Dataset, rows: np.ndarray, request: BatchRequest) -> Encoded:
         """What `R2SCP.encode` gives for `dataset.batch(rows, ask)`, on the CPU."""
-        present_BM = dataset.present(rows, ask)
+        present_BM = dataset.present(rows, request)
         slots = self._slot_of[dataset.examples.clip_row_B[rows]]
-        seen = [np.where(present_BM[:, column], slots, NOTHING) for column in range(len(MODALITIES))]
-        nearest_BN, farthest_BN = dataset.neighbour_rows(rows, ask)
-        sought_B = dataset.sought(rows, ask)
+        seen = [np.where(present_BM[:, column], slots, NO_MODALITY) for column in range(len(MODALITIES))]
+        nearest_BN, farthest_BN = dataset.neighbour_rows(rows, request)
+        sought_B = dataset.recovered_modality(rows, request)
         n = self._model.config.neighbours
         return Encoded(
             audio=self._own[0].take(seen[0]),
@@ -131,9 +131,9 @@ class ExpertStates:
         if rows_BN is None or not self._model.config.cmr:
             return None
         rows_BN = rows_BN[:, : self._model.config.neighbours]
-        slots_BN = np.where(rows_BN == NOTHING, NOTHING, self._slot_of[rows_BN])
+        slots_BN = np.where(rows_BN == NO_MODALITY, NO_MODALITY, self._slot_of[rows_BN])
         parts = [
-            self._own[column].mean(np.where((sought_B == column)[:, None], slots_BN, NOTHING))
+            self._own[column].mean(np.where((sought_B == column)[:, None], slots_BN, NO_MODALITY))
             for column in (AUDIO, VISUAL)
             if (sought_B == column).any()
         ]
@@ -148,27 +148,27 @@ class ExpertStates:
             mask_BL[:, :long] |= part.mask_BL
         return Tokens(states_BLD, mask_BL)
 
-    def _views(self, rows: np.ndarray, source: int) -> list[_States]:
+    def _views(self, rows: np.ndarray, source: int) -> list[_ClipStates]:
         """E_source(Φ_source(·)) of clips and, where anything is recovered, E_other(Φ_source(·))."""
         dataset, modality = self._datasets[0], MODALITIES[source]
         has = dataset.clips.present_RM[rows, source]
 
         def read(at: np.ndarray) -> tuple[Tensor, Tensor]:
-            found = dataset.clip_tokens(modality, np.where(has[at], rows[at], NOTHING))
+            found = dataset.clip_tokens(modality, np.where(has[at], rows[at], NO_MODALITY))
             dataset.cache.clear()  # no clip is looked at again
             return found
 
         experts = [source, 1 - source] if self._model.config.recovers else [source]
         return self._through(len(rows), read, source, experts)
 
-    def _texts(self, dataset: Dataset) -> _States:
+    def _texts(self, dataset: Dataset) -> _ClipStates:
         """States of each distinct question text of a dataset."""
         first = np.unique(dataset.text_B, return_index=True)[1]
         return self._through(len(first), lambda at: dataset.words(first[at]), TEXT, [TEXT])[0]
 
     def _through(
         self, count: int, read: Callable[[np.ndarray], tuple[Tensor, Tensor]], source: int, experts: list[int]
-    ) -> list[_States]:
+    ) -> list[_ClipStates]:
         """All of them through each of `experts`; as long as the longest of them. Each is read once."""
         rooms, mask_SL = [], torch.zeros(count + 1, 0, dtype=torch.bool)
         with torch.no_grad():
@@ -188,7 +188,7 @@ class ExpertStates:
                     states_BLD = self._model.experts(features, mask, source, expert).states_BLD
                     states_SLD[part, :long] = states_BLD.float().cpu()
                     self.forwards += len(part)
-        return [_States(states_SLD, mask_SL) for states_SLD in rooms]
+        return [_ClipStates(states_SLD, mask_SL) for states_SLD in rooms]
 
     def _longer(self, room: Tensor | None, filled: int, shape: tuple[int, int]) -> Tensor:
         """A room for longer sequences, with what there is in the first `filled` slots."""
@@ -211,7 +211,7 @@ class ExpertStates:
             raise StoreError(f"cannot keep {size:,} bytes of states in {self._folder}: {error}") from error
 
 
-def _needed(datasets: list[Dataset]) -> np.ndarray:
+def _referenced_clips(datasets: list[Dataset]) -> np.ndarray:
     """Rows of all clips that are asked about or serve one that is, ascending."""
     parts = [dataset.examples.clip_row_B for dataset in datasets]
     asked = np.unique(np.concatenate(parts))
@@ -220,4 +220,4 @@ def _needed(datasets: list[Dataset]) -> np.ndarray:
             for side in (dataset.neighbours.nearest_RN, dataset.neighbours.farthest_RN):
                 parts += [table[asked].ravel() for table in side.values()]
     rows = np.unique(np.concatenate(parts))
-    return rows[rows != NOTHING]
+    return rows[rows != NO_MODALITY]

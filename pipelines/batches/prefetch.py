@@ -8,13 +8,13 @@ from typing import TypeVar
 
 import numpy as np
 
-AHEAD = 2  # batches prepared while one is worked on
+PREFETCH_DEPTH = 2  # batches prepared while one is worked on
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def shuffled(
+def shuffled_batches(
     count: int, batch_size: int, seed: tuple[int, ...], rank: int = 0, world: int = 1
 ) -> list[np.ndarray]:
     """This worker's share of each batch of one pass over `count` questions, in an order that `seed` decides.
@@ -27,14 +27,14 @@ def shuffled(
     return [batch[rank::world] for batch in batches if len(batch) >= world]
 
 
-def in_order(count: int, batch_size: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
+def sequential_batches(count: int, batch_size: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
     """This worker's share of all questions, each once, in their order."""
     mine = np.arange(rank, count, world)
     return [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
 
 
-def read_ahead(
-    make: Callable[[Item], Made], items: Iterable[Item], ahead: int = AHEAD
+def prefetch(
+    make: Callable[[Item], Made], items: Iterable[Item], ahead: int = PREFETCH_DEPTH
 ) -> Generator[Made, None, None]:
     """`make(item)` for each item, in order, made by a thread up to `ahead` items early.
 

@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 from r2scp.pipelines.corpora.media_tree import Counted, MediaTree, NameIndex
-from r2scp.pipelines.corpora.readers import Numbered, wrong_file
+from r2scp.pipelines.corpora.readers import NumberedRows, wrong_file
 from r2scp.pipelines.corpora.rows import AnnotationRow
-from r2scp.pipelines.corpora.values import MISFITS, RejectReason, RowFault, inert
+from r2scp.pipelines.corpora.values import WRONG_FILE_REASONS, RejectReason, InvalidRow, excerpt
 from r2scp.store.errors import CorpusError
 
 FIRST_REJECTS = 100  # kept word by word; all are counted
@@ -99,7 +99,7 @@ class Format:
     """How one dataset publishes its annotations."""
 
     expects: str  # in words, for errors
-    read: Callable[[Path, str], Numbered]
+    read: Callable[[Path, str], NumberedRows]
     parse: Callable[[object, str], AnnotationRow]
     source_of: Callable[[str], str]
     name_of: Callable[[str], str]  # the video id that a media file's stem stands for
@@ -219,10 +219,10 @@ class Corpus:
                 try:
                     row = self._sound(value, file)
                     question_id = _question_id(row, asked_before)
-                except RowFault as fault:
+                except InvalidRow as fault:
                     reject = Reject(file=str(file.path), row=number, reason=fault.reason, detail=fault.detail)
                     tally.reject(reject)
-                    misfits += fault.reason in MISFITS
+                    misfits += fault.reason in WRONG_FILE_REASONS
                     first = first or reject
                     if misfits == tally.rows - before == WRONG_FILE_ROWS:
                         break
@@ -242,13 +242,13 @@ class Corpus:
 
     def _sound(self, value: object, file: AnnotationFile) -> AnnotationRow:
         """What one row says. Raises `RowFault`."""
-        if isinstance(value, RowFault):
+        if isinstance(value, InvalidRow):
             raise value
         row = self._format.parse(value, file.split)
         if not row.split:
             must = "its name must say train, val or test"
             raise CorpusError(
-                f"{inert(str(file.path), 300)}: rows without a split, so {must}; rename the file"
+                f"{excerpt(str(file.path), 300)}: rows without a split, so {must}; rename the file"
             )
         return row
 
@@ -277,6 +277,6 @@ def _question_id(row: AnnotationRow, asked_before: dict[str, tuple[str, str]]) -
         if known == said:
             return None
         if known[0] == digest:
-            detail = f"question {inert(question_id)}: {inert(known[1])}, then {inert(asked.answer)}"
-            raise RowFault(RejectReason.CONFLICTING_ANSWER, detail)
-    raise RowFault(RejectReason.CONFLICTING_ANSWER, f"question {inert(asked.question_id)} stands for several")
+            detail = f"question {excerpt(question_id)}: {excerpt(known[1])}, then {excerpt(asked.answer)}"
+            raise InvalidRow(RejectReason.CONFLICTING_ANSWER, detail)
+    raise InvalidRow(RejectReason.CONFLICTING_ANSWER, f"question {excerpt(asked.question_id)} stands for several")

@@ -8,7 +8,7 @@ from unicodedata import normalize
 from r2scp.pipelines.corpora.corpus import AnnotationFile, ClipRow, Corpus, Format, Tally
 from r2scp.pipelines.corpora.media_tree import MediaTree, stem
 from r2scp.pipelines.corpora.rows import AnnotationRow
-from r2scp.pipelines.corpora.values import RejectReason, RowFault, inert
+from r2scp.pipelines.corpora.values import RejectReason, InvalidRow, excerpt
 
 
 class FolderCorpus(Corpus):
@@ -58,6 +58,6 @@ class FolderCorpus(Corpus):
         names = self._files_by_name
         found = names.get(row.video_id, names.get(normalize("NFC", row.video_id), row.video_id))
         if not found:
-            detail = f"several files have this name: {inert(row.video_id)}"
-            raise RowFault(RejectReason.AMBIGUOUS_VIDEO, detail)
+            detail = f"several files have this name: {excerpt(row.video_id)}"
+            raise InvalidRow(RejectReason.AMBIGUOUS_VIDEO, detail)
         return replace(row, video_id=found)

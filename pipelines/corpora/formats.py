@@ -21,7 +21,7 @@ from pathlib import Path
 from r2scp.pipelines.corpora.corpus import AnnotationFile, ClipRow, Corpus, Format, QuestionRow, Reject, Tally
 from r2scp.pipelines.corpora.folder import FolderCorpus
 from r2scp.pipelines.corpora.media_tree import walk
-from r2scp.pipelines.corpora.readers import Numbered, csv_lines, csv_records, json_rows
+from r2scp.pipelines.corpora.readers import NumberedRows, csv_lines, csv_records, json_rows
 from r2scp.pipelines.corpora.rows import (
     FOLDER_COLUMNS,
     avqa_row,
@@ -33,7 +33,7 @@ from r2scp.pipelines.corpora.rows import (
     vggsound_row,
     youtube_source,
 )
-from r2scp.pipelines.corpora.values import RejectReason, RowFault, inert, split_in_name, split_named
+from r2scp.pipelines.corpora.values import RejectReason, InvalidRow, excerpt, split_from_name, parse_split
 from r2scp.store.errors import CorpusError, UsageError
 
 __all__ = ["CORPORA", "ClipRow", "Corpus", "QuestionRow", "Reject", "RejectReason", "Tally", "open_corpus"]
@@ -53,10 +53,10 @@ def _no_split(path: Path) -> str:
 
 def _avqa_split(path: Path) -> str:
     """AVQA published two files: its `val_qa.json` is what the field reports as test."""
-    return "test" if re.match(r"val_qa(?![a-z_])", path.stem) else split_in_name(path)
+    return "test" if re.match(r"val_qa(?![a-z_])", path.stem) else split_from_name(path)
 
 
-def _folder_rows(path: Path, expects: str) -> Numbered:
+def _folder_rows(path: Path, expects: str) -> NumberedRows:
     if path.suffix.lower() in JSON_SUFFIXES:
         return json_rows(path, expects)
     return csv_records(path, expects, FOLDER_COLUMNS)
@@ -69,7 +69,7 @@ _MUSIC_AVQA = Format(
     parse=music_avqa_row,
     source_of=music_avqa_source,
     name_of=_same,
-    split_of=split_in_name,
+    split_of=split_from_name,
     usual=(
         tuple(f"json_update/{name}" for name in _AVQA_FILES),  # corrected by its makers
         tuple(f"json/{name}" for name in _AVQA_FILES),
@@ -83,7 +83,7 @@ _FORMATS = {
         parse=vggsound_row,
         source_of=youtube_source,
         name_of=vggsound_name,
-        split_of=split_in_name,
+        split_of=split_from_name,
         usual=(
             ("vggsound.csv",),
             ("train.csv", "test.csv"),
@@ -128,7 +128,7 @@ def open_corpus(
     an annotation file is not there, or its beginning is something else altogether.
     """
     if kind not in _FORMATS:
-        raise UsageError(f"corpus must be one of {', '.join(CORPORA)}; got {inert(kind)}")
+        raise UsageError(f"corpus must be one of {', '.join(CORPORA)}; got {excerpt(kind)}")
     name = name or kind
     if not NAME.fullmatch(name) or (name != kind and name in _FORMATS):
         raise UsageError(
@@ -136,8 +136,8 @@ def open_corpus(
         )
     if split:
         try:
-            split = split_named(split, strict=False)
-        except RowFault as fault:
+            split = parse_split(split, strict=False)
+        except InvalidRow as fault:
             raise UsageError(f"split {fault.detail}") from fault
     layout = _FORMATS[kind]
     files = []
@@ -157,7 +157,7 @@ def _annotation_files(name: str, layout: Format, root: Path, given: Sequence[Pat
         if not path.is_dir():
             yield path
         elif not layout.usual:
-            raise CorpusError(f"{inert(str(path), 300)}: must be {layout.expects}; got a folder")
+            raise CorpusError(f"{excerpt(str(path), 300)}: must be {layout.expects}; got a folder")
         else:
             yield from _usual_files(name, layout, path)
 
@@ -171,7 +171,7 @@ def _usual_files(name: str, layout: Format, base: Path) -> list[Path]:
                 return found
     looked_for = "; ".join(", ".join(names) for names in layout.usual)
     raise CorpusError(
-        f"{inert(str(base), 300)}: no {name} annotations in it or {SEARCH_DEPTH} levels of folders below; "
+        f"{excerpt(str(base), 300)}: no {name} annotations in it or {SEARCH_DEPTH} levels of folders below; "
         f"looked for {looked_for}; name the files with --annotations"
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r2scp.pipelines.corpora.values import inert
+from r2scp.pipelines.corpora.values import excerpt
 from r2scp.store.errors import CorpusError
 
 FIRST = 20  # names kept of what is only counted
@@ -45,7 +45,7 @@ class Counted:
     def add(self, name: str) -> None:
         self.count += 1
         if len(self.first) < FIRST:
-            self.first.append(inert(name, 300))
+            self.first.append(excerpt(name, 300))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def walk(root: Path) -> MediaTree:
     top = os.path.abspath(root)
     if not os.path.isdir(top):
         came = "a file" if os.path.exists(top) else "nothing"
-        raise CorpusError(f"{inert(str(root), 300)}: must be a folder that holds the media files; got {came}")
+        raise CorpusError(f"{excerpt(str(root), 300)}: must be a folder that holds the media files; got {came}")
     tree = MediaTree(root=top, files=[], ignored=Counted(), unreadable=Counted(), unusable=Counted())
     entered: set[tuple[int, int]] = set()
     real, linked = [""], []
@@ -96,7 +96,7 @@ def walk(root: Path) -> MediaTree:
             else ""
         )
         raise CorpusError(
-            f"{inert(str(root), 300)}: must hold video or audio files (.mp4, .wav, ...); got none{seen}"
+            f"{excerpt(str(root), 300)}: must hold video or audio files (.mp4, .wav, ...); got none{seen}"
         )
     return tree
 

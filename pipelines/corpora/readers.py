@@ -17,21 +17,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from r2scp.pipelines.corpora.values import RejectReason, RowFault, inert
+from r2scp.pipelines.corpora.values import RejectReason, InvalidRow, excerpt
 from r2scp.store.errors import CorpusError
 
 CHUNK = 1 << 16  # characters read at once from a JSON list
 MAX_ROW = 1 << 20  # characters: a real row has a few hundred
-HEAD = 4096  # bytes looked at before a file is read as text
+HEAD_BYTES = 4096  # bytes looked at before a file is read as text
 BINARY_SHARE = 20  # a file of which more than 1/20 are control characters is no text (random bytes: 1/9)
 
-Numbered = Iterator[tuple[int, object]]
-Reader = Callable[[Path, str], Numbered]
+NumberedRows = Iterator[tuple[int, object]]
+Reader = Callable[[Path, str], NumberedRows]
 
 _BLANKS = re.compile(r"[ \t\r\n]*")  # what JSON calls white space
 _AFTER_NUMBER = frozenset(" \t\r\n,]")  # anything else, or nothing yet, and its digits may go on
 _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-_FOREIGN = (  # first bytes, what they mean, what to do
+_OTHER_FORMATS = (  # first bytes, what they mean, what to do
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
     (b"PK\x03\x04", "a zip archive", "unpack it first"),
     (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
@@ -41,7 +41,7 @@ _FOREIGN = (  # first bytes, what they mean, what to do
 )
 
 
-def json_rows(path: Path, expects: str) -> Numbered:
+def json_rows(path: Path, expects: str) -> NumberedRows:
     """Elements of a JSON list, or values of a JSON-lines file: whichever `path` is."""
     with _open_text(path, expects) as stream:
         window = _JsonWindow(stream)
@@ -54,11 +54,11 @@ def json_rows(path: Path, expects: str) -> Numbered:
             for number, line in _lines(path, expects, stream):
                 yield number, _json_value(line)
         else:
-            shown = inert(window.rest())
+            shown = excerpt(window.rest())
             raise wrong_file(path, expects, f"neither a JSON list nor JSON lines (it begins with {shown!r})")
 
 
-def csv_lines(path: Path, expects: str) -> Numbered:
+def csv_lines(path: Path, expects: str) -> NumberedRows:
     """Cells (list of str) of each line. A quote must close on its own line, so that a stray one costs
     one row and not the rest of the file."""
     with _open_text(path, expects) as stream:
@@ -66,10 +66,10 @@ def csv_lines(path: Path, expects: str) -> Numbered:
             try:
                 yield number, next(csv.reader((line,), strict=True, skipinitialspace=True))
             except csv.Error as error:
-                yield number, RowFault(RejectReason.NOT_CSV, f"{error}: {inert(line.rstrip())}")
+                yield number, InvalidRow(RejectReason.NOT_CSV, f"{error}: {excerpt(line.rstrip())}")
 
 
-def csv_records(path: Path, expects: str, columns: Sequence[str]) -> Numbered:
+def csv_records(path: Path, expects: str, columns: Sequence[str]) -> NumberedRows:
     """Rows (dict of str) of a CSV file with a header, tab-separated where it is called `.tsv`.
 
     The header may name any of `columns`, in any order, and must name the first. Cells may hold line
@@ -81,7 +81,7 @@ def csv_records(path: Path, expects: str, columns: Sequence[str]) -> Numbered:
         header = [name.strip().lower() for name in next(reader, [])]
         unknown = [name for name in header if name not in columns]
         if columns[0] not in header or unknown or len(set(header)) != len(header):
-            raise wrong_file(path, expects, f"a header of {inert(', '.join(header), 200)}")
+            raise wrong_file(path, expects, f"a header of {excerpt(', '.join(header), 200)}")
         while True:
             try:
                 cells = next(reader)
@@ -91,20 +91,20 @@ def csv_records(path: Path, expects: str, columns: Sequence[str]) -> Numbered:
                 if "end of data" in str(error) or "field limit" in str(error):
                     came = f"a quote that never closes (noticed on line {reader.line_num})"
                     raise wrong_file(path, expects, came) from error
-                yield reader.line_num, RowFault(RejectReason.NOT_CSV, str(error))
+                yield reader.line_num, InvalidRow(RejectReason.NOT_CSV, str(error))
                 continue
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(header):
                 detail = f"must have {len(header)} cells, got {len(cells)}"
-                yield reader.line_num, RowFault(RejectReason.WRONG_COLUMNS, detail)
+                yield reader.line_num, InvalidRow(RejectReason.WRONG_COLUMNS, detail)
             else:
                 yield reader.line_num, dict(zip(header, cells, strict=True))
 
 
-def wrong_file(path: Path, expects: str, came: str) -> CorpusError:
+def wrong_file(path: Path, expects: str, got: str) -> CorpusError:
     """The one error for a file that is something else altogether."""
-    return CorpusError(f"{inert(str(path), 300)}: must be {expects}; got {came}")
+    return CorpusError(f"{excerpt(str(path), 300)}: must be {expects}; got {got}")
 
 
 def _open_text(path: Path, expects: str) -> TextIO:
@@ -113,14 +113,14 @@ def _open_text(path: Path, expects: str) -> TextIO:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
             raise wrong_file(path, expects, "something that is not a regular file")
         with path.open("rb") as raw:
-            head = raw.read(HEAD)
+            head = raw.read(HEAD_BYTES)
     except OSError as error:
         raise wrong_file(path, expects, f"an error: {error.strerror}") from error
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    shown = inert(head[:40].decode("utf-8", "backslashreplace"))
-    if not text and os.path.getsize(path) <= HEAD:
+    shown = excerpt(head[:40].decode("utf-8", "backslashreplace"))
+    if not text and os.path.getsize(path) <= HEAD_BYTES:
         raise wrong_file(path, expects, "an empty file")
-    for magic, meaning, remedy in _FOREIGN:
+    for magic, meaning, remedy in _OTHER_FORMATS:
         if text.startswith(magic) or head.startswith(magic):
             raise wrong_file(path, expects, f"{meaning} (it begins with {shown!r}); {remedy}")
     if len(_BINARY.findall(head)) * BINARY_SHARE > len(head):
@@ -134,7 +134,7 @@ def _lines(path: Path, expects: str, stream: TextIO) -> Iterator[tuple[int, str]
     while line := stream.readline(MAX_ROW + 1):
         number += 1
         if len(line) > MAX_ROW:
-            came = f"more than {MAX_ROW} characters on line {number}: {inert(line)}"
+            came = f"more than {MAX_ROW} characters on line {number}: {excerpt(line)}"
             raise wrong_file(path, expects, came)
         if not line.isspace():
             yield number, line
@@ -144,10 +144,10 @@ def _json_value(line: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return RowFault(RejectReason.NOT_JSON, f"{error}: {inert(line.strip())}")
+        return InvalidRow(RejectReason.NOT_JSON, f"{error}: {excerpt(line.strip())}")
 
 
-def _list_elements(path: Path, expects: str, window: "_JsonWindow") -> Numbered:
+def _list_elements(path: Path, expects: str, window: "_JsonWindow") -> NumberedRows:
     """What stands between the brackets, the opening one being read already."""
     number, mark = 0, window.next_char()
     if mark == "]":
@@ -158,16 +158,16 @@ def _list_elements(path: Path, expects: str, window: "_JsonWindow") -> Numbered:
             value = window.value()
         except (ValueError, RecursionError) as error:
             cut = "; is the file cut off?" if window.ended else ""
-            came = f"a list whose element {number} is no JSON ({inert(str(error))}){cut}"
+            came = f"a list whose element {number} is no JSON ({excerpt(str(error))}){cut}"
             raise wrong_file(path, expects, came) from error
         yield number, value
         mark = window.next_char()
         window.skip()
         if mark not in {",", "]"}:
-            came = inert(f"{mark!r}" if mark else "the end of the file")
+            came = excerpt(f"{mark!r}" if mark else "the end of the file")
             raise wrong_file(path, expects, f"{came} after element {number}, where ',' or ']' must be")
     if after := window.next_char():
-        raise wrong_file(path, expects, f"{inert(after)!r} after the end of its list")
+        raise wrong_file(path, expects, f"{excerpt(after)!r} after the end of its list")
 
 
 class _JsonWindow:

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 from r2scp.pipelines.corpora.values import (
     RejectReason,
-    RowFault,
-    answer_among,
+    InvalidRow,
+    match_answer,
     answer_of,
     cells_of,
     choices_of,
     file_name,
-    inert,
+    excerpt,
     json_list,
     key_of,
     optional_id,
     record_of,
     relative_path,
-    split_named,
+    parse_split,
     text_of,
     word_of,
 )
@@ -73,18 +73,18 @@ def vggsound_row(cells: object, split: str) -> AnnotationRow:
     if len(cells) == 4:
         youtube_id, start = word_of(cells[0], "id"), _WHOLE_SECONDS.fullmatch(cells[1].strip())
         if not re.fullmatch(_YOUTUBE_ID, youtube_id):
-            detail = f"must be an 11-character YouTube id: {inert(youtube_id)}"
-            raise RowFault(RejectReason.BAD_VIDEO_ID, detail)
+            detail = f"must be an 11-character YouTube id: {excerpt(youtube_id)}"
+            raise InvalidRow(RejectReason.BAD_VIDEO_ID, detail)
         if not start:
-            raise RowFault(RejectReason.BAD_START, f"must be whole seconds: {inert(cells[1])}")
-        video_id, split = f"{youtube_id}_{int(start[1]):06d}", split_named(cells[3])
+            raise InvalidRow(RejectReason.BAD_START, f"must be whole seconds: {excerpt(cells[1])}")
+        video_id, split = f"{youtube_id}_{int(start[1]):06d}", parse_split(cells[3])
     elif len(cells) in (1, 2):
         video_id = vggsound_name(os.path.splitext(word_of(cells[0], "clip name"))[0])
         if not (_BY_SECONDS.fullmatch(video_id) or _BY_MILLISECONDS.fullmatch(video_id)):
-            detail = f"must be ID_SSSSSS or ID_STARTMS_ENDMS: {inert(cells[0])}"
-            raise RowFault(RejectReason.BAD_VIDEO_ID, detail)
+            detail = f"must be ID_SSSSSS or ID_STARTMS_ENDMS: {excerpt(cells[0])}"
+            raise InvalidRow(RejectReason.BAD_VIDEO_ID, detail)
     else:
-        raise RowFault(RejectReason.WRONG_COLUMNS, f"must have 4, 2 or 1 cells, got {len(cells)}")
+        raise InvalidRow(RejectReason.WRONG_COLUMNS, f"must have 4, 2 or 1 cells, got {len(cells)}")
     label = text_of(cells[-2 if len(cells) == 4 else -1], "label") if len(cells) > 1 else ""
     return AnnotationRow(video_id=video_id, split=split, labels=(label,) if label else ())
 
@@ -146,12 +146,12 @@ def _filled(template: object, values: object) -> str:
     """The template with its slots filled in order."""
     template = text_of(template, "question")
     if not template:
-        raise RowFault(RejectReason.NO_QUESTION, "the question is blank")
+        raise InvalidRow(RejectReason.NO_QUESTION, "the question is blank")
     filling = [answer_of(value) for value in json_list(values, RejectReason.BAD_TEMPLATE, "templ_values")]
     between = _SLOT.split(template)
     if len(between) - 1 != len(filling):
-        detail = f"{len(between) - 1} slots, {len(filling)} values: {inert(template)}"
-        raise RowFault(RejectReason.BAD_TEMPLATE, detail)
+        detail = f"{len(between) - 1} slots, {len(filling)} values: {excerpt(template)}"
+        raise InvalidRow(RejectReason.BAD_TEMPLATE, detail)
     parts = [between[0]]
     for value, rest in zip(filling, between[1:], strict=True):
         parts += (value, rest)
@@ -166,7 +166,7 @@ def _question_type(value: object) -> str:
         words = json_list(value, RejectReason.BAD_TYPE, "type")
     named = [text_of(word, "type") for word in words]
     if not named or not all(named):
-        raise RowFault(RejectReason.BAD_TYPE, f"must be a list of words: {inert(value)}")
+        raise InvalidRow(RejectReason.BAD_TYPE, f"must be a list of words: {excerpt(value)}")
     return "/".join(named)
 
 
@@ -176,7 +176,7 @@ def _deleted(flag: object) -> bool:
         return False
     if text in {"1", "1.0", "true"}:
         return True
-    raise RowFault(RejectReason.BAD_DELETED_FLAG, f"question_deleted must be 0 or 1: {inert(flag)}")
+    raise InvalidRow(RejectReason.BAD_DELETED_FLAG, f"question_deleted must be 0 or 1: {excerpt(flag)}")
 
 
 # --- AVQA ---------------------------------------------------------------------------------------------
@@ -191,14 +191,14 @@ def avqa_row(record: object, split: str) -> AnnotationRow:
     record = record_of(record)
     video_id = vggsound_name(os.path.splitext(file_name(key_of(record, "video_name")))[0])
     if not (_BY_SECONDS.fullmatch(video_id) or _STARTLESS.fullmatch(video_id)):
-        raise RowFault(RejectReason.BAD_VIDEO_ID, f"must be ID_SSSSSS: {inert(record['video_name'])}")
+        raise InvalidRow(RejectReason.BAD_VIDEO_ID, f"must be ID_SSSSSS: {excerpt(record['video_name'])}")
     question = text_of(record.get("question_text") or "", "question")
     if not question:
-        raise RowFault(RejectReason.NO_QUESTION, "question_text is missing or blank")
+        raise InvalidRow(RejectReason.NO_QUESTION, "question_text is missing or blank")
     choices = choices_of(record.get("multi_choice"))
     if len(choices) > AVQA_CHOICES:
-        raise RowFault(RejectReason.BAD_CHOICES, f"must be at most {AVQA_CHOICES}, got {len(choices)}")
-    answer, index = answer_among(key_of(record, "answer"), choices)
+        raise InvalidRow(RejectReason.BAD_CHOICES, f"must be at most {AVQA_CHOICES}, got {len(choices)}")
+    answer, index = match_answer(key_of(record, "answer"), choices)
     asked = Asked(
         question_id=optional_id(record.get("id")),
         question=question,
@@ -230,8 +230,8 @@ def folder_row(record: object, split: str) -> AnnotationRow:
     """
     record = record_of(record)
     if unknown := [key for key in record if key not in FOLDER_COLUMNS]:
-        detail = f"unknown key {inert(unknown[0])}; known: {', '.join(FOLDER_COLUMNS)}"
-        raise RowFault(RejectReason.WRONG_COLUMNS, detail)
+        detail = f"unknown key {excerpt(unknown[0])}; known: {', '.join(FOLDER_COLUMNS)}"
+        raise InvalidRow(RejectReason.WRONG_COLUMNS, detail)
     row_split = record.get("split")
     labels = tuple(label for label in choices_of(record.get("labels")) if label)
     question = text_of(record.get("question") or "", "question")
@@ -239,7 +239,7 @@ def folder_row(record: object, split: str) -> AnnotationRow:
     blank = answer is None or answer == ""
     asked = None
     if question:
-        said, index = ("", -1) if blank else answer_among(answer, choices)
+        said, index = ("", -1) if blank else match_answer(answer, choices)
         asked = Asked(
             question_id=optional_id(record.get("question_id")),
             question=question,
@@ -249,10 +249,10 @@ def folder_row(record: object, split: str) -> AnnotationRow:
             answer_index=index,
         )
     elif not blank or choices:
-        raise RowFault(RejectReason.NO_QUESTION, "an answer or choices, but no question")
+        raise InvalidRow(RejectReason.NO_QUESTION, "an answer or choices, but no question")
     return AnnotationRow(
         video_id=relative_path(key_of(record, "video")),
-        split=(split_named(row_split, strict=False) if row_split else "") or split,
+        split=(parse_split(row_split, strict=False) if row_split else "") or split,
         labels=labels,
         asked=asked,
     )

@@ -8,7 +8,7 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-SHOWN = 80  # characters of foreign text in one message
+EXCERPT_LENGTH = 80  # characters of foreign text in one message
 MAX_TEXT = 4096  # characters of a question, answer or label
 MAX_ID = 256  # characters; what a file system allows for a name is 255 bytes
 
@@ -43,7 +43,7 @@ class RejectReason(StrEnum):
 
 
 #: Reasons that a file of another kind gives on its every row.
-MISFITS = frozenset(
+WRONG_FILE_REASONS = frozenset(
     {
         RejectReason.NOT_JSON,
         RejectReason.NOT_CSV,
@@ -55,7 +55,7 @@ MISFITS = frozenset(
 )
 
 
-class RowFault(Exception):
+class InvalidRow(Exception):
     """One annotation row that cannot be used."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
@@ -64,25 +64,25 @@ class RowFault(Exception):
         self.detail = detail
 
 
-def inert(value: object, limit: int = SHOWN) -> str:
+def excerpt(value: object, limit: int = EXCERPT_LENGTH) -> str:
     """Foreign text made safe to print: one line, no control characters, at most `limit` characters."""
     text = value if isinstance(value, str) else repr(value)
     cut = text[:limit] + ("…" if len(text) > limit else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 
-def split_named(value: object, strict: bool = True) -> str:
+def parse_split(value: object, strict: bool = True) -> str:
     """train, val or test, however it is spelt; any other word as it is unless `strict`."""
     word = word_of(value, "split", RejectReason.BAD_SPLIT).lower()
     for split, spellings in _SPLIT_WORDS.items():
         if re.fullmatch(spellings, word):
             return split
     if strict or not re.fullmatch(r"[\w-]{1,64}", word):
-        raise RowFault(RejectReason.BAD_SPLIT, f"must be train, val or test: {inert(word)}")
+        raise InvalidRow(RejectReason.BAD_SPLIT, f"must be train, val or test: {excerpt(word)}")
     return word
 
 
-def split_in_name(path: Path) -> str:
+def split_from_name(path: Path) -> str:
     """The split a file's name speaks of (`avqa-train.json`, `AStest.csv`); "" where none or several."""
     for stem in (path.stem, path.stem.lower()):
         found = [s for s, word in _SPLIT_WORDS.items() if re.search(rf"(?<![a-z])(?:{word})(?![a-z])", stem)]
@@ -96,13 +96,13 @@ def text_of(value: object, what: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
         return str(value)
     if not isinstance(value, str):
-        raise RowFault(RejectReason.BAD_TEXT, f"{what} must be text, got {type(value).__name__}")
+        raise InvalidRow(RejectReason.BAD_TEXT, f"{what} must be text, got {type(value).__name__}")
     if len(value) > MAX_TEXT:
-        raise RowFault(RejectReason.BAD_TEXT, f"{what} has more than {MAX_TEXT} characters: {inert(value)}")
+        raise InvalidRow(RejectReason.BAD_TEXT, f"{what} has more than {MAX_TEXT} characters: {excerpt(value)}")
     text = " ".join(value.replace("\N{FULLWIDTH QUESTION MARK}", "?").split())
     if _CONTROL.search(text):
-        detail = f"{what} holds control characters or broken UTF-8: {inert(text)}"
-        raise RowFault(RejectReason.BAD_TEXT, detail)
+        detail = f"{what} holds control characters or broken UTF-8: {excerpt(text)}"
+        raise InvalidRow(RejectReason.BAD_TEXT, detail)
     return text
 
 
@@ -117,23 +117,23 @@ def choices_of(value: object) -> tuple[str | None, ...]:
     return tuple(None if item is None else text_of(item, "choice") or None for item in items)
 
 
-def answer_among(answer: object, choices: tuple[str | None, ...]) -> tuple[str, int]:
+def match_answer(answer: object, choices: tuple[str | None, ...]) -> tuple[str, int]:
     """(answer, its index): `answer` is the index, or the words, of one of the choices."""
     if not choices:
         return answer_of(answer), -1
     if not any(choices):
-        raise RowFault(RejectReason.BAD_CHOICES, "not one of the choices is text")
+        raise InvalidRow(RejectReason.BAD_CHOICES, "not one of the choices is text")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):
         chosen = choices[answer] if 0 <= answer < len(choices) else None
         if chosen is None:
-            detail = f"index {inert(answer)} of {len(choices)} choices, or a missing one"
-            raise RowFault(RejectReason.BAD_ANSWER, detail)
+            detail = f"index {excerpt(answer)} of {len(choices)} choices, or a missing one"
+            raise InvalidRow(RejectReason.BAD_ANSWER, detail)
         return chosen, answer
     words = answer_of(answer)
     if words not in choices:
-        raise RowFault(RejectReason.BAD_ANSWER, f"not among the choices: {inert(words)}")
+        raise InvalidRow(RejectReason.BAD_ANSWER, f"not among the choices: {excerpt(words)}")
     return words, choices.index(words)
 
 
@@ -141,8 +141,8 @@ def file_name(value: object) -> str:
     """An id that can only ever be the name of one file: no folder, no `..`, no control characters."""
     name = word_of(value, "video id")
     if not name or len(name) > MAX_ID or "/" in name or "\\" in name or name.startswith("."):
-        detail = f"must be the name of a file without folders: {inert(name)}"
-        raise RowFault(RejectReason.BAD_VIDEO_ID, detail)
+        detail = f"must be the name of a file without folders: {excerpt(name)}"
+        raise InvalidRow(RejectReason.BAD_VIDEO_ID, detail)
     return name
 
 
@@ -151,18 +151,18 @@ def relative_path(value: object) -> str:
     path = word_of(value, "video").replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts or ".." in parts or path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        raise RowFault(RejectReason.BAD_VIDEO_ID, f"must be a path below the root: {inert(path)}")
+        raise InvalidRow(RejectReason.BAD_VIDEO_ID, f"must be a path below the root: {excerpt(path)}")
     if len(path) > MAX_TEXT:
-        raise RowFault(RejectReason.BAD_VIDEO_ID, f"has more than {MAX_TEXT} characters: {inert(path)}")
+        raise InvalidRow(RejectReason.BAD_VIDEO_ID, f"has more than {MAX_TEXT} characters: {excerpt(path)}")
     return "/".join(parts)
 
 
 def word_of(value: object, what: str, reason: RejectReason = RejectReason.BAD_VIDEO_ID) -> str:
     """Text without control characters, stripped of blanks around it."""
     if not isinstance(value, str):
-        raise RowFault(reason, f"{what} must be text, got {inert(value)}")
+        raise InvalidRow(reason, f"{what} must be text, got {excerpt(value)}")
     if _CONTROL.search(value):
-        raise RowFault(reason, f"{what} holds control characters or broken UTF-8: {inert(value)}")
+        raise InvalidRow(reason, f"{what} holds control characters or broken UTF-8: {excerpt(value)}")
     return value.strip()
 
 
@@ -176,10 +176,10 @@ def optional_id(value: object) -> str:
 
 def answer_of(value: object) -> str:
     if isinstance(value, (bool, list, dict)):
-        raise RowFault(RejectReason.BAD_ANSWER, f"must be text or a number: {inert(value)}")
+        raise InvalidRow(RejectReason.BAD_ANSWER, f"must be text or a number: {excerpt(value)}")
     text = text_of(value, "answer")
     if not text:
-        raise RowFault(RejectReason.BAD_ANSWER, "the answer is blank")
+        raise InvalidRow(RejectReason.BAD_ANSWER, "the answer is blank")
     return text
 
 
@@ -189,23 +189,23 @@ def json_list(value: object, reason: RejectReason, what: str) -> list[object]:
         try:
             value = json.loads(value) if value.strip() else []
         except (ValueError, RecursionError) as error:
-            raise RowFault(reason, f"{what} must be a JSON list: {inert(value)}") from error
+            raise InvalidRow(reason, f"{what} must be a JSON list: {excerpt(value)}") from error
     if value is None:
         return []
     if not isinstance(value, list):
-        raise RowFault(reason, f"{what} must be a list: {inert(value)}")
+        raise InvalidRow(reason, f"{what} must be a list: {excerpt(value)}")
     return value
 
 
 def record_of(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise RowFault(RejectReason.NOT_AN_OBJECT, f"must be an object with keys: {inert(value)}")
+        raise InvalidRow(RejectReason.NOT_AN_OBJECT, f"must be an object with keys: {excerpt(value)}")
     return value
 
 
 def cells_of(value: object) -> list[str]:
     if not isinstance(value, list):
-        raise RowFault(RejectReason.WRONG_COLUMNS, f"must be cells: {inert(value)}")
+        raise InvalidRow(RejectReason.WRONG_COLUMNS, f"must be cells: {excerpt(value)}")
     return value
 
 
@@ -214,5 +214,5 @@ def key_of(record: dict[str, object], *names: str) -> object:
     for name in names:
         if record.get(name) is not None:
             return record[name]
-    detail = f"no {' or '.join(names)} in a row with keys {inert(list(record))}"
-    raise RowFault(RejectReason.MISSING_KEY, detail)
+    detail = f"no {' or '.join(names)} in a row with keys {excerpt(list(record))}"
+    raise InvalidRow(RejectReason.MISSING_KEY, detail)

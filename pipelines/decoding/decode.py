@@ -28,23 +28,23 @@ from pathlib import Path
 
 import numpy as np
 
-from r2scp.pipelines.decoding.fault_reasons import is_encrypted, meaning, open_regular, tidy
-from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, SLOTS, TICK, find_program
+from r2scp.pipelines.decoding.fault_reasons import is_encrypted, classify, open_regular, summarise_log
+from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, SLOTS_PER_S, TICKS_PER_S, find_program
 from r2scp.pipelines.decoding.ffmpeg_run import (
     DecodeLimits,
-    Harvest,
-    Job,
-    Tally,
-    end,
-    gather,
-    lead,
-    promised_end,
+    FfmpegOutput,
+    DecodeJob,
+    StreamCounts,
+    track_end,
+    run_ffmpeg,
+    start_offset,
+    expected_end,
 )
-from r2scp.pipelines.decoding.probe import SECONDS_PER_PROBE, Probed, ProbeFault, probe
+from r2scp.pipelines.decoding.probe import SECONDS_PER_PROBE, MediaInfo, ProbeError, probe
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.schema import ModalityStatus
 
-__all__ = ["Clip", "DecodeLimits", "StreamReport", "decode", "decode_fingerprint", "tokens"]
+__all__ = ["Clip", "DecodeLimits", "StreamReport", "decode", "decode_fingerprint", "token_count"]
 
 GRID_VERSION = 1  # raise it whenever decode() returns something else for the same file and ffmpeg
 DEFAULT_LIMITS = DecodeLimits()
@@ -87,9 +87,9 @@ def decode(path: str | Path, limits: DecodeLimits = DEFAULT_LIMITS, ffmpeg: str 
     deadline = time.monotonic() + limits.seconds_per_file
     fd = open_regular(path)
     try:
-        job = Job(fd=fd, program=program, limits=limits, deadline=deadline)
+        job = DecodeJob(fd=fd, program=program, limits=limits, deadline=deadline)
         probed = _probe(job)
-        harvest = gather(job, probed)
+        harvest = run_ffmpeg(job, probed)
         if harvest.frames is None and harvest.waveform is None:
             raise _nothing_usable(probed, harvest)
     finally:
@@ -102,15 +102,15 @@ def decode(path: str | Path, limits: DecodeLimits = DEFAULT_LIMITS, ffmpeg: str 
         waveform=waveform,
         visual=visual,
         audio=audio,
-        duration_s=promised_end(probed) or decoded_s,
-        errors=tidy(harvest.faults + _undecoded(harvest)),
+        duration_s=expected_end(probed) or decoded_s,
+        errors=summarise_log(harvest.error_lines + _error_counts(harvest)),
     )
 
 
 def decode_fingerprint(ffmpeg: str | None = None) -> str:
     """A string that changes whenever what `decode` returns may change. Runs ffmpeg once per process."""
     program = find_program(ffmpeg)
-    tones = "+zscale" if program.maps_tones else ""
+    tones = "+zscale" if program.has_zscale else ""
     return f"grid{GRID_VERSION}-{SIZE}px-{RATE}hz-ffmpeg{program.version}{tones}"
 
 
@@ -120,12 +120,12 @@ def __getattr__(name: str) -> str:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def tokens(duration_s: float) -> int:
+def token_count(duration_s: float) -> int:
     """How many one-second tokens a stream of this length has."""
-    return max(1, math.floor(duration_s + 0.5 + 1 / TICK))
+    return max(1, math.floor(duration_s + 0.5 + 1 / TICKS_PER_S))
 
 
-def _probe(job: Job) -> Probed:
+def _probe(job: DecodeJob) -> MediaInfo:
     """The probe's report. Raises MediaError for a file that cannot be decoded or may not be."""
     limits = job.limits
     try:
@@ -135,102 +135,102 @@ def _probe(job: Job) -> Probed:
             memory_bytes=limits.memory_bytes,
             seconds=max(0.0, min(SECONDS_PER_PROBE, job.deadline - time.monotonic())),
         )
-    except ProbeFault as fault:
+    except ProbeError as fault:
         log, verdict = fault.args
         words = log + verdict
         recognised = bool(log)  # a demuxer spoke, so one took the file for its own
         default = FailureReason.CORRUPT if recognised else FailureReason.NOT_MEDIA
-        reason = FailureReason.ENCRYPTED if recognised and is_encrypted(job.fd) else meaning(words, default)
-        raise MediaError(reason, tidy(words)) from None
+        reason = FailureReason.ENCRYPTED if recognised and is_encrypted(job.fd) else classify(words, default)
+        raise MediaError(reason, summarise_log(words)) from None
     if is_encrypted(job.fd):  # some decoders take scrambled packets for noise and do not complain
         raise MediaError(FailureReason.ENCRYPTED, "protected by common encryption")
     if not (probed.video or probed.audio):
-        reason = meaning(probed.log, FailureReason.NO_STREAMS)
-        raise MediaError(reason, tidy(probed.log) or f"a {probed.format} file without picture and sound")
+        reason = classify(probed.log, FailureReason.NO_STREAMS)
+        raise MediaError(reason, summarise_log(probed.log) or f"a {probed.format} file without picture and sound")
     if probed.video and probed.video.width * probed.video.height > limits.max_pixels:
         size = f"{probed.video.width}x{probed.video.height}"
         raise MediaError(
             FailureReason.TOO_LARGE, f"frames must have at most {limits.max_pixels} pixels; got {size}"
         )
-    longest = promised_end(probed) or 0.0
+    longest = expected_end(probed) or 0.0
     if longest > limits.max_duration_s:
         most = f"{limits.max_duration_s:.0f} s"
         raise MediaError(FailureReason.TOO_LARGE, f"must last at most {most}; got {longest:.0f} s")
     return probed
 
 
-def _nothing_usable(probed: Probed, harvest: Harvest) -> MediaError:
+def _nothing_usable(probed: MediaInfo, harvest: FfmpegOutput) -> MediaError:
     """The error for a file whose streams gave nothing."""
-    words = probed.log + harvest.faults
-    reason = meaning(words, FailureReason.CORRUPT)
+    words = probed.log + harvest.error_lines
+    reason = classify(words, FailureReason.CORRUPT)
     if reason is FailureReason.TRUNCATED:  # the header is whole, so it did tell how to decode
         reason = FailureReason.CORRUPT
-    return MediaError(reason, tidy(words) or "streams are there, and nothing could be decoded")
+    return MediaError(reason, summarise_log(words) or "streams are there, and nothing could be decoded")
 
 
-def _undecoded(harvest: Harvest) -> str:
+def _error_counts(harvest: FfmpegOutput) -> str:
     """ffmpeg's count of what it could not decode, some of which it passes over in silence."""
     return "".join(
         f"stream {index}: {tally.errors} errors in {tally.errors + tally.frames} packets\n"
-        for index, tally in harvest.tallies.items()
+        for index, tally in harvest.counts.items()
         if tally.errors
     )
 
 
-def _judge_visual(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, StreamReport]:
+def _judge_visual(probed: MediaInfo, harvest: FfmpegOutput) -> tuple[np.ndarray | None, StreamReport]:
     """The frames on the grid, and what they are against what was promised."""
     track = probed.video
     if track is None:
         return None, ABSENT
-    tally = harvest.tallies.get(track.index, Tally())
+    tally = harvest.counts.get(track.index, StreamCounts())
     got = 0 if harvest.frames is None else len(harvest.frames)
-    ends_at = end(probed, track)
+    ends_at = track_end(probed, track)
     if ends_at is None and (tally.errors or not _is_whole(probed, harvest)):
         ends_at = probed.duration_s
-    expected = tokens(ends_at) if ends_at is not None else max(1, got)
+    expected = token_count(ends_at) if ends_at is not None else max(1, got)
     if harvest.frames is None:
         return None, StreamReport(ModalityStatus.CORRUPT, expected, 0)
     frames = harvest.frames[:expected]
-    decoded = len(frames) - (_lost(tally, harvest.repeats, len(frames)) if tally.errors else 0)
+    decoded = len(frames) - (_count_lost_frames(tally, harvest.duplicates, len(frames)) if tally.errors else 0)
     status = ModalityStatus.PARTIAL if decoded < expected else ModalityStatus.PRESENT
     return frames, StreamReport(status, expected, decoded)
 
 
-def _lost(tally: Tally, repeats: int, got: int) -> int:
+def _count_lost_frames(tally: StreamCounts, repeats: int, got: int) -> int:
     """How many frames only repeat the one before because damage swallowed their own.
 
     Of the slots without a new frame, those do not count that so slow a picture leaves empty anyway.
     """
-    idle = max(0, got * SLOTS - tally.frames - tally.errors)
-    return min(got - 1, max(0, round((repeats - idle) / SLOTS)))
+    idle = max(0, got * SLOTS_PER_S - tally.frames - tally.errors)
+    return min(got - 1, max(0, round((repeats - idle) / SLOTS_PER_S)))
 
 
-def _judge_audio(probed: Probed, harvest: Harvest) -> tuple[np.ndarray | None, StreamReport]:
+def _judge_audio(probed: MediaInfo, harvest: FfmpegOutput) -> tuple[np.ndarray | None, StreamReport]:
     """The waveform from time 0 of the grid, and what it is against what was promised."""
     track = probed.audio
     if track is None:
         return None, ABSENT
-    tally = harvest.tallies.get(track.index, Tally())
+    tally = harvest.counts.get(track.index, StreamCounts())
     got = 0.0 if harvest.waveform is None else len(harvest.waveform) / RATE
     decoded = min(got, tally.samples / track.rate) if tally.samples and track.rate else got
     expected = track.duration_s
     if expected is None and probed.duration_s and (tally.errors or not _is_whole(probed, harvest)):
-        expected = probed.duration_s - lead(probed, track)
+        expected = probed.duration_s - start_offset(probed, track)
     expected = expected or got  # gaps filled with silence count as promised
     if harvest.waveform is None:
         return None, StreamReport(ModalityStatus.CORRUPT, expected, 0.0)
     slack = SOUND_SLACK_ERRORS_S if tally.errors else max(SOUND_SLACK_S, SOUND_SLACK * expected)
     status = ModalityStatus.PARTIAL if expected - decoded > slack else ModalityStatus.PRESENT
-    silence = np.zeros(round(lead(probed, track) * RATE), np.float32)
+    silence = np.zeros(round(start_offset(probed, track) * RATE), np.float32)
     waveform = np.concatenate([silence, harvest.waveform]) if len(silence) else harvest.waveform
     return waveform, StreamReport(status, expected, decoded)
 
 
-def _is_whole(probed: Probed, harvest: Harvest) -> bool:
+def _is_whole(probed: MediaInfo, harvest: FfmpegOutput) -> bool:
     """Whether some stream reaches the end that the container promises, so that the file was not cut short."""
     promised = probed.duration_s or 0.0
     seen = len(harvest.frames) if harvest.frames is not None else 0
     heard = 0.0
     if probed.audio and harvest.waveform is not None:
-        heard = lead(probed, probed.audio) + len(harvest.waveform) / RATE
-    return seen >= tokens(promised) or promised - heard <= max(SOUND_SLACK_S, SOUND_SLACK * promised)
+        heard = start_offset(probed, probed.audio) + len(harvest.waveform) / RATE
+    return seen >= token_count(promised) or promised - heard <= max(SOUND_SLACK_S, SOUND_SLACK * promised)

@@ -10,7 +10,7 @@ from r2scp.store.errors import FailureReason, MediaError
 HEAD_BYTES = 4096  # enough to know a playlist
 ENDS_BYTES = 1 << 20  # of each end of a file, where an MP4 says that it is encrypted
 READ_BYTES = 1 << 16  # at once: memory that Python has at hand and need not ask the kernel for
-MARK_BYTES = 12  # of the mark itself, which may lie across two reads
+ENCRYPTED_BYTES = 12  # of the mark itself, which may lie across two reads
 DETAIL_CHARS = 500  # of the tools' last words, kept with a failure or a damaged clip
 
 #: Text files that name other files or URLs for a player to open.
@@ -27,7 +27,7 @@ PLAYLIST = re.compile(
 ENCRYPTED = re.compile(rb"schm\0{4}(?:cenc|cens|cbc1|cbcs|piff|itun)")
 
 #: The tools' words, and the reason they mean when nothing of a file could be used. First match wins.
-MEANINGS = tuple(
+LOG_PATTERNS = tuple(
     (re.compile(words), reason)
     for words, reason in (
         (r"exceeds specified max pixel count", FailureReason.TOO_LARGE),
@@ -92,16 +92,16 @@ def is_encrypted(fd: int) -> bool:
     """Whether either end of the file carries the mark of common encryption."""
     size = os.fstat(fd).st_size
     first = range(0, min(size, ENDS_BYTES), READ_BYTES)
-    last = range(max(first.stop - MARK_BYTES, size - ENDS_BYTES), size, READ_BYTES)
-    return any(ENCRYPTED.search(os.pread(fd, READ_BYTES + MARK_BYTES, start)) for start in (*first, *last))
+    last = range(max(first.stop - ENCRYPTED_BYTES, size - ENDS_BYTES), size, READ_BYTES)
+    return any(ENCRYPTED.search(os.pread(fd, READ_BYTES + ENCRYPTED_BYTES, start)) for start in (*first, *last))
 
 
-def meaning(words: str, default: FailureReason) -> FailureReason:
+def classify(words: str, default: FailureReason) -> FailureReason:
     """The reason that the tools' words give for having got nothing at all."""
-    return next((reason for pattern, reason in MEANINGS if pattern.search(words)), default)
+    return next((reason for pattern, reason in LOG_PATTERNS if pattern.search(words)), default)
 
 
-def tidy(words: str) -> str:
+def summarise_log(words: str) -> str:
     """The end of the tools' words, on one line, without addresses, colours and control characters."""
     words = re.sub(r" @ 0x[0-9a-f]+|(?<=not on whitelist) '.*'|\[(?:error|fatal|panic|warning)\] ", "", words)
     lines = (line for line in words.splitlines() if not NOISE.search(line))

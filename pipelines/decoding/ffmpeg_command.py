@@ -15,21 +15,21 @@ from typing import Any
 import ffmpeg
 import imageio_ffmpeg
 
-from r2scp.pipelines.decoding.probe import FORMATS, AudioTrack, Probed, VideoTrack
+from r2scp.pipelines.decoding.probe import FORMATS, AudioTrack, MediaInfo, VideoTrack
 from r2scp.store.errors import UsageError
 
 SIZE = 224  # pixels, width and height of a frame: what ImageBind's vision tower eats
 RATE = 16_000  # Hz, what its audio tower eats
-WIDEST = 16 * SIZE  # pixels; a picture longer than 16:1 is squeezed to this, so that memory stays bounded
-SLOTS = 10  # a second is cut into so many slots, of which one is kept; ends are known to 1/SLOTS s
-TICK = 1_000_000  # one second in the filters' time base (AVTB, 1 us)
-LEAST_TAPS = 16  # lines of a picture from which on all scaling in it has its full number of taps
-OLDEST = (5, 1)  # ffmpeg's first version with -fps_mode
+MAX_LONG_SIDE = 16 * SIZE  # pixels; a picture longer than 16:1 is squeezed to this, so that memory stays bounded
+SLOTS_PER_S = 10  # a second is cut into so many slots, of which one is kept; ends are known to 1/SLOTS s
+TICKS_PER_S = 1_000_000  # one second in the filters' time base (AVTB, 1 us)
+MIN_PLANAR_SIDE = 16  # lines of a picture from which on all scaling in it has its full number of taps
+MIN_VERSION = (5, 1)  # ffmpeg's first version with -fps_mode
 HDR_WHITE = 203  # cd/m2, reference white of HDR video, ITU-R BT.2408
 
 #: Layouts that ffmpeg knows how to fold to mono with the weights of ITU-R BS.775. The channels of
 #: any other layout (16 channels, ambisonics, 1 channel without a name) are averaged.
-FOLDABLE = {
+DOWNMIX_LAYOUTS = {
     *("mono", "stereo", "2.1", "3.0", "3.0(back)", "4.0", "quad", "quad(side)", "3.1", "4.1"),
     *("5.0", "5.0(side)", "5.1", "5.1(side)", "6.0", "6.1", "7.0", "7.1"),
 }
@@ -41,15 +41,15 @@ class Program:
 
     path: str
     version: str  # such as "9.0", or a build's own name
-    maps_tones: bool  # has the zscale filter, so HDR video can be shown as SDR
+    has_zscale: bool  # has the zscale filter, so HDR video can be shown as SDR
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
+class DecodePass:
     """What is wanted of one run of ffmpeg."""
 
     fd: int  # the file, opened
-    probed: Probed  # its tracks: each that is not None is decoded
+    probed: MediaInfo  # its tracks: each that is not None is decoded
     shift: int  # see `sampling_shift`
     end_s: float  # nothing later than this is decoded
     max_pixels: int  # of one frame
@@ -72,20 +72,20 @@ def find_program(path: str | None) -> Program:
         raise UsageError(f"{exe} must be ffmpeg; `-version` says {said[:60]!r}; name another or none")
     number = re.match(r"n?(\d+)\.(\d+)", found[1])
     version = f"{number[1]}.{number[2]}" if number else found[1]
-    if number and (int(number[1]), int(number[2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
+    if number and (int(number[1]), int(number[2])) < MIN_VERSION:
+        oldest = ".".join(map(str, MIN_VERSION))
         raise UsageError(f"ffmpeg must be {oldest} or newer; {exe} is {version}; name a newer one or none")
-    return Program(path=exe, version=version, maps_tones="--enable-libzimg" in said)
+    return Program(path=exe, version=version, has_zscale="--enable-libzimg" in said)
 
 
 def sampling_shift(duration_s: float | None) -> int:
     """Ticks that bring the moment to be shown in second 0 to 0.5 s: none, but for clips below 0.5 s."""
     if duration_s is None or duration_s >= 0.5:
         return 0
-    return round((0.5 - duration_s / 2) * TICK)
+    return round((0.5 - duration_s / 2) * TICKS_PER_S)
 
 
-def chain(*filters: tuple[str, Any]) -> str:
+def filter_graph(*filters: tuple[str, Any]) -> str:
     """A linear filter graph in ffmpeg's notation: each filter with its one value or its options."""
     links = []
     for name, value in filters:
@@ -94,7 +94,7 @@ def chain(*filters: tuple[str, Any]) -> str:
     return ",".join(links)
 
 
-def picture(track: VideoTrack, order: Order, program: Program) -> str:
+def video_graph(track: VideoTrack, order: DecodePass, program: Program) -> str:
     """The graph from a video stream to one RGB frame a second: the one shown at t + 0.5 s.
 
     That is the last frame whose time is not later. `fps` cuts time into slots of 1/SLOTS s and gives
@@ -107,8 +107,8 @@ def picture(track: VideoTrack, order: Order, program: Program) -> str:
     the short side to SIZE by bicubic interpolation (a = -0.5, as Pillow's), then the centre cut out.
     """
     scaling = {
-        "w": f"if(gte(dar,1),min(trunc({SIZE}*dar+1e-6),{WIDEST}),{SIZE})",
-        "h": f"if(gte(dar,1),{SIZE},min(trunc({SIZE}/dar+1e-6),{WIDEST}))",
+        "w": f"if(gte(dar,1),min(trunc({SIZE}*dar+1e-6),{MAX_LONG_SIDE}),{SIZE})",
+        "h": f"if(gte(dar,1),{SIZE},min(trunc({SIZE}/dar+1e-6),{MAX_LONG_SIDE}))",
         "flags": "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp",
         "param0": 0,
         "param1": 0.5,
@@ -121,32 +121,32 @@ def picture(track: VideoTrack, order: Order, program: Program) -> str:
         ("tonemap", {"tonemap": "mobius", "desat": 0}),
         ("zscale", {"t": "bt709"}),
     ]
-    return chain(
+    return filter_graph(
         ("trim", {"end": order.end_s}),
         ("settb", "AVTB"),
-        ("setpts", f"PTS+{order.shift + TICK // SLOTS - 1}"),
-        ("fps", {"fps": SLOTS, "start_time": 0, "round": "down", "eof_action": "pass"}),
-        ("select", f"eq(mod(pts,{SLOTS}),{SLOTS // 2})"),
+        ("setpts", f"PTS+{order.shift + TICKS_PER_S // SLOTS_PER_S - 1}"),
+        ("fps", {"fps": SLOTS_PER_S, "start_time": 0, "round": "down", "eof_action": "pass"}),
+        ("select", f"eq(mod(pts,{SLOTS_PER_S}),{SLOTS_PER_S // 2})"),
         ("scale", scaling),
-        *(to_sdr if track.hdr and program.maps_tones else planes(track)),
+        *(to_sdr if track.hdr and program.has_zscale else planar_filters(track)),
         ("format", "rgb24"),
         ("crop", {"w": SIZE, "h": SIZE}),
     )
 
 
-def planes(track: VideoTrack) -> tuple[tuple[str, Any], ...]:
+def planar_filters(track: VideoTrack) -> tuple[tuple[str, Any], ...]:
     """Filters that have the picture scaled into three planes and cut before these are interleaved.
 
     The same values as those of scaling straight to RGB, in half the time: swscale computes planes many
     at once and pixels of three bytes one by one. Where it would round otherwise, with few lines or with
     none to scale, the plain way is taken.
     """
-    if min(track.width, track.height) < LEAST_TAPS or SIZE in (track.width, track.height):
+    if min(track.width, track.height) < MIN_PLANAR_SIDE or SIZE in (track.width, track.height):
         return ()
     return ("format", "gbrp"), ("crop", {"w": SIZE, "h": SIZE})
 
 
-def sound(track: AudioTrack, order: Order) -> str:
+def audio_graph(track: AudioTrack, order: DecodePass) -> str:
     """The graph from an audio stream to 16 kHz mono.
 
     Gaps in the timestamps become silence, so that what follows keeps its time. Channels are weighted
@@ -154,15 +154,15 @@ def sound(track: AudioTrack, order: Order) -> str:
     """
     everyone = "+".join(f"c{i}" for i in range(track.channels))
     average = ("pan", f"mono|c0<{everyone}")  # "<": weights that sum to 1
-    return chain(
+    return filter_graph(
         ("atrim", {"end": order.end_s}),
-        *([average] if track.channels and track.layout not in FOLDABLE else ()),
+        *([average] if track.channels and track.layout not in DOWNMIX_LAYOUTS else ()),
         ("aresample", {"osr": RATE, "async": 1, "rematrix_maxval": 1}),
         ("aformat", {"sample_fmts": "flt", "channel_layouts": "mono"}),
     )
 
 
-def compose(order: Order, program: Program, pipes: Sequence[int]) -> list[str]:
+def build_command(order: DecodePass, program: Program, pipes: Sequence[int]) -> list[str]:
     """The argument list of one run; frames go to the first of `pipes`, sound to the next.
 
     Each stream has a graph of its own: a change of the sound's format in mid-file rebuilds its graph
@@ -180,9 +180,9 @@ def compose(order: Order, program: Program, pipes: Sequence[int]) -> list[str]:
     tracks = [track for track in (order.probed.video, order.probed.audio) if track]
     for track, pipe in zip(tracks, pipes, strict=True):
         if isinstance(track, VideoTrack):
-            options = {"format": "rawvideo", "fps_mode": "passthrough", "vf": picture(track, order, program)}
+            options = {"format": "rawvideo", "fps_mode": "passthrough", "vf": video_graph(track, order, program)}
         else:
-            options = {"format": "f32le", "af": sound(track, order)}
+            options = {"format": "f32le", "af": audio_graph(track, order)}
         options |= {"threads": 1, "filter_threads": 1}
         options |= {"flush_packets": 0}  # sound leaves in blocks and not in packets of 23 ms
         outputs.append(source[str(track.index)].output(f"pipe:{pipe}", **options))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2scp.pipelines.decoding.sandbox import clean_environment, confine, kill_group
+from r2scp.pipelines.decoding.sandbox import clean_environment, limit_resources, kill_group
 from r2scp.store.errors import FailureReason, MediaError
 
 CHILD = Path(__file__).with_name("probe_child.py")
@@ -69,7 +69,7 @@ class AudioTrack(Track):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Probed:
+class MediaInfo:
     """One file as its header describes it. `log` is what libav said about it."""
 
     format: str  # the demuxer's name
@@ -80,11 +80,11 @@ class Probed:
     log: str
 
 
-class ProbeFault(Exception):
+class ProbeError(Exception):
     """libav would not open the file; `args` are what it logged and its verdict."""
 
 
-class IdleDeath(Exception):
+class ProberLost(Exception):
     """A child that had answered before was found dead or died; a fresh one should be asked."""
 
 
@@ -93,13 +93,13 @@ class Prober:
 
     def __init__(self) -> None:
         self.channel, theirs = socket.socketpair()
-        self.words = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115  lives as long as the child
+        self.log_file = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115  lives as long as the child
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(CHILD), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=self.words,
+                stderr=self.log_file,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
                 env=clean_environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -109,13 +109,13 @@ class Prober:
             self._receive(SECONDS_TO_START)
         except (TimeoutError, EOFError) as fault:
             log = self.log()
-            self.end()
+            self.stop()
             raise RuntimeError(f"{CHILD.name} did not start under {sys.executable}: {log}") from fault
 
     def ask(self, fd: int, request: dict[str, object], *, memory_bytes: int) -> dict[str, Any]:
         """The child's reply. Raises TimeoutError, or EOFError if the child died of the question."""
-        self.words.truncate(0)
-        confine(self.process.pid, memory_bytes=memory_bytes, file_bytes=LOG_BYTES)
+        self.log_file.truncate(0)
+        limit_resources(self.process.pid, memory_bytes=memory_bytes, file_bytes=LOG_BYTES)
         try:
             socket.send_fds(self.channel, [json.dumps(request).encode()], [fd])
         except ConnectionError as gone:
@@ -124,15 +124,15 @@ class Prober:
         self.used = True
         return json.loads(reply)
 
-    def _receive(self, patience: float) -> bytes:
+    def _receive(self, timeout_s: float) -> bytes:
         """The next line from the child."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout_s
         line = bytearray()
         with selectors.DefaultSelector() as selector:
             selector.register(self.channel, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError(f"no answer after {patience:g} s")
+                    raise TimeoutError(f"no answer after {timeout_s:g} s")
                 try:
                     chunk = self.channel.recv(1 << 16)
                 except ConnectionError as gone:
@@ -143,15 +143,15 @@ class Prober:
         return bytes(line)
 
     def log(self) -> str:
-        return os.pread(self.words.fileno(), LOG_BYTES, 0).decode("utf-8", "replace")
+        return os.pread(self.log_file.fileno(), LOG_BYTES, 0).decode("utf-8", "replace")
 
-    def end(self) -> int:
+    def stop(self) -> int:
         """Ends the child; returns how it ended, as in subprocess."""
         self.channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.0)
         kill_group(self.process)
-        self.words.close()
+        self.log_file.close()
         return self.process.returncode
 
 
@@ -175,7 +175,7 @@ class ProberPool:
         with self._lock:
             idle, self._idle = self._idle, []
         for prober in idle:
-            prober.end()
+            prober.stop()
 
     def forget(self) -> None:
         """For a forked child of this process, which must not talk to its parent's children."""
@@ -187,7 +187,7 @@ os.register_at_fork(after_in_child=POOL.forget)
 atexit.register(POOL.close)
 
 
-def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECONDS_PER_PROBE) -> Probed:
+def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECONDS_PER_PROBE) -> MediaInfo:
     """What the file behind the descriptor `fd` contains.
 
     Where the header gives no durations, only a guess from the bit rate, or ones beyond `longest_s`
@@ -197,14 +197,14 @@ def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECO
     request = {"formats": FORMATS, "seconds": seconds, "longest_s": longest_s}
     try:
         reply, log = ask_once(POOL.take(), fd, request, memory_bytes)
-    except IdleDeath:  # killed while it waited, or worn out by earlier files: not this one's fault
+    except ProberLost:  # killed while it waited, or worn out by earlier files: not this one's fault
         reply, log = ask_once(Prober(), fd, request, memory_bytes)
     if "fault" in reply:
         if reply["fault"] == "MemoryError":
             raise MediaError(FailureReason.OUT_OF_MEMORY, f"reading the header: {reply['says']}")
-        raise ProbeFault(re.sub(MISDETECTED, "", log), reply["says"])
+        raise ProbeError(re.sub(MISDETECTED, "", log), reply["says"])
     video, audio = reply.pop("video"), reply.pop("audio")
-    return Probed(
+    return MediaInfo(
         video=VideoTrack(**video) if video else None,
         audio=AudioTrack(**audio) if audio else None,
         log=log,
@@ -220,17 +220,17 @@ def ask_once(
         reply = prober.ask(fd, request, memory_bytes=memory_bytes)
         log = prober.log()
     except TimeoutError as fault:
-        prober.end()
+        prober.stop()
         raise MediaError(FailureReason.TIMEOUT, f"reading the header: {fault}") from None
     except EOFError:
-        log, code = prober.log(), prober.end()
+        log, code = prober.log(), prober.stop()
         if prober.used:
-            raise IdleDeath from None
+            raise ProberLost from None
         memory = re.search(r"MemoryError|[Cc]annot allocate memory", log)
         reason = FailureReason.OUT_OF_MEMORY if memory else FailureReason.DECODER_CRASHED
         raise MediaError(reason, f"reading the header ended libav with status {code}") from None
     except BaseException:
-        prober.end()
+        prober.stop()
         raise
     POOL.put_back(prober)
     return reply, log

@@ -25,9 +25,9 @@ from enum import StrEnum
 
 import numpy as np
 
-PIPE_SIZE = 1 << 20  # bytes; holds six frames, so that the program seldom waits for us
-FIRST_ROOM = 1 << 26  # bytes reserved for one pipe before any came: 17 minutes of sound, 7 of frames
-PACE_S = 0.005  # between two looks into the pipes; 200 MB/s fill one in this time
+PIPE_BYTES = 1 << 20  # bytes; holds six frames, so that the program seldom waits for us
+FIRST_BUFFER_BYTES = 1 << 26  # bytes reserved for one pipe before any came: 17 minutes of sound, 7 of frames
+POLL_INTERVAL_S = 0.005  # between two looks into the pipes; 200 MB/s fill one in this time
 LONGEST_POLL_S = 1e6  # 2 ** 31 ms is the most that poll takes
 CPU_PER_WALL = 4  # CPU seconds allowed for one second of wall time: ends orphans, never honest work
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
@@ -36,7 +36,7 @@ F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
 UNWANTED_VARIABLES = ("FFREPORT", "AV_LOG_FORCE_COLOR")
 
 
-class Stop(StrEnum):
+class StopReason(StrEnum):
     """Why a program was ended by us and not by itself."""
 
     TIMEOUT = "timeout"
@@ -44,7 +44,7 @@ class Stop(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bounds:
+class Limits:
     """What one run may use."""
 
     deadline: float  # on the clock of time.monotonic()
@@ -54,41 +54,41 @@ class Bounds:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
+class RunResult:
     """What a run left behind. `returncode` is negative when a signal ended it, as in subprocess."""
 
     returncode: int
     pipes: tuple[memoryview, ...]  # of bytes
     stderr: str
-    stopped: Stop | None
+    stopped: StopReason | None
 
 
-def _untouched(size: int) -> memoryview:
+def _reserve(size: int) -> memoryview:
     """Memory that is reserved and takes no room until it is written to."""
     return np.empty(size, np.uint8).data
 
 
-def _enlarge(write_end: int) -> int:
+def _enlarge_pipe(write_end: int) -> int:
     """Gives a pipe PIPE_SIZE where that can be had; the bytes that it surely holds."""
     if F_SETPIPE_SZ is not None:
         with contextlib.suppress(OSError):  # over the user's quota: the size that it has will do
-            return fcntl.fcntl(write_end, F_SETPIPE_SZ, PIPE_SIZE)
+            return fcntl.fcntl(write_end, F_SETPIPE_SZ, PIPE_BYTES)
     return select.PIPE_BUF
 
 
-class Drain:
+class PipeReader:
     """One pipe and what came through it: all of it, or only its tail.
 
     It is read to where it stays, into memory that was reserved and not touched: a page that is asked
     for and given back again costs more than the bytes that are put there.
     """
 
-    def __init__(self, fd: int, write_end: int, *, most: int, tail: bool) -> None:
-        self.fd, self.write_end, self.most, self.tail = fd, write_end, most, tail
-        self.room = _untouched(min(2 * most if tail else most, FIRST_ROOM) + PIPE_SIZE)
+    def __init__(self, fd: int, write_end: int, *, max_bytes: int, tail_only: bool) -> None:
+        self.fd, self.write_end, self.max_bytes, self.tail_only = fd, write_end, max_bytes, tail_only
+        self.buffer = _reserve(min(2 * max_bytes if tail_only else max_bytes, FIRST_BUFFER_BYTES) + PIPE_BYTES)
         self.filled = 0  # bytes of `room`
-        self.capacity = _enlarge(write_end)
-        self.rushing = False  # the pipe was found half full: it should not be left alone
+        self.capacity = _enlarge_pipe(write_end)
+        self.filling_fast = False  # the pipe was found half full: it should not be left alone
         os.set_blocking(fd, False)
 
     def close_write_end(self) -> None:
@@ -99,29 +99,29 @@ class Drain:
     def read(self) -> bool:
         """One read of all that the pipe holds; False at the end of the pipe."""
         try:
-            came = os.readv(self.fd, [self.room[self.filled :]])
+            came = os.readv(self.fd, [self.buffer[self.filled :]])
         except BlockingIOError:
-            self.rushing = False
+            self.filling_fast = False
             return True
         self.filled += came
-        self.rushing = came > self.capacity // 2
-        if self.tail and self.filled > 2 * self.most:
-            self.room[: self.most] = bytes(self.room[self.filled - self.most : self.filled])
-            self.filled = self.most
-        elif len(self.room) - self.filled < PIPE_SIZE:
-            kept, self.room = self.room, _untouched(2 * len(self.room))
-            self.room[: self.filled] = kept[: self.filled]
+        self.filling_fast = came > self.capacity // 2
+        if self.tail_only and self.filled > 2 * self.max_bytes:
+            self.buffer[: self.max_bytes] = bytes(self.buffer[self.filled - self.max_bytes : self.filled])
+            self.filled = self.max_bytes
+        elif len(self.buffer) - self.filled < PIPE_BYTES:
+            kept, self.buffer = self.buffer, _reserve(2 * len(self.buffer))
+            self.buffer[: self.filled] = kept[: self.filled]
         return came > 0
 
     @property
     def data(self) -> memoryview:
         """What is kept, not copied."""
-        start = max(0, self.filled - self.most) if self.tail else 0
-        return self.room[start : self.filled]
+        start = max(0, self.filled - self.max_bytes) if self.tail_only else 0
+        return self.buffer[start : self.filled]
 
     @property
-    def flooded(self) -> bool:
-        return not self.tail and self.filled > self.most
+    def overflowed(self) -> bool:
+        return not self.tail_only and self.filled > self.max_bytes
 
 
 def clean_environment() -> dict[str, str]:
@@ -129,7 +129,7 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in UNWANTED_VARIABLES} | {"LC_ALL": "C"}
 
 
-def confine(pid: int, *, memory_bytes: int, cpu_seconds: float | None = None, file_bytes: int = 0) -> None:
+def limit_resources(pid: int, *, memory_bytes: int, cpu_seconds: float | None = None, file_bytes: int = 0) -> None:
     """Limits a running child: memory, processor time, no core dump, bytes it may write to any file.
 
     The memory limit is RLIMIT_DATA: private writable memory, which is what a decoder allocates.
@@ -153,7 +153,7 @@ def confine(pid: int, *, memory_bytes: int, cpu_seconds: float | None = None, fi
             resource.prlimit(pid, which, (soft, hard))
 
 
-def keep_from_preempting(pid: int) -> None:
+def use_batch_scheduling(pid: int) -> None:
     """Lets a child's threads run on when one wakes another.
 
     ffmpeg hands every packet and frame from thread to thread. As SCHED_BATCH a thread works through
@@ -175,8 +175,8 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def supervise(
-    compose: Callable[[Sequence[int]], list[str]], bounds: Bounds, inherit: tuple[int, ...] = ()
-) -> Finished:
+    build_command: Callable[[Sequence[int]], list[str]], bounds: Limits, inherit: tuple[int, ...] = ()
+) -> RunResult:
     """Runs the command that `compose` makes of the numbers of its data pipes.
 
     `inherit` names descriptors of ours that the program may use as well. Returns whatever came,
@@ -189,7 +189,7 @@ def supervise(
         )
         inner = [drain.write_end for drain in drains]
         process = subprocess.Popen(
-            compose(inner),
+            build_command(inner),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=words.write_end,
@@ -199,10 +199,10 @@ def supervise(
         )
         stack.callback(kill_group, process)
         left = bounds.deadline - time.monotonic()
-        confine(process.pid, memory_bytes=bounds.memory_bytes, cpu_seconds=left * CPU_PER_WALL)
-        keep_from_preempting(process.pid)
+        limit_resources(process.pid, memory_bytes=bounds.memory_bytes, cpu_seconds=left * CPU_PER_WALL)
+        use_batch_scheduling(process.pid)
         stopped = _drain([*drains, words], process, bounds.deadline)
-    return Finished(
+    return RunResult(
         returncode=process.returncode,
         pipes=tuple(drain.data for drain in drains),
         stderr=bytes(words.data).decode("utf-8", "replace"),
@@ -211,9 +211,9 @@ def supervise(
 
 
 @contextlib.contextmanager
-def _pipe(most: int, *, tail: bool) -> Iterator[Drain]:
+def _pipe(most: int, *, tail: bool) -> Iterator[PipeReader]:
     """A pipe, closed at the end; the drain's user closes `write_end` once the program holds it."""
-    drain = Drain(*os.pipe(), most=most, tail=tail)
+    drain = PipeReader(*os.pipe(), max_bytes=most, tail_only=tail)
     try:
         yield drain
     finally:
@@ -235,7 +235,7 @@ def _exit_watch(process: subprocess.Popen) -> Iterator[int | None]:
         os.close(watch)
 
 
-def _drain(drains: list[Drain], process: subprocess.Popen, deadline: float) -> Stop | None:
+def _drain(drains: list[PipeReader], process: subprocess.Popen, deadline: float) -> StopReason | None:
     """Reads all pipes to their ends, then waits for the program to be gone."""
     for drain in drains:
         drain.close_write_end()  # the program has its own; ours would keep the pipe from ending
@@ -244,22 +244,22 @@ def _drain(drains: list[Drain], process: subprocess.Popen, deadline: float) -> S
         while unfinished:
             left = deadline - time.monotonic()
             if left <= 0:
-                return Stop.TIMEOUT
-            if alive and not any(drain.rushing for drain in unfinished):
-                alive = not _readable([watch], min(left, PACE_S))
+                return StopReason.TIMEOUT
+            if alive and not any(drain.filling_fast for drain in unfinished):
+                alive = not _readable([watch], min(left, POLL_INTERVAL_S))
             else:  # what is left is in the pipes, or they fill up fast
                 _readable([drain.fd for drain in unfinished], left)
             for drain in tuple(unfinished):
                 if not drain.read():
                     unfinished.remove(drain)
-                if drain.flooded:
-                    return Stop.FLOOD
+                if drain.overflowed:
+                    return StopReason.FLOOD
         if watch is not None and not _readable([watch], max(0.0, deadline - time.monotonic())):
-            return Stop.TIMEOUT
+            return StopReason.TIMEOUT
         try:
             process.wait(max(0.0, deadline - time.monotonic()) if watch is None else None)
         except subprocess.TimeoutExpired:
-            return Stop.TIMEOUT
+            return StopReason.TIMEOUT
     return None
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from r2scp.model.batch import Batch, Neighbours
 from r2scp.pipelines.batches.examples import MODALITIES
-from r2scp.pipelines.recordings.retriever import StandIn
+from r2scp.pipelines.recordings.retriever import RetrievedClip
 from r2scp.store.schema import Modality
 
 
@@ -26,7 +26,7 @@ class RecordedQuestion:
     """
 
     tokens: Mapping[Modality, np.ndarray]  # float16 (T, D), of what is there
-    stand_ins: Sequence[StandIn]
+    retrieved: Sequence[RetrievedClip]
     words_WD: np.ndarray  # float16
     sentence_D: np.ndarray  # float32
     choices_KD: np.ndarray | None  # float16, zeros for a choice that is missing
@@ -37,13 +37,13 @@ class RecordedQuestion:
         return next((modality for modality in MODALITIES if modality not in self.tokens), None)
 
 
-def recorded_batch(asked: Sequence[RecordedQuestion], neighbours: int) -> Batch:
+def recorded_batch(questions: Sequence[RecordedQuestion], neighbours: int) -> Batch:
     """One row a question. `neighbours`: how many the model uses."""
-    dim = len(asked[0].sentence_D)
+    dim = len(questions[0].sentence_D)
     nothing = np.zeros((0, dim), dtype=np.float16)
-    streams = {m: _padded([one.tokens.get(m, nothing) for one in asked]) for m in MODALITIES}
-    words_BWC, words_mask_BW = _padded([one.words_WD for one in asked])
-    choices = [one.choices_KD for one in asked if one.choices_KD is not None]
+    streams = {m: _padded([one.tokens.get(m, nothing) for one in questions]) for m in MODALITIES}
+    words_BWC, words_mask_BW = _padded([one.words_WD for one in questions])
+    choices = [one.choices_KD for one in questions if one.choices_KD is not None]
     choices_BKC, choices_mask_BK = _padded(choices) if choices else (None, None)
     if choices_BKC is not None and choices_mask_BK is not None:
         choices_mask_BK &= choices_BKC.any(dim=-1)
@@ -54,9 +54,9 @@ def recorded_batch(asked: Sequence[RecordedQuestion], neighbours: int) -> Batch:
         visual_mask_BL=streams[Modality.VISUAL][1],
         words_BWC=words_BWC,
         words_mask_BW=words_mask_BW,
-        sentence_BC=torch.from_numpy(np.stack([one.sentence_D for one in asked])),
-        present_BM=torch.tensor([[m in one.tokens for m in MODALITIES] for one in asked]),
-        retrieved=_neighbours(asked, neighbours, nothing),
+        sentence_BC=torch.from_numpy(np.stack([one.sentence_D for one in questions])),
+        present_BM=torch.tensor([[m in one.tokens for m in MODALITIES] for one in questions]),
+        retrieved=_neighbours(questions, neighbours, nothing),
         choices_BKC=choices_BKC,
         choices_mask_BK=choices_mask_BK,
     )
@@ -68,7 +68,7 @@ def _neighbours(asked: Sequence[RecordedQuestion], count: int, nothing_0D: np.nd
         return None
     parts, ids = [], []
     for one in asked:
-        found = list(one.stand_ins[:count])
+        found = list(one.retrieved[:count])
         parts += [each.tokens_TD for each in found] + [nothing_0D] * (count - len(found))
         ids.append([*range(len(found)), *[-1] * (count - len(found))])
     tokens, mask = _padded(parts)

@@ -16,7 +16,7 @@ from r2scp.pipelines.decoding.decode import DecodeLimits, StreamReport, decode
 from r2scp.pipelines.extraction.embed import Encoder
 from r2scp.pipelines.extraction.stages import file_facts
 from r2scp.store.errors import FailureReason, MediaError
-from r2scp.store.schema import WORDS, Modality, ModalityStatus
+from r2scp.store.schema import MODALITY_NAMES, Modality, ModalityStatus
 
 SILENT_PEAK = 3 / 2**15  # three steps of 16 bits, -81 dBFS: less than any room that a microphone hears
 BLANK_DEVIATION = 2.0  # levels of 255, over one frame: less than the noise of a sensor in the dark
@@ -34,7 +34,7 @@ class Recording:
     content_sha256: str
     duration_s: float
     streams: dict[Modality, StreamReport]
-    empty: dict[Modality, str]
+    unusable: dict[Modality, str]
     frames: np.ndarray | None
     waveform: np.ndarray | None
     tokens: dict[Modality, np.ndarray] = field(default_factory=dict)  # (T, D) float32, unit norm
@@ -42,7 +42,7 @@ class Recording:
 
     @classmethod
     def read(
-        cls, path: str, limits: DecodeLimits, ffmpeg: str | None = None, *, judge: bool = True
+        cls, path: str, limits: DecodeLimits, ffmpeg: str | None = None, *, detect_blank: bool = True
     ) -> "Recording":
         """Decode a file. Without `judge` silence passes for sound and a blank picture for a picture.
 
@@ -55,9 +55,9 @@ class Recording:
         if before != file_identity(path):
             raise MediaError(FailureReason.UNREADABLE, "the file changed while it was read; ask again")
         streams = {Modality.AUDIO: clip.audio, Modality.VISUAL: clip.visual}
-        empty = {modality: _gone(modality, report) for modality, report in streams.items()}
-        if judge:
-            empty[Modality.AUDIO] = empty[Modality.AUDIO] or _silent(clip.waveform)
+        empty = {modality: _stream_fault(modality, report) for modality, report in streams.items()}
+        if detect_blank:
+            empty[Modality.AUDIO] = empty[Modality.AUDIO] or _silence(clip.waveform)
             empty[Modality.VISUAL] = empty[Modality.VISUAL] or _blank(clip.frames)
         return cls(
             path=path,
@@ -77,8 +77,8 @@ class Recording:
 
     def require(self) -> None:
         """Raises `MediaError` where neither modality can be used."""
-        if len(self.empty) == len(Modality):
-            reasons = "; ".join(self.empty[modality] for modality in Modality)
+        if len(self.unusable) == len(Modality):
+            reasons = "; ".join(self.unusable[modality] for modality in Modality)
             raise MediaError(
                 FailureReason.NOTHING_RECORDED, f"neither sound nor picture can be used: {reasons}"
             )
@@ -99,14 +99,14 @@ def embed(encoder: Encoder, recordings: Sequence[Recording]) -> None:
     All that have none yet go through the towers together. One whose embedding is not finite gets none.
     """
     recordings = list({id(one): one for one in recordings if not one.embedded}.values())
-    seen = [recording for recording in recordings if Modality.VISUAL not in recording.empty]
+    seen = [recording for recording in recordings if Modality.VISUAL not in recording.unusable]
     if frames := [recording.frames for recording in seen if recording.frames is not None]:
         ends = np.cumsum([len(part) for part in frames])[:-1]
         for recording, tokens_TD in zip(
             seen, np.split(encoder.visual(np.concatenate(frames)), ends), strict=True
         ):
             recording.tokens[Modality.VISUAL] = tokens_TD
-    heard = [recording for recording in recordings if Modality.AUDIO not in recording.empty]
+    heard = [recording for recording in recordings if Modality.AUDIO not in recording.unusable]
     if waveforms := [recording.waveform for recording in heard if recording.waveform is not None]:
         for recording, tokens_TD in zip(heard, encoder.audio(waveforms), strict=True):
             recording.tokens[Modality.AUDIO] = tokens_TD
@@ -117,21 +117,21 @@ def embed(encoder: Encoder, recordings: Sequence[Recording]) -> None:
             recording.tokens.clear()
 
 
-def without(recording: Recording, modality: Modality, why: str) -> None:
+def mark_unusable(recording: Recording, modality: Modality, why: str) -> None:
     """Do as if a recording had no such modality."""
-    recording.empty.setdefault(modality, why)
+    recording.unusable.setdefault(modality, why)
 
 
-def _gone(modality: Modality, report: StreamReport) -> str:
+def _stream_fault(modality: Modality, report: StreamReport) -> str:
     """Why a stream gives nothing; "" where it gives something."""
     if report.status is ModalityStatus.ABSENT:
-        return f"the file has no {WORDS[modality]}"
+        return f"the file has no {MODALITY_NAMES[modality]}"
     if report.status is ModalityStatus.CORRUPT:
-        return f"the {WORDS[modality]} of the file cannot be decoded"
+        return f"the {MODALITY_NAMES[modality]} of the file cannot be decoded"
     return ""
 
 
-def _silent(waveform: np.ndarray | None) -> str:
+def _silence(waveform: np.ndarray | None) -> str:
     if waveform is None or float(np.abs(waveform).max(initial=0.0)) > SILENT_PEAK:
         return ""
     return "the sound is silence from beginning to end"

@@ -22,11 +22,11 @@ from r2scp.store.search.bank import OTHER, BankScope, MemoryBank, Queries, Searc
 from r2scp.store.sources import source_of
 from r2scp.store.token_cache import views
 
-FACTS = ("uri", "split", "source_id", "content_sha256")
+METADATA_COLUMNS = ("uri", "split", "source_id", "content_sha256")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Lacking:
+class RetrievalQuery:
     """A recording that lacks a modality. `key_D`: of the other one, float32 and unit norm.
 
     `source_id`: what the leak guard compares, beside the sources of the same file in the store.
@@ -38,7 +38,7 @@ class Lacking:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class StandIn:
+class RetrievedClip:
     """One clip whose missing modality stands in.
 
     `second`: the one whose token is most like the recording's key, of the modality that the search compared.
@@ -49,54 +49,54 @@ class StandIn:
     clip_id: str
     score: float
     second: int
-    alike: float
+    similarity: float
     tokens_TD: np.ndarray  # float16
-    facts: dict[str, object]  # FACTS
+    metadata: dict[str, object]  # FACTS
     labels: list[str]
 
 
-class StandIns:
+class Retriever:
     """A bank, opened once at the version that `store` reads."""
 
     def __init__(self, store: FeatureStore, scope: BankScope) -> None:
         self.store = store
         self.bank = MemoryBank.open(store, scope)
 
-    def find(self, lacking: Sequence[Lacking], how: Search) -> list[list[StandIn]]:
+    def retrieve(self, queries: Sequence[RetrievalQuery], search: Search) -> list[list[RetrievedClip]]:
         """The nearest clips for each recording, best first; fewer than `how.n` where the bank has no more."""
-        barred = self._barred(lacking)
+        barred = self._excluded_sources(queries)
         # the search keeps one source away; clips of the others, and no more than these, are left out after it
-        spare = self._clips_of({source for each in barred for source in each[1:]})
-        keys_QD = np.stack([one.key_D for one in lacking])
+        spare = self._count_clips({source for each in barred for source in each[1:]})
+        keys_QD = np.stack([one.key_D for one in queries])
         queries = Queries(keys_QD=keys_QD, sources=[next(iter(each), "") for each in barred])
-        nearest = self.bank.search(queries, replace(how, n=how.n + spare)).nearest
-        ids = [nearest.ids(query) for query in range(len(lacking))]
+        nearest = self.bank.search(queries, replace(search, n=search.n + spare)).nearest
+        ids = [nearest.ids(query) for query in range(len(queries))]
         rows = self._read({clip_id for found in ids for clip_id in found})
         return [
             [
-                self._stand_in(rows[clip_id], one.key_D, float(score), how)
+                self._retrieved_clip(rows[clip_id], one.key_D, float(score), search)
                 for clip_id, score in zip(found, nearest.scores(query), strict=True)
                 if source_of(clip_id, rows[clip_id]["source_id"]) not in barred[query]
-            ][: how.n]
-            for query, (found, one) in enumerate(zip(ids, lacking, strict=True))
+            ][: search.n]
+            for query, (found, one) in enumerate(zip(ids, queries, strict=True))
         ]
 
-    def _barred(self, lacking: Sequence[Lacking]) -> list[list[str]]:
+    def _excluded_sources(self, lacking: Sequence[RetrievalQuery]) -> list[list[str]]:
         """The sources of each recording: its own, and those of all clips that the store holds its file as."""
-        held = self._held({one.content_sha256 for one in lacking})
+        held = self._sources_by_content({one.content_sha256 for one in lacking})
         return [
             list(dict.fromkeys(filter(None, (one.source_id, *held.get(one.content_sha256, ())))))
             for one in lacking
         ]
 
-    def _clips_of(self, sources: Collection[str]) -> int:
+    def _count_clips(self, sources: Collection[str]) -> int:
         """At most so many clips are of these sources; a clip without any is a source of its own."""
         if not sources:
             return 0
         where = f"source_id IN ({', '.join(map(sql_literal, sorted(sources)))})"
         return self.store.clips(["clip_id"], where, self.bank.version).num_rows + len(sources)
 
-    def _held(self, contents: Collection[str]) -> dict[str, list[str]]:
+    def _sources_by_content(self, contents: Collection[str]) -> dict[str, list[str]]:
         """Content -> the sources of the clips that the store holds it as."""
         where = f"content_sha256 IN ({', '.join(map(sql_literal, sorted(contents)))})"
         columns = ["clip_id", "source_id", "content_sha256"]
@@ -105,7 +105,7 @@ class StandIns:
             held.setdefault(row["content_sha256"], []).append(source_of(row["clip_id"], row["source_id"]))
         return held
 
-    def _stand_in(self, row: dict[str, Any], key_D: np.ndarray, score: float, how: Search) -> StandIn:
+    def _retrieved_clip(self, row: dict[str, Any], key_D: np.ndarray, score: float, how: Search) -> RetrievedClip:
         tokens: dict[Modality, np.ndarray] = {modality: row[modality] for modality in Modality}
         missing_TD, there_TD = tokens[how.missing], tokens[OTHER[how.missing]]
         weight = {Retrieval.CROSS: 1.0, Retrieval.PAIRED: 0.0, Retrieval.HYBRID: how.cross_weight}[
@@ -117,13 +117,13 @@ class StandIns:
             if share
         ]
         seconds = min(map(len, like))
-        return StandIn(
+        return RetrievedClip(
             clip_id=str(row["clip_id"]),
             score=score,
-            alike=float(key_of(there_TD) @ key_D) if len(there_TD) else math.nan,
+            similarity=float(key_of(there_TD) @ key_D) if len(there_TD) else math.nan,
             second=int(np.sum([part[:seconds] for part in like], axis=0).argmax()),
             tokens_TD=missing_TD,
-            facts={name: row[name] for name in FACTS},
+            metadata={name: row[name] for name in METADATA_COLUMNS},
             labels=row["labels"] or [],
         )
 
@@ -132,8 +132,8 @@ class StandIns:
         if not clip_ids:
             return {}
         where = f"clip_id IN ({', '.join(map(sql_literal, sorted(clip_ids)))})"
-        table = self.store.clips(["clip_id", "labels", *FACTS, *Modality], where, self.bank.version)
-        rows = table.select(["clip_id", "labels", *FACTS]).to_pylist()
+        table = self.store.clips(["clip_id", "labels", *METADATA_COLUMNS, *Modality], where, self.bank.version)
+        rows = table.select(["clip_id", "labels", *METADATA_COLUMNS]).to_pylist()
         for modality in Modality:
             for row, tokens_TD in zip(rows, self._tokens(table, modality), strict=True):
                 row[modality] = tokens_TD

@@ -15,9 +15,9 @@ from r2scp.pipelines.decoding import decode as decode_module
 from r2scp.pipelines.decoding import sandbox as supervise_module
 from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.decoding.fault_reasons import ENDS_BYTES, is_encrypted
-from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, Order, find_program, picture, planes
+from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, DecodePass, find_program, video_graph, planar_filters
 from r2scp.pipelines.decoding.probe import Prober, VideoTrack
-from r2scp.pipelines.decoding.sandbox import PIPE_SIZE, Bounds, Drain, supervise
+from r2scp.pipelines.decoding.sandbox import PIPE_BYTES, Limits, PipeReader, supervise
 
 SECONDS = 8  # of the clip
 
@@ -84,7 +84,7 @@ def test_a_program_that_writes_in_bits_does_not_wake_us_for_each(counts: Counter
         patch.setattr(supervise_module.select, "poll", Counted)
         done = supervise(
             lambda pipes: ["/bin/sh", "-c", script, "sh", str(pipes[0])],
-            Bounds(
+            Limits(
                 deadline=time.monotonic() + 60, memory_bytes=1 << 30, pipe_bytes=(1 << 20,), stderr_bytes=1000
             ),
         )
@@ -110,17 +110,17 @@ def test_the_room_of_a_pipe_is_reserved_once_and_grows_only_past_its_first(
     tail: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[int] = []
-    plain = supervise_module._untouched
+    plain = supervise_module._reserve
 
     def untouched(size: int) -> memoryview:
         reserved.append(size)
         return plain(size)
 
     monkeypatch.setattr(supervise_module, "_untouched", untouched)
-    monkeypatch.setattr(supervise_module, "FIRST_ROOM", 2 * PIPE_SIZE)
+    monkeypatch.setattr(supervise_module, "FIRST_ROOM", 2 * PIPE_BYTES)
     reading, writing = os.pipe()
     try:
-        drain = Drain(reading, writing, most=8 * PIPE_SIZE if not tail else PIPE_SIZE, tail=tail)
+        drain = PipeReader(reading, writing, max_bytes=8 * PIPE_BYTES if not tail else PIPE_BYTES, tail_only=tail)
         sent = b""
         for at in range(80):
             sent += (bit := bytes([at]) * 50_000)
@@ -131,18 +131,18 @@ def test_the_room_of_a_pipe_is_reserved_once_and_grows_only_past_its_first(
     finally:
         os.close(reading)
         drain.close_write_end()
-    assert drain.data == (sent[-PIPE_SIZE:] if tail else sent)
-    assert reserved == [3 * PIPE_SIZE] + [6 * PIPE_SIZE] * (not tail)
+    assert drain.data == (sent[-PIPE_BYTES:] if tail else sent)
+    assert reserved == [3 * PIPE_BYTES] + [6 * PIPE_BYTES] * (not tail)
 
 
 def test_a_pipe_that_could_not_be_enlarged_is_not_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look then waits for data and not for the clock: a small pipe would hold the program up."""
     monkeypatch.setattr(supervise_module, "F_SETPIPE_SZ", None)
     reading, writing = os.pipe()
-    drain = Drain(reading, writing, most=PIPE_SIZE, tail=False)
+    drain = PipeReader(reading, writing, max_bytes=PIPE_BYTES, tail_only=False)
     os.write(writing, b"x" * 4000)
     assert drain.read()
-    assert drain.rushing
+    assert drain.filling_fast
     drain.close_write_end()
     os.close(reading)
 
@@ -174,11 +174,11 @@ def test_planes_cut_before_interleaving_hold_the_same_values(
     """Scaling into planes is a matter of speed alone."""
     wide, high = map(int, size.split("x"))
     track = VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)
-    order = Order(fd=0, probed=None, shift=0, end_s=2.0, max_pixels=1 << 20)  # type: ignore[arg-type]
+    order = DecodePass(fd=0, probed=None, shift=0, end_s=2.0, max_pixels=1 << 20)  # type: ignore[arg-type]
     program = find_program(None)
-    fast = picture(track, order, program)
+    fast = video_graph(track, order, program)
     monkeypatch.setattr("r2scp.pipelines.decoding.ffmpeg_command.LEAST_TAPS", 1 << 30)
-    plain = picture(track, order, program)
+    plain = video_graph(track, order, program)
     assert fast != plain
     source = f"testsrc2=s={size}:r=4:d=1,noise=alls=60,format={pixels}"
     results = []
@@ -192,4 +192,4 @@ def test_planes_cut_before_interleaving_hold_the_same_values(
 
 @pytest.mark.parametrize(("wide", "high"), [(336, 224), (224, 400), (0, 0), (8, 640)])
 def test_pictures_that_planes_would_round_otherwise_are_scaled_the_plain_way(wide: int, high: int) -> None:
-    assert planes(VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)) == ()
+    assert planar_filters(VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)) == ()

@@ -75,13 +75,13 @@ def test_ray_copies_no_frames_on_the_way_into_a_batch(media_folder: Path) -> Non
     clip = next(decoded([media_folder / "both.mp4"]))
 
     def batches(rows_a_block: int) -> list[dict[str, int]]:
-        def looked_at(batch: pa.Table) -> pa.Table:
+        def open_page(batch: pa.Table) -> pa.Table:
             chunks, held = batch["frames"].num_chunks, pa.total_allocated_bytes()
             return pa.table({"rows": [len(batch)], "chunks": [chunks], "held": [held]})
 
         blocks = [pa.concat_tables([clip] * rows_a_block)] * (2 * BATCH // rows_a_block)
         found = ray.data.from_arrow(blocks).map_batches(
-            looked_at, batch_size=BATCH, batch_format="pyarrow", num_cpus=1
+            open_page, batch_size=BATCH, batch_format="pyarrow", num_cpus=1
         )
         return found.take_all()
 

@@ -21,10 +21,10 @@ from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.r2scp import R2SCP
 from r2scp.pipelines.batches import expert_cache as expert_states
 from r2scp.pipelines.batches import pooled_gather as gather
-from r2scp.pipelines.batches.dataset import Ask, Dataset, NeighbourRows
-from r2scp.pipelines.batches.examples import Asked, Clips, Examples, Pins
-from r2scp.pipelines.batches.expert_cache import ExpertStates
-from r2scp.pipelines.batches.prefetch import read_ahead, shuffled
+from r2scp.pipelines.batches.dataset import BatchRequest, Dataset, NeighbourRows
+from r2scp.pipelines.batches.examples import QuestionFilter, Clips, Examples, Pins
+from r2scp.pipelines.batches.expert_cache import ExpertCache
+from r2scp.pipelines.batches.prefetch import prefetch, shuffled_batches
 from r2scp.pipelines.extraction.embed import key_of
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.feature_store import FeatureStore
@@ -88,7 +88,7 @@ def dataset(store: FeatureStore) -> Dataset:
         store=store,
         pins=pins,
         clips=clips,
-        examples=Examples.read(store, pins, clips, Asked(split="train"), ANSWERS),
+        examples=Examples.read(store, pins, clips, QuestionFilter(split="train"), ANSWERS),
         neighbours=NeighbourRows.read(store, pins, clips, INDEX, Retrieval.CROSS, 2),
         cache=SequenceCache(1 << 24),
     )
@@ -110,18 +110,18 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
 
 @pytest.fixture
 def no_spare() -> Iterator[None]:
-    gather._spare.clear()
+    gather._pool.clear()
     yield
-    gather._spare.clear()
+    gather._pool.clear()
 
 
-def whole(rows: np.ndarray) -> Ask:
+def whole(rows: np.ndarray) -> BatchRequest:
     """The most that a batch can hold."""
-    return Ask.all(len(rows), AUDIO, hide=False, farthest=True)
+    return BatchRequest.uniform(len(rows), AUDIO, hide=False, farthest=True)
 
 
 def epoch(dataset: Dataset, number: int) -> list[np.ndarray]:
-    return shuffled(len(dataset.examples), BATCH, (1, number))
+    return shuffled_batches(len(dataset.examples), BATCH, (1, number))
 
 
 def test_an_epoch_reads_each_row_once_and_the_next_none(
@@ -176,47 +176,47 @@ def test_batches_are_written_into_memory_that_was_used_before(
     monkeypatch.setattr(gather, "_new", noted)
     batches = [rows for number in range(6) for rows in epoch(dataset, number)]
     seen = 0
-    for at, _ in enumerate(read_ahead(lambda rows: dataset.batch(rows, whole(rows)), batches)):
+    for at, _ in enumerate(prefetch(lambda rows: dataset.batch(rows, whole(rows)), batches)):
         if at == 12:
             seen = len(asked)
     gc.collect()
     large = 4  # tensors of a batch that are not small: sound, picture, nearest, farthest
     assert 0 < len(asked) <= large * 6, "two wait, one is worked on, one is made, one goes"
     assert len(asked) - seen <= large
-    assert gather.spare_bytes() <= gather.SPARE_BYTES
+    assert gather.pooled_bytes() <= gather.POOL_BYTES
 
 
 @pytest.mark.usefixtures("no_spare")
 def test_memory_goes_round_only_when_nobody_has_it() -> None:
-    rows = torch.arange(4 * gather.SMALL_BYTES, dtype=torch.float32).view(4, -1)
-    first = gather.gather(rows, torch.tensor([1, 0]))
+    rows = torch.arange(4 * gather.MIN_POOLED_BYTES, dtype=torch.float32).view(4, -1)
+    first = gather.take_rows(rows, torch.tensor([1, 0]))
     part = first[1, :3]  # shares its memory
     kept = part.clone()
     address = first.data_ptr()
     del first
-    second = gather.gather(rows, torch.tensor([2, 3]))
+    second = gather.take_rows(rows, torch.tensor([2, 3]))
     assert second.data_ptr() != address
     assert torch.equal(part, kept)
     del part
-    third = gather.gather(rows, torch.tensor([3, 1]))
+    third = gather.take_rows(rows, torch.tensor([3, 1]))
     assert third.data_ptr() == address, "it was not used again"
     assert torch.equal(third, rows[[3, 1]])
     assert torch.equal(second, rows[[2, 3]])
-    assert gather.gather(rows, torch.tensor([0, 1]), into=third) is third
+    assert gather.take_rows(rows, torch.tensor([0, 1]), out=third) is third
     assert torch.equal(third, rows[:2])
 
 
 @pytest.mark.usefixtures("no_spare")
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "SPARE_BYTES", 3 * gather.SMALL_BYTES)
-    many = [gather.roomy((gather.SMALL_BYTES,), torch.uint8) for _ in range(6)]
+    monkeypatch.setattr(gather, "SPARE_BYTES", 3 * gather.MIN_POOLED_BYTES)
+    many = [gather.pooled_empty((gather.MIN_POOLED_BYTES,), torch.uint8) for _ in range(6)]
     many.clear()
-    assert gather.spare_bytes() == 3 * gather.SMALL_BYTES
-    small = gather.roomy((gather.SMALL_BYTES - 1,), torch.uint8)
+    assert gather.pooled_bytes() == 3 * gather.MIN_POOLED_BYTES
+    small = gather.pooled_empty((gather.MIN_POOLED_BYTES - 1,), torch.uint8)
     del small
-    large = gather.roomy((gather.FITS * gather.SMALL_BYTES + 1,), torch.uint8)  # none of them fits
-    assert gather.spare_bytes() == 3 * gather.SMALL_BYTES
-    assert large.numel() > gather.FITS * gather.SMALL_BYTES
+    large = gather.pooled_empty((gather.MAX_OVERSIZE * gather.MIN_POOLED_BYTES + 1,), torch.uint8)  # none of them fits
+    assert gather.pooled_bytes() == 3 * gather.MIN_POOLED_BYTES
+    assert large.numel() > gather.MAX_OVERSIZE * gather.MIN_POOLED_BYTES
 
 
 def test_a_clip_is_read_once_and_passes_each_expert_once(
@@ -226,7 +226,7 @@ def test_a_clip_is_read_once_and_passes_each_expert_once(
     monkeypatch.setattr(expert_states, "CLIPS_PER_FORWARD", 5)
     torch.manual_seed(1)
     config = ModelConfig(encoder_dim=DIM, classes=len(ANSWERS), dim=16, heads=2, neighbours=2)
-    model = R2SCP(config).enter(Stage.MIXING)
+    model = R2SCP(config).set_stage(Stage.MIXING)
     passed = {AUDIO: 0, AUDIO + 1: 0}
     through = model.experts.forward
 
@@ -238,7 +238,7 @@ def test_a_clip_is_read_once_and_passes_each_expert_once(
     monkeypatch.setattr(model.experts, "forward", counted)
     dataset.batch(epoch(dataset, 0)[0], whole(epoch(dataset, 0)[0]))
     taken.clear()
-    states = ExpertStates(model, [dataset], tmp_path, torch.device("cpu"))
+    states = ExpertCache(model, [dataset], tmp_path, torch.device("cpu"))
     read = {name: sum(count for columns, count in taken if columns == [name]) for name in ("audio", "visual")}
     assert 0 < min(read.values()) <= max(read.values()) <= CLIPS
     assert dataset.cache.bytes <= TEXTS * WORDS * DIM * 2, "clips are held that nobody will look at again"
@@ -246,7 +246,7 @@ def test_a_clip_is_read_once_and_passes_each_expert_once(
     assert states.forwards == 4 * CLIPS + TEXTS
     taken.clear()
     for rows in epoch(dataset, 0):
-        encoded = states.encoded(dataset, rows, whole(rows))
+        encoded = states.encoded_batch(dataset, rows, whole(rows))
         assert encoded.common[AUDIO] is not None
         assert encoded.common[1 - AUDIO] is None, "nobody recovers it"
     assert taken == []

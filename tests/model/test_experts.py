@@ -54,7 +54,7 @@ def test_attention_is_the_formula_and_both_ways_agree() -> None:
     attention = Attention(SIZES).eval()
     query_BQD = torch.randn(2, 3, 8)
     source = Tokens(*masked(2, 5, 8, [5, 2]))
-    weighed = attention.weigh(query_BQD, source)
+    weighed = attention.with_weights(query_BQD, source)
     torch.testing.assert_close(attention(query_BQD, source), weighed.out_BQD)
     q, k, v = (
         f(x)
@@ -73,7 +73,7 @@ def test_attention_is_the_formula_and_both_ways_agree() -> None:
 def test_a_row_without_tokens_is_zero_and_finite_both_ways() -> None:
     model = experts()
     attention, source = Attention(SIZES).eval(), Tokens(*masked(2, 4, 8, [4, 0]))
-    weighed = attention.weigh(source.states_BLD, source)
+    weighed = attention.with_weights(source.states_BLD, source)
     torch.testing.assert_close(weighed.out_BQD, attention(source.states_BLD, source))
     assert torch.isfinite(weighed.out_BQD).all()
     x_BLC, mask_BL = masked(2, 4, 6, [4, 0])
@@ -114,7 +114,7 @@ def test_eq_4_is_the_mean_over_the_neighbours_that_have_the_second() -> None:
     x_BNLC = torch.randn(2, 3, 4, 6)
     # row 0: lengths 4, 2 and a neighbour that was not found; row 1: nothing found
     mask_BNL = torch.arange(4) < torch.tensor([[4, 2, 0], [0, 0, 0]])[..., None]
-    near = model.nearby(x_BNLC, mask_BNL, AUDIO)
+    near = model.encode_neighbours(x_BNLC, mask_BNL, AUDIO)
     first = model(x_BNLC[:1, 0], mask_BNL[:1, 0], AUDIO, AUDIO).states_BLD[0]
     second = model(x_BNLC[:1, 1, :2], mask_BNL[:1, 1, :2], AUDIO, AUDIO).states_BLD[0]
     torch.testing.assert_close(near.states_BLD[0, :2], (first[:2] + second) / 2)

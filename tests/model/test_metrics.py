@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from r2scp.model.metrics import CONFIDENCE_Z, Tally, score, wilson
+from r2scp.model.metrics import CONFIDENCE_Z, AccuracyCounts, score, wilson
 
 
 @pytest.mark.parametrize(("right", "asked"), [(0, 1), (1, 1), (3, 10), (50, 100), (999, 1000), (0, 40)])
@@ -33,7 +33,7 @@ def test_nothing_asked_says_nothing() -> None:
 
 
 def test_types_groups_and_micro_average() -> None:
-    tally = Tally()
+    tally = AccuracyCounts()
     tally.add(["Audio/Counting"] * 3 + ["Audio/Comparative"], [True, True, False, False])
     tally.add(["Visual/Counting", "Happening"], [True, False])
     assert {kind: (part.accuracy, part.n) for kind, part in tally.types().items()} == {
@@ -52,7 +52,7 @@ def test_types_groups_and_micro_average() -> None:
 
 
 def test_tallies_of_two_workers_add_up() -> None:
-    whole, left, right = Tally(), Tally(), Tally()
+    whole, left, right = AccuracyCounts(), AccuracyCounts(), AccuracyCounts()
     kinds, hits = ["a", "b", "a", "c"], [True, False, True, True]
     whole.add(kinds, hits)
     left.add(kinds[:2], hits[:2])
@@ -63,4 +63,4 @@ def test_tallies_of_two_workers_add_up() -> None:
 
 def test_every_answer_needs_its_type() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        Tally().add(["a", "b"], [True])
+        AccuracyCounts().add(["a", "b"], [True])

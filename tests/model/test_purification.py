@@ -16,8 +16,8 @@ from r2scp.model.purification import (
     Saliency,
     dissonance,
     inject,
-    literal,
-    received,
+    literal_saliency,
+    received_attention,
 )
 
 SIZES = Sizes(encoder_dim=8, dim=8, heads=2, ffn=8, dropout=0.0)
@@ -81,7 +81,7 @@ def test_saliency_received_by_hand() -> None:
     within = torch.tensor([[[[ln3, 0.0, -inf], [ln3, 0.0, -inf], [9.0, 0.0, -inf]]]])
     across = torch.tensor([[[[0.0, ln3], [0.0, 0.0], [50.0, 50.0]]]])
     mask_BU, mask_BW = torch.tensor([[True, True, False]]), torch.tensor([[True, True]])
-    score_BU = received(within, across, mask_BU, mask_BW)
+    score_BU = received_attention(within, across, mask_BU, mask_BW)
     # columns: self 3/4 + 3/4 and 1/4 + 1/4; words give 1/2 + 3/4 and 1/2 + 1/4; both have mean 1 already
     torch.testing.assert_close(score_BU, torch.tensor([[1.5 + 1.25, 0.5 + 0.75, 0.0]]))
 
@@ -91,13 +91,13 @@ def test_received_ignores_padded_words() -> None:
     mask_BU, mask_BW = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[True, True, False]])
     blocked = across.clone()
     blocked[..., 2] = -math.inf
-    short = received(within, across[..., :2], mask_BU, mask_BW[:, :2])
-    torch.testing.assert_close(received(within, blocked, mask_BU, mask_BW), short)
+    short = received_attention(within, across[..., :2], mask_BU, mask_BW[:, :2])
+    torch.testing.assert_close(received_attention(within, blocked, mask_BU, mask_BW), short)
 
 
 def test_the_terms_of_received_have_mean_one() -> None:
     mask_BU, mask_BW = torch.ones(3, 6, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
-    score_BU = received(torch.randn(3, 2, 6, 6), torch.randn(3, 2, 6, 4), mask_BU, mask_BW)
+    score_BU = received_attention(torch.randn(3, 2, 6, 6), torch.randn(3, 2, 6, 4), mask_BU, mask_BW)
     torch.testing.assert_close(score_BU.mean(dim=1), torch.full((3,), 2.0))
 
 
@@ -119,7 +119,7 @@ def test_literal_saliency_is_dropout_noise_in_training() -> None:
 
 def test_literal_sums_over_keys() -> None:
     weights = torch.tensor([[[[0.25, 0.5], [0.0, 2.0]]]])
-    torch.testing.assert_close(literal(weights, weights * 2), torch.tensor([[2.25, 6.0]]))
+    torch.testing.assert_close(literal_saliency(weights, weights * 2), torch.tensor([[2.25, 6.0]]))
 
 
 def test_random_saliency_is_fixed_in_evaluation_and_fresh_in_training() -> None:

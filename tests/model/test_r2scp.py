@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2scp.model.batch import AUDIO, TEXT, VISUAL, Batch, Neighbours, convert
-from r2scp.model.losses import LossConfig, StageOne, StageTwo
+from r2scp.jobs.training.stages import ExpertsObjective, MixingObjective
+from r2scp.model.batch import AUDIO, TEXT, VISUAL, Batch, Neighbours, map_tensors
+from r2scp.model.losses import LossConfig
 from r2scp.model.r2scp import R2SCP, ModelConfig, Stage
 
 C = 12
@@ -58,7 +59,7 @@ def make(rows: int = 6, seed: int = 0, *, choices: bool = False) -> Batch:
 
 def model(stage: Stage = Stage.MIXING, **changes: object) -> R2SCP:
     torch.manual_seed(1)
-    return R2SCP(replace(CONFIG, **changes)).enter(stage).eval()  # pyright: ignore[reportArgumentType]
+    return R2SCP(replace(CONFIG, **changes)).set_stage(stage).eval()  # pyright: ignore[reportArgumentType]
 
 
 SWITCHES = list(product([True, False], [True, False]))  # CMR, CAP
@@ -70,7 +71,7 @@ SWITCHES = list(product([True, False], [True, False]))  # CMR, CAP
 @torch.no_grad()
 def test_an_absent_modality_never_enters(cmr: bool, cap: bool, missing: int, fusion: str) -> None:
     net = model(cmr=cmr, cap=cap, fusion=fusion)
-    batch = make().lacking(missing)
+    batch = make().drop(missing)
     clean = net(batch)
     name = ("audio_BLC", "visual_BLC")[missing]
     poisoned = net(replace(batch, **{name: torch.full_like(getattr(batch, name), math.nan)}))
@@ -84,7 +85,7 @@ def test_an_absent_modality_never_enters(cmr: bool, cap: bool, missing: int, fus
 
 
 def test_an_absent_modality_leaves_no_trace_in_the_gradients() -> None:
-    net, batch = StageOne(model(Stage.EXPERTS)), make().lacking(VISUAL, torch.arange(6) < 3)
+    net, batch = ExpertsObjective(model(Stage.EXPERTS)), make().drop(VISUAL, torch.arange(6) < 3)
     batch.visual_BLC[:3] = math.nan
     net(batch).loss.total.backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
@@ -92,7 +93,7 @@ def test_an_absent_modality_leaves_no_trace_in_the_gradients() -> None:
 
 @torch.no_grad()
 def test_a_question_alone_is_answered_by_text() -> None:
-    answer = model()(make().lacking(AUDIO).lacking(VISUAL))
+    answer = model()(make().drop(AUDIO).drop(VISUAL))
     assert answer.evidence.router_BS[:, TEXT].tolist() == [1.0] * 6
     assert torch.equal(answer.logits_BK, answer.joint_BK)
 
@@ -120,7 +121,7 @@ def test_padding_changes_nothing(missing: int | None) -> None:
         farthest=more(batch.farthest),
     )
     if missing is not None:
-        batch, padded = batch.lacking(missing), padded.lacking(missing)
+        batch, padded = batch.drop(missing), padded.drop(missing)
     net = model(purify_full=True)
     torch.testing.assert_close(net(padded).logits_BK, net(batch).logits_BK, rtol=0, atol=1e-6)
 
@@ -143,8 +144,8 @@ def test_rows_that_miss_different_things_share_a_batch(cmr: bool, cap: bool, pur
     batch = make()
     found_B = torch.tensor([True, True, True, True, False, False])
     batch = replace(batch, retrieved=neighbours(6, found_B))
-    batch = batch.lacking(AUDIO, torch.tensor([False, True, False, True, True, False]))
-    batch = batch.lacking(VISUAL, torch.tensor([False, False, True, True, False, True]))
+    batch = batch.drop(AUDIO, torch.tensor([False, True, False, True, True, False]))
+    batch = batch.drop(VISUAL, torch.tensor([False, False, True, True, False, True]))
     net = model(cmr=cmr, cap=cap, purify_full=purify_full)
     together = net(batch)
     for row in range(6):
@@ -166,15 +167,15 @@ def test_rows_that_miss_different_things_share_a_batch(cmr: bool, cap: bool, pur
 
 @torch.no_grad()
 def test_cap_without_cmr_is_cmr_whose_bank_is_empty() -> None:
-    batch = replace(make(), retrieved=neighbours(6, torch.zeros(6, dtype=torch.bool))).lacking(AUDIO)
+    batch = replace(make(), retrieved=neighbours(6, torch.zeros(6, dtype=torch.bool))).drop(AUDIO)
     torch.testing.assert_close(model(cmr=False)(batch).logits_BK, model()(batch).logits_BK)
 
 
 @torch.no_grad()
 def test_negatives_that_were_not_found_fall_back_too() -> None:
     empty = neighbours(6, torch.zeros(6, dtype=torch.bool))
-    step = StageTwo(model(cap=False), LossConfig(rank="paper"))(replace(make(), farthest=empty), AUDIO)
-    near = StageTwo(model(cmr=False, cap=True, k=0), LossConfig(rank="paper"))(make(), AUDIO)
+    step = MixingObjective(model(cap=False), LossConfig(rank="paper"))(replace(make(), farthest=empty), AUDIO)
+    near = MixingObjective(model(cmr=False, cap=True, k=0), LossConfig(rank="paper"))(make(), AUDIO)
     # unpurified common features on both sides: one is R⁻ here, the other R⁺ there
     assert step.lacking is not None
     assert near.lacking is not None
@@ -190,7 +191,7 @@ def test_negatives_that_were_not_found_fall_back_too() -> None:
 @torch.no_grad()
 def test_common_features_are_the_available_ones_through_the_missing_expert(missing: int) -> None:
     """Algorithm 1, line 14: H_com = E_m(Φ_u(F_u)), and H_miss is that when there is no retrieval."""
-    net, batch, name = model(cmr=False, k=0), make().lacking(missing), ("visual", "audio")[missing]
+    net, batch, name = model(cmr=False, k=0), make().drop(missing), ("visual", "audio")[missing]
     wanted = net.experts(*batch.sequence(name), source=1 - missing, expert=missing)
     encoded = net.encode(batch)
     common = encoded.common[missing]
@@ -205,7 +206,7 @@ def test_common_features_are_the_available_ones_through_the_missing_expert(missi
 
 @torch.no_grad()
 def test_mixed_precision_gives_float32_logits_close_to_full() -> None:
-    net, batch = model(), make().lacking(AUDIO)
+    net, batch = model(), make().drop(AUDIO)
     with torch.autocast("cpu", torch.bfloat16):
         coarse = net(batch)
     assert coarse.logits_BK.dtype == torch.float32
@@ -214,7 +215,7 @@ def test_mixed_precision_gives_float32_logits_close_to_full() -> None:
 
 @torch.no_grad()
 def test_only_the_n_nearest_are_used() -> None:
-    batch = make().lacking(AUDIO)
+    batch = make().drop(AUDIO)
     near = batch.retrieved
     assert near is not None
     poisoned_BNLC = near.tokens_BNLC.clone()
@@ -229,7 +230,7 @@ def test_only_the_n_nearest_are_used() -> None:
 
 @torch.no_grad()
 def test_evidence_names_what_was_purged_and_injected() -> None:
-    answer = model()(make().lacking(AUDIO))
+    answer = model()(make().drop(AUDIO))
     purified = answer.evidence.purified[AUDIO]
     assert purified is not None
     assert answer.evidence.purified[VISUAL] is None
@@ -272,7 +273,7 @@ def test_gradients_reach_every_trainable_parameter_and_no_other(
     stage: Stage, missing: int, choices: bool
 ) -> None:
     net, batch = model(classes=None if choices else 5), make(choices=choices)
-    step = StageOne(net)(batch) if stage is Stage.EXPERTS else StageTwo(net)(batch, missing)
+    step = ExpertsObjective(net)(batch) if stage is Stage.EXPERTS else MixingObjective(net)(batch, missing)
     step.loss.total.backward()
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     reached = {name for name, p in net.named_parameters() if p.grad is not None and bool(p.grad.any())}
@@ -286,7 +287,7 @@ def test_gradients_reach_every_trainable_parameter_and_no_other(
 def test_what_trains_is_what_is_used(cmr: bool, cap: bool, cap_gradient: str, freeze: bool) -> None:
     """No trainable parameter stays without gradient, whatever is switched off: else DDP would stop."""
     net = model(cmr=cmr, cap=cap, cap_gradient=cap_gradient, freeze_experts=freeze)
-    StageTwo(net)(make(), VISUAL).loss.total.backward()
+    MixingObjective(net)(make(), VISUAL).loss.total.backward()
     idle = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
     assert any(name.startswith("purifier") for name, p in net.named_parameters() if p.requires_grad) is cap
@@ -299,7 +300,7 @@ def test_frozen_experts_do_not_move_and_do_not_drop_out() -> None:
     assert not net.experts.training
     assert net.decoders.training
     before = {name: p.clone() for name, p in net.named_parameters()}
-    objective = StageTwo(net)
+    objective = MixingObjective(net)
     # also under an optimiser that was given everything and decays weights
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
     for missing in (AUDIO, VISUAL):
@@ -313,7 +314,7 @@ def test_frozen_experts_do_not_move_and_do_not_drop_out() -> None:
 
 
 def test_stage_one_weighs_evenly_and_neither_recovers_nor_purifies() -> None:
-    answer = model(Stage.EXPERTS)(make().lacking(AUDIO))
+    answer = model(Stage.EXPERTS)(make().drop(AUDIO))
     assert (answer.evidence.router_BS == torch.tensor([0, 1 / 2, 1 / 2])).all()
     assert not answer.evidence.recovered_BM.any()
     assert answer.evidence.purified == (None, None)
@@ -324,10 +325,10 @@ def test_stage_one_weighs_evenly_and_neither_recovers_nor_purifies() -> None:
 def test_stage_two_compares_the_three_passes(missing: int) -> None:
     """One encoding answered three times is the model called three times."""
     net, batch = model(), make()
-    step = StageTwo(net)(batch, missing)
+    step = MixingObjective(net)(batch, missing)
     real = net(batch).logits_BK
-    near = net(batch.lacking(missing)).logits_BK
-    far = net(replace(batch, retrieved=batch.farthest).lacking(missing)).logits_BK
+    near = net(batch.drop(missing)).logits_BK
+    far = net(replace(batch, retrieved=batch.farthest).drop(missing)).logits_BK
     assert step.lacking is not None
     torch.testing.assert_close(step.full.logits_BK, real)
     torch.testing.assert_close(step.lacking.logits_BK, near)
@@ -344,7 +345,7 @@ def test_stage_two_learns_the_same_from_an_encoding(
     cmr: bool, cap: bool, missing: int, choices: bool
 ) -> None:
     net, batch = model(cmr=cmr, cap=cap, classes=None if choices else 5), make(choices=choices)
-    objective = StageTwo(net)
+    objective = MixingObjective(net)
     with torch.no_grad():
         encoded = net.encode(batch, missing if net.config.recovers else None)
     assert len(encoded) == len(batch) == 6
@@ -359,7 +360,7 @@ def test_stage_two_learns_the_same_from_an_encoding(
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
     for lame in (
         replace(encoded, target_B=None),
-        replace(encoded.lacking(AUDIO)),
+        replace(encoded.drop(AUDIO)),
         replace(batch, target_B=None),
     ):
         with pytest.raises(ValueError, match=r"must hold target_B|every row must have audio and visual"):
@@ -374,9 +375,9 @@ def test_rows_without_a_known_answer_are_asked_and_not_learned(inputs: str) -> N
     asked = open_batch if inputs == "batch" else net.encode(open_batch, AUDIO)
     assert torch.equal(net(open_batch).logits_BK, net(batch).logits_BK)
     with pytest.raises(ValueError, match=r"not known \(-1\) must be left out"):
-        StageTwo(net)(asked, AUDIO)
+        MixingObjective(net)(asked, AUDIO)
     with pytest.raises(ValueError, match=r"not known \(-1\) must be left out"):
-        StageOne(model(Stage.EXPERTS))(open_batch)
+        ExpertsObjective(model(Stage.EXPERTS))(open_batch)
     replace(make(choices=True), target_B=target_B)  # one of these choices is masked, and none is meant
 
 
@@ -390,20 +391,20 @@ def tensors(value: object) -> list[Tensor]:
 
 def test_every_tensor_moves() -> None:
     net, batch = model(purify_full=True), make(choices=True)
-    batch = batch.lacking(VISUAL, torch.arange(6) < 2)
+    batch = batch.drop(VISUAL, torch.arange(6) < 2)
     encoded = net.encode(batch)
     assert len(tensors(batch)) == 17
     assert len(tensors(encoded)) == 21
     assert {tensor.device.type for tensor in tensors(encoded.to("meta"))} == {"meta"}
     for held in (batch, encoded, replace(encoded, common=(None, encoded.common[1]), retrieved=None)):
-        copy = convert(held, Tensor.clone)
+        copy = map_tensors(held, Tensor.clone)
         assert type(copy) is type(held)
         for one, two in zip(tensors(held), tensors(copy), strict=True):
             assert torch.equal(one, two)
             assert one.data_ptr() != two.data_ptr()
         for name in held.__slots__:
             assert type(getattr(copy, name)) is type(getattr(held, name))
-    torch.testing.assert_close(net.answer(convert(encoded, Tensor.clone)).logits_BK, net(batch).logits_BK)
+    torch.testing.assert_close(net.answer(map_tensors(encoded, Tensor.clone)).logits_BK, net(batch).logits_BK)
     assert torch.equal(net(batch.to("cpu")).logits_BK, net(batch).logits_BK)
 
 
@@ -424,8 +425,8 @@ def test_pinned_memory_reaches_the_gpu() -> None:
 @torch.no_grad()
 def test_the_baseline_without_recovery_comes_in_two_forms() -> None:
     net, batch = model(cmr=False, cap=False), make()
-    plain = StageTwo(net, LossConfig(modality_dropout=False))(batch, AUDIO)
-    dropped = StageTwo(net, LossConfig(modality_dropout=True))(batch, AUDIO)
+    plain = MixingObjective(net, LossConfig(modality_dropout=False))(batch, AUDIO)
+    dropped = MixingObjective(net, LossConfig(modality_dropout=True))(batch, AUDIO)
     assert set(plain.loss.parts) == {"real"}
     assert plain.lacking is None
     assert set(dropped.loss.parts) == {"real", "lacking"}
@@ -435,23 +436,23 @@ def test_the_baseline_without_recovery_comes_in_two_forms() -> None:
 
 @torch.no_grad()
 def test_cap_alone_has_no_negatives_and_cmr_without_a_bank_says_so() -> None:
-    step = StageTwo(model(cmr=False))(make(), AUDIO)
+    step = MixingObjective(model(cmr=False))(make(), AUDIO)
     assert set(step.loss.parts) == {"real", "lacking", "rank_positive"}
     with pytest.raises(ValueError, match="must hold neighbours"):
-        model()(replace(make(), retrieved=None).lacking(AUDIO))
+        model()(replace(make(), retrieved=None).drop(AUDIO))
     with pytest.raises(ValueError, match="every row must have audio and visual"):
-        StageTwo(model())(make().lacking(AUDIO, torch.arange(6) < 1), VISUAL)
+        MixingObjective(model())(make().drop(AUDIO, torch.arange(6) < 1), VISUAL)
 
 
 def test_a_model_is_the_same_after_a_round_trip() -> None:
-    net, other = model(), R2SCP(CONFIG).enter(Stage.MIXING).eval()
+    net, other = model(), R2SCP(CONFIG).set_stage(Stage.MIXING).eval()
     other.load_state_dict(net.state_dict(), strict=True)
-    batch = make().lacking(VISUAL)
+    batch = make().drop(VISUAL)
     assert torch.equal(net(batch).logits_BK, other(batch).logits_BK)
 
 
 def test_half_precision_features_are_welcome() -> None:
-    batch = make().lacking(AUDIO)
+    batch = make().drop(AUDIO)
     halved = replace(batch, visual_BLC=batch.visual_BLC.half(), words_BWC=batch.words_BWC.half())
     torch.testing.assert_close(model()(halved).logits_BK, model()(batch).logits_BK, rtol=0, atol=5e-3)
 
@@ -469,7 +470,7 @@ def test_a_batch_refuses_what_cannot_be_answered() -> None:
     with pytest.raises(ValueError, match="visual features must be"):
         replace(batch, visual_BLC=batch.visual_BLC[..., :-1])
     with pytest.raises(ValueError, match="only audio"):
-        batch.lacking(TEXT)
+        batch.drop(TEXT)
 
 
 def test_settings_that_cannot_be() -> None:
@@ -501,14 +502,14 @@ def test_the_model_learns_32_random_questions_by_heart(choices: bool) -> None:
     net = R2SCP(replace(CONFIG, dim=32, classes=None if choices else 5))
     batch = make(32, choices=choices)
     assert batch.target_B is not None
-    for objective, steps in ((StageOne(net), 15), (StageTwo(net), 30)):
+    for objective, steps in ((ExpertsObjective(net), 15), (MixingObjective(net), 30)):
         net.train()
         optimiser = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
         for step in range(steps):
             optimiser.zero_grad()
-            taken = objective(batch) if isinstance(objective, StageOne) else objective(batch, step % 2)
+            taken = objective(batch) if isinstance(objective, ExpertsObjective) else objective(batch, step % 2)
             taken.loss.total.backward()
             optimiser.step()
     net.eval()
-    for condition in (batch, batch.lacking(AUDIO), batch.lacking(VISUAL)):
+    for condition in (batch, batch.drop(AUDIO), batch.drop(VISUAL)):
         assert torch.equal(net(condition).logits_BK.argmax(dim=1), batch.target_B)

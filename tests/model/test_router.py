@@ -7,7 +7,7 @@ import torch
 
 from r2scp.model.batch import Tokens
 from r2scp.model.experts import Sizes
-from r2scp.model.router import Router, even, fuse
+from r2scp.model.router import Router, uniform_weights, fuse
 
 SIZES = Sizes(encoder_dim=4, dim=4, heads=2, ffn=4, dropout=0.0)
 
@@ -37,7 +37,7 @@ def test_eq_11_is_a_softmax_over_the_gates() -> None:
 def test_even_weights() -> None:
     there_BS = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
     wanted = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0, 0.5, 0.5], [0, 0, 1.0]])
-    torch.testing.assert_close(even(there_BS), wanted)
+    torch.testing.assert_close(uniform_weights(there_BS), wanted)
 
 
 def test_concat_keeps_each_weighted_token_and_masks_absent_sources() -> None:

@@ -43,13 +43,13 @@ def one(sequences: Sequences, column: str, rows: Sequence[int] | np.ndarray) -> 
 
 
 @pytest.mark.parametrize("column", ["audio", "visual", "words", "choice_sentences"])
-def test_any_rows_in_any_order(asked_store: FeatureStore, column: str) -> None:
+def test_any_rows_in_any_order(question_store: FeatureStore, column: str) -> None:
     table = Table.CLIPS if column in CLIP_COLUMNS else Table.QUESTIONS
-    version = asked_store.versions()[table.value]
-    wanted = scanned(asked_store, column, version, table)
-    assert len(asked_store.dataset(table, version).get_fragments()) > 2
+    version = question_store.versions()[table.value]
+    wanted = scanned(question_store, column, version, table)
+    assert len(question_store.dataset(table, version).get_fragments()) > 2
     assert ([] in wanted) is (column != "words")
-    found = Sequences(asked_store, table, [column], version, SequenceCache())
+    found = Sequences(question_store, table, [column], version, SequenceCache())
     rng = np.random.default_rng(0)
     for _ in range(5):
         rows = rng.integers(len(wanted), size=17)  # some of them twice
@@ -61,16 +61,16 @@ def test_any_rows_in_any_order(asked_store: FeatureStore, column: str) -> None:
     assert one(found, column, []) == []
 
 
-def test_one_batch_of_two_columns(asked_store: FeatureStore) -> None:
+def test_one_batch_of_two_columns(question_store: FeatureStore) -> None:
     """What one column leaves out the other gives."""
-    found, wanted = pinned(asked_store)
+    found, wanted = pinned(question_store)
     rows = {"audio": np.array([3, NO_ROW, 5, NO_ROW]), "visual": np.array([NO_ROW, 3, NO_ROW, NO_ROW])}
     assert plain(found.find(rows)) == [wanted["audio"][3], wanted["visual"][3], wanted["audio"][5], []]
 
 
-def test_what_is_fetched_is_read_once(asked_store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_fetched_is_read_once(question_store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that lack both columns in one call, rows that lack one in another."""
-    found, wanted = pinned(asked_store)
+    found, wanted = pinned(question_store)
     calls: list[tuple[list[int], list[str]]] = []
     real = lance.LanceDataset.take
 
@@ -114,13 +114,13 @@ def test_two_versions_share_a_cache(own_store: FeatureStore, write: Write) -> No
 
 
 @pytest.mark.parametrize("seconds", [40, 31, 7])
-def test_the_cache_stays_within_its_bytes(asked_store: FeatureStore, seconds: int) -> None:
+def test_the_cache_stays_within_its_bytes(question_store: FeatureStore, seconds: int) -> None:
     """Also where rows of other lengths take the places that became free."""
-    most_bytes = seconds * asked_store.dim * 2
+    most_bytes = seconds * question_store.dim * 2
     cache = SequenceCache(most_bytes)
-    version = asked_store.versions()["clips"]
-    found = Sequences(asked_store, Table.CLIPS, CLIP_COLUMNS, version, cache)
-    wanted = {name: scanned(asked_store, name, version) for name in CLIP_COLUMNS}
+    version = question_store.versions()["clips"]
+    found = Sequences(question_store, Table.CLIPS, CLIP_COLUMNS, version, cache)
+    wanted = {name: scanned(question_store, name, version) for name in CLIP_COLUMNS}
     rng = np.random.default_rng(1)
     for _ in range(200):
         column, rows = CLIP_COLUMNS[rng.integers(2)], rng.integers(40, size=rng.integers(1, 8))
@@ -128,31 +128,31 @@ def test_the_cache_stays_within_its_bytes(asked_store: FeatureStore, seconds: in
             found.fetch([{name: rng.integers(40, size=3) for name in CLIP_COLUMNS}])
         assert one(found, column, rows) == [wanted[column][row] for row in rows]
         assert 0 < cache.bytes <= most_bytes
-        assert cache.tokens(asked_store.dim).nbytes == most_bytes + 2 * asked_store.dim
+        assert cache.tokens(question_store.dim).nbytes == most_bytes + 2 * question_store.dim
     assert min(found.rows_read.values()) > 40, "nothing was evicted"
 
 
-def test_without_room_for_any(asked_store: FeatureStore) -> None:
-    found, wanted = pinned(asked_store, most_bytes=1)
+def test_without_room_for_any(question_store: FeatureStore) -> None:
+    found, wanted = pinned(question_store, most_bytes=1)
     assert one(found, "audio", [3, 3, 4, NO_ROW]) == [*(wanted["audio"][row] for row in (3, 3, 4)), []]
     rows = {"audio": np.array([3, NO_ROW]), "visual": np.array([NO_ROW, 3])}
     assert plain(found.find(rows)) == [wanted["audio"][3], wanted["visual"][3]]
 
 
-def test_the_least_recently_used_goes_first(asked_store: FeatureStore) -> None:
-    found, wanted = pinned(asked_store)
-    sizes = [2 * len(value) * asked_store.dim for value in wanted["audio"]]
+def test_the_least_recently_used_goes_first(question_store: FeatureStore) -> None:
+    found, wanted = pinned(question_store)
+    sizes = [2 * len(value) * question_store.dim for value in wanted["audio"]]
     first, second, third = [row for row, size in enumerate(sizes) if size][:3]
     most_bytes = sizes[first] + sizes[second] + sizes[third] - 1
-    found, _ = pinned(asked_store, most_bytes=most_bytes)
+    found, _ = pinned(question_store, most_bytes=most_bytes)
     for row, read in ((first, 1), (second, 2), (first, 2), (third, 3), (first, 3), (second, 4)):
         one(found, "audio", [row])
         assert found.rows_read["audio"] == read, f"after row {row}"
 
 
-def test_what_was_cleared_is_read_again(asked_store: FeatureStore) -> None:
-    cache, version = SequenceCache(1 << 20), asked_store.versions()["clips"]
-    found = Sequences(asked_store, Table.CLIPS, CLIP_COLUMNS, version, cache)
+def test_what_was_cleared_is_read_again(question_store: FeatureStore) -> None:
+    cache, version = SequenceCache(1 << 20), question_store.versions()["clips"]
+    found = Sequences(question_store, Table.CLIPS, CLIP_COLUMNS, version, cache)
     wanted = one(found, "audio", range(40))
     cache.clear()
     assert cache.bytes == 0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from r2scp.jobs.console import tell
+from r2scp.jobs.console import log
 from r2scp.jobs.reindex.config import ReindexConfig, read_config
 from r2scp.jobs.reindex.schedule.exports import crontab, ray_submit, systemd
 from r2scp.jobs.reindex.schedule.kubernetes import Pods, cronjob, raycronjob, rayjob
@@ -75,4 +75,4 @@ def _warn_of_relative_paths(file: Path, config: ReindexConfig) -> None:
     here = str(file.absolute().parent)
     places = [config.store, *(corpus.root for corpus in config.corpora)]
     if relative := [place for place in places if place.startswith(here)]:
-        tell(f"note: {relative[0]} lies beside this file; a pod needs paths or addresses that it can see")
+        log(f"note: {relative[0]} lies beside this file; a pod needs paths or addresses that it can see")

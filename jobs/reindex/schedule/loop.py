@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from r2scp.jobs.console import tell
+from r2scp.jobs.console import log
 from r2scp.jobs.reindex.cron import ScheduleSettings, next_run, runs_after, zone_of
 from r2scp.store.errors import UsageError
 
@@ -121,11 +121,11 @@ def run_schedule(
         pause = idle or bell.wait
         last = now()
         due = next_run(settings, last)
-        tell(f"{job.name}: cron {settings.cron!r} in {settings.timezone}; {_next(settings, due, last)}")
+        log(f"{job.name}: cron {settings.cron!r} in {settings.timezone}; {_next(settings, due, last)}")
         while not bell.stops:
             present = now()
             if present < last - CLOCK_BACK:
-                tell(f"{job.name}: the clock was set back to {_show(settings, present)}; counting from there")
+                log(f"{job.name}: the clock was set back to {_show(settings, present)}; counting from there")
                 last, due = present, next_run(settings, present)
             if present < due:
                 pause(min((due - present).total_seconds(), WALL_CHECK_S))
@@ -134,8 +134,8 @@ def run_schedule(
             outcome = _run(job, bell)
             due = next_run(settings, last)
             then = "" if bell.stops else f"; {_next(settings, due, now())}"
-            tell(f"{job.name}: run of {_show(settings, last)} {outcome}{then}")
-        tell(f"{job.name}: stopped by {bell.stops[0].name}")
+            log(f"{job.name}: run of {_show(settings, last)} {outcome}{then}")
+        log(f"{job.name}: stopped by {bell.stops[0].name}")
         return bell.stops[0]
 
 
@@ -147,13 +147,13 @@ def _fall_due(job: ScheduledJob, settings: ScheduleSettings, due: datetime, pres
             break
         count, last = count + 1, run
     if count > 1:
-        tell(
+        log(
             f"{job.name}: {count} runs fell due from {_show(settings, due)} to {_show(settings, last)} "
             "and did not start in time; one run now stands for all of them"
         )
     elif present - due >= LATE:
         late = _spell((present - due).total_seconds())
-        tell(f"{job.name}: the run of {_show(settings, due)} starts late by {late}")
+        log(f"{job.name}: the run of {_show(settings, due)} starts late by {late}")
     return last
 
 
@@ -183,10 +183,10 @@ def _run(job: ScheduledJob, bell: Doorbell) -> str:
 
 def _end(job: ScheduledJob, child: subprocess.Popen[bytes], asked: signal.Signals, by_force: bool) -> None:
     if by_force:
-        tell(f"{job.name}: {asked.name} again; killing the run and all it started")
+        log(f"{job.name}: {asked.name} again; killing the run and all it started")
         os.killpg(child.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
     else:
-        tell(f"{job.name}: {asked.name}; ending the run and waiting for it (once more kills it)")
+        log(f"{job.name}: {asked.name}; ending the run and waiting for it (once more kills it)")
         child.terminate()
 
 

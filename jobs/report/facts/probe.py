@@ -23,9 +23,9 @@ from r2scp.jobs.training.evaluate import BASELINES, open_for, questions_of
 from r2scp.jobs.training.evaluation_table import TITLES
 from r2scp.jobs.training.stages import Worker
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest
 from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Examples
-from r2scp.pipelines.batches.prefetch import in_order, read_ahead
+from r2scp.pipelines.batches.prefetch import sequential_batches, prefetch
 from r2scp.store.errors import CheckpointError, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
@@ -96,13 +96,13 @@ def probe(checkpoint: Checkpoint, store: FeatureStore, device: str = "cpu") -> P
     """
     opened = open_for(checkpoint, store)
     everything = questions_of(opened, SPLIT)
-    known = everything.only(everything.target_B != NO_ANSWER, "answer not known")
+    known = everything.keep(everything.target_B != NO_ANSWER, "answer not known")
     if not len(known):
         raise StoreError(f"no question of the split {SPLIT!r} has an answer that training knows")
     keep = np.zeros(len(known), dtype=bool)
     drawn = np.random.default_rng(SEED).permutation(len(known))[:SAMPLE]
     keep[drawn] = True
-    examples = known.only(keep, "not in the sample")
+    examples = known.keep(keep, "not in the sample")
     found = Probe(opened=opened, examples=examples, of=len(known), answers=_answers(opened, examples))
     worker = Worker(device=torch.device(device))
     ours = checkpoint.model(worker.device)
@@ -139,12 +139,12 @@ def _answers(opened: Opened, examples: Examples) -> list[str]:
 def _ask(found: Probe, name: str, model: R2SCP, checkpoint: Checkpoint, worker: Worker) -> None:
     opened = found.opened if name != WITHOUT else replace(found.opened, neighbours=None)
     dataset = opened.dataset(found.examples)
-    batches = in_order(len(found.examples), checkpoint.config.evaluate_rows)
-    for condition, missing in CONDITIONS.items():
-        if missing == NOTHING and name == OFF:
+    batches = sequential_batches(len(found.examples), checkpoint.config.evaluate_rows)
+    for condition, missing in MISSING_COLUMN.items():
+        if missing == NO_MODALITY and name == OFF:
             continue  # nothing to recover: as with recovery
-        asked = Ask.all(len(found.examples), missing)
-        prepared = read_ahead(
+        asked = BatchRequest.uniform(len(found.examples), missing)
+        prepared = prefetch(
             lambda rows, asked=asked: dataset.batch(rows, replace(asked, missing_B=asked.missing_B[rows])),
             batches,
         )
@@ -154,7 +154,7 @@ def _ask(found: Probe, name: str, model: R2SCP, checkpoint: Checkpoint, worker: 
                 answer = model(batch.to(worker.device))
                 vectors.append(answer.evidence.joint_BD.float().cpu().numpy())
                 right.append(answer.logits_BK.argmax(dim=1).cpu().numpy() == found.examples.target_B[rows])
-                if missing != NOTHING and (purified := answer.evidence.purified[missing]) is not None:
+                if missing != NO_MODALITY and (purified := answer.evidence.purified[missing]) is not None:
                     noted.append(_told_of(purified.dissonance_BL, purified.noise_BL))
         found.seen[name, condition] = Seen(joint_QD=np.concatenate(vectors), right_Q=np.concatenate(right))
         if noted and name == WITH:

@@ -12,7 +12,7 @@ from r2scp.jobs.training.checkpoints import BEST, Checkpoint, find
 from r2scp.jobs.training.evaluate import BASELINES
 from r2scp.jobs.training.evaluation_table import OURS, TITLES
 from r2scp.model.config import Stage
-from r2scp.pipelines.batches.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN
 from r2scp.store.errors import R2SCPError
 
 EXPERTS_FOLDER = "experts"  # where a run with baselines keeps stage I, which they share
@@ -49,7 +49,7 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition:
+class ConditionResult:
     """What one model reached under one condition, by group and type too."""
 
     overall: Judged
@@ -60,7 +60,7 @@ class Condition:
     fallbacks: int
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Condition":
+    def from_json(cls, values: Mapping[str, Any]) -> "ConditionResult":
         return cls(
             overall=Judged.from_json(values),
             groups={str(name): Judged.from_json(one) for name, one in values["groups"].items() if one["n"]},
@@ -76,13 +76,13 @@ class Model:
     """One row of an evaluation: ours or a baseline. `rates`: modality -> share missing -> accuracy."""
 
     name: str
-    conditions: dict[str, Condition]
+    conditions: dict[str, ConditionResult]
     average: float
     rates: dict[str, dict[float, Judged]]
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> "Model":
-        conditions = {one: Condition.from_json(values["conditions"][one]) for one in CONDITIONS}
+        conditions = {one: ConditionResult.from_json(values["conditions"][one]) for one in MISSING_COLUMN}
         rates: dict[str, dict[float, Judged]] = {}
         for told, score in values.get("missing_rates", {}).items():
             modality, share = told.split()

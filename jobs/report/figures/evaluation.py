@@ -18,7 +18,7 @@ from r2scp.jobs.report.figures.marks import (
 )
 from r2scp.jobs.report.figures.style import QUIET, STONE, Drawing, Panel, short
 from r2scp.jobs.training.evaluation_table import OURS, TITLES
-from r2scp.pipelines.batches.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN
 
 CONDITION_TITLES = {
     "A": "A: sound only",
@@ -44,13 +44,13 @@ def accuracy(runs: Sequence[RunFacts]) -> Drawing | None:
     if not judged:
         return None
     names = list(dict.fromkeys(model.name for _, one in judged for model in one.models))
-    rows, dots = [], {condition: [] for condition in CONDITIONS}
+    rows, dots = [], {condition: [] for condition in MISSING_COLUMN}
     for at, (run, evaluation) in enumerate(judged):
         lift = (at - (len(judged) - 1) / 2) * 0.7 / len(judged)
         for model in evaluation.models:
             mark = _weight(model.name, at)
             cells: list[object] = [run, model.name]
-            for condition in CONDITIONS:
+            for condition in MISSING_COLUMN:
                 score = model.conditions[condition].overall
                 dots[condition].append(_dot(names.index(model.name), score, mark, lift))
                 cells += [*_cells(score)]
@@ -88,8 +88,8 @@ def accuracy(runs: Sequence[RunFacts]) -> Drawing | None:
         + "; ".join(f"{short(run)} {OURS} {_three(one.ours)}" for run, one in judged)
         + beside
         + ".",
-        panels=[Panel(draw=panel(condition), height=height) for condition in CONDITIONS],
-        columns=["run", "model", *_score_columns([*CONDITIONS]), "mean of the three, %"],
+        panels=[Panel(draw=panel(condition), height=height) for condition in MISSING_COLUMN],
+        columns=["run", "model", *_score_columns([*MISSING_COLUMN]), "mean of the three, %"],
         rows=rows,
     )
 
@@ -129,7 +129,7 @@ def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
     for model in evaluation.models:
         for name in sorted(counts):
             cells: list[object] = [model.name, name]
-            for condition in CONDITIONS:
+            for condition in MISSING_COLUMN:
                 score = model.conditions[condition].types.get(name)
                 cells += [None, None, None, None] if score is None else [*_cells(score)]
             rows.append(cells)
@@ -151,9 +151,9 @@ def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
         f"{_percent(low.accuracy)} to {_percent(high.accuracy)} %.",
         panels=[
             Panel(draw=panel(condition), width=3.9, height=1.3 + 0.24 * len(names))
-            for condition in CONDITIONS
+            for condition in MISSING_COLUMN
         ],
-        columns=["model", "type", *_score_columns([*CONDITIONS])],
+        columns=["model", "type", *_score_columns([*MISSING_COLUMN])],
         rows=rows,
     )
 
@@ -253,7 +253,7 @@ def _score_columns(conditions: Sequence[str]) -> list[str]:
 
 
 def _three(model: Model) -> str:
-    return ", ".join(f"{_percent(model.conditions[c].overall.accuracy)}" for c in CONDITIONS)
+    return ", ".join(f"{_percent(model.conditions[c].overall.accuracy)}" for c in MISSING_COLUMN)
 
 
 def _percent(share: float) -> str:

@@ -22,7 +22,7 @@ from r2scp.jobs.report.figures.style import (
     Panel,
     short,
 )
-from r2scp.store.schema import WORDS
+from r2scp.store.schema import MODALITY_NAMES
 
 NAMED = 6  # answers with a colour and a name; the others are grey
 BINS = 40
@@ -126,7 +126,7 @@ def purity_by_rank(purity: Purity) -> Drawing | None:
                 rows.append(
                     [
                         kind,
-                        WORDS[missing],
+                        MODALITY_NAMES[missing],
                         side,
                         rank,
                         *(round(100 * x, 2) for x in ends),
@@ -147,12 +147,12 @@ def purity_by_rank(purity: Purity) -> Drawing | None:
             ax.set_xticks([1, *range(5, purity.depth + 1, 5)])
             ax.set_xlabel(f"rank (shaded: the {purity.n} that stand in)")
             ax.set_ylabel(f"agree in {kind}, %")
-            ax.set_title(f"{WORDS[missing].capitalize()} missing: {kind}")
+            ax.set_title(f"{MODALITY_NAMES[missing].capitalize()} missing: {kind}")
 
         return draw
 
     best = [
-        f"{kind}, {WORDS[missing]} missing: {100 * share.share:.1f} % of the first {purity.n}, chance "
+        f"{kind}, {MODALITY_NAMES[missing]} missing: {100 * share.share:.1f} % of the first {purity.n}, chance "
         f"{100 * share.chance:.1f} %"
         for (kind, missing, side), one in told.items()
         if side == "nearest" and (share := one.share(slice(purity.n))).pairs
@@ -222,13 +222,13 @@ def scores(purity: Purity) -> Drawing | None:
             found[missing],
             edges,
             ("nearest", "farthest"),
-            f"{WORDS[missing].capitalize()} missing",
+            f"{MODALITY_NAMES[missing].capitalize()} missing",
             "cosine of the keys",
         )
 
     rows = _counted(edges, _by_side(found, ("nearest", "farthest")))
     medians = "; ".join(
-        f"{WORDS[m]} missing: nearest {np.median(a):.2f}, farthest {np.median(b):.2f}"
+        f"{MODALITY_NAMES[m]} missing: nearest {np.median(a):.2f}, farthest {np.median(b):.2f}"
         for m, (a, b) in found.items()
     )
     return Drawing(
@@ -249,7 +249,7 @@ def _by_side(
 ) -> list[tuple[str, str, np.ndarray]]:
     """What is missing, which side, its values."""
     return [
-        (WORDS[missing], name, side)
+        (MODALITY_NAMES[missing], name, side)
         for missing, sides in found.items()
         for name, side in zip(names, sides, strict=True)
     ]
@@ -272,14 +272,14 @@ def dissonance(probe: Probe, k: int) -> Drawing | None:
             found[missing],
             edges,
             ("kept", "purged"),
-            f"{WORDS[missing].capitalize()} recovered",
+            f"{MODALITY_NAMES[missing].capitalize()} recovered",
             "dissonance δ",
             whole=True,
         )
 
     rows = _counted(edges, _by_side(found, ("kept", "purged")))
     said = "; ".join(
-        f"{WORDS[m]}: {len(b)} of {len(a) + len(b)} tokens purged"
+        f"{MODALITY_NAMES[m]}: {len(b)} of {len(a) + len(b)} tokens purged"
         + (
             f", median δ {np.median(b):.2f} against {np.median(a):.2f} of the kept"
             if len(a) and len(b)

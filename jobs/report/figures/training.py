@@ -13,10 +13,10 @@ from r2scp.jobs.training.evaluation_table import OURS
 from r2scp.jobs.training.study.run import MEASURES
 from r2scp.model.batch import SOURCES
 from r2scp.model.config import Stage
-from r2scp.pipelines.batches.dataset import CONDITIONS
-from r2scp.store.schema import WORDS
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN
+from r2scp.store.schema import MODALITY_NAMES
 
-SOURCE_NAMES: dict[str, str] = {**WORDS, "text": "question"}
+SOURCE_NAMES: dict[str, str] = {**MODALITY_NAMES, "text": "question"}
 GONE = {"A": "visual", "V": "audio", "AV": ""}  # the source that a condition lacks
 TO_PERCENT = 100
 LOSSES = ("loss", "loss/real", "loss/lacking", "loss/rank_positive", "loss/rank_negative")
@@ -26,7 +26,7 @@ LOSS_NAMES = {
     "loss/rank_positive": "rank⁺",
     "loss/rank_negative": "rank⁻",
 }
-VALIDATED = (*CONDITIONS, "mean")
+VALIDATED = (*MISSING_COLUMN, "mean")
 VARIED = {"n": "neighbours n", "k": "tokens purged, k"}  # studies along a number, Fig. 4
 
 Value = Callable[[Epoch], float | None]
@@ -48,7 +48,7 @@ def training(runs: Sequence[RunFacts]) -> Drawing | None:
         _own_panel(
             runs, (f"{OURS}: parts of its loss", "nats"), {LOSS_NAMES[p]: _part(p) for p in LOSS_NAMES}
         ),
-        _own_panel(runs, (f"{OURS}: validation", "accuracy, %"), {c: _validated(c) for c in CONDITIONS}),
+        _own_panel(runs, (f"{OURS}: validation", "accuracy, %"), {c: _validated(c) for c in MISSING_COLUMN}),
     ]
     rows = [
         [run.name, name, epoch.stage, epoch.epoch, *(epoch.train.get(part) for part in LOSSES)]
@@ -84,7 +84,7 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
     rows: list[list[object]] = []
     for name, found in epochs.items():
         for epoch in found:
-            weights = [epoch.train.get(f"router/{c}/{s}") for c in CONDITIONS for s in SOURCES]
+            weights = [epoch.train.get(f"router/{c}/{s}") for c in MISSING_COLUMN for s in SOURCES]
             if any(weight is not None for weight in weights):
                 rows.append([name, epoch.epoch, *weights])
     if not rows:
@@ -92,7 +92,7 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
     for run in runs:
         if run.evaluation:
             told = run.evaluation.ours.conditions
-            weights = [told[c].router.get(s) for c in CONDITIONS for s in SOURCES]
+            weights = [told[c].router.get(s) for c in MISSING_COLUMN for s in SOURCES]
             rows.append([run.name, f"{run.evaluation.split} split, best checkpoint", *weights])
 
     def panel(condition: str) -> Callable[[Axes], None]:
@@ -133,7 +133,7 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
             f"{SOURCE_NAMES[s]} {last.train.get(f'router/{condition}/{s}', float('nan')):.2f}"
             for s in SOURCES
         )
-        for condition in CONDITIONS
+        for condition in MISSING_COLUMN
     ]
     return Drawing(
         name="expert-loads",
@@ -143,8 +143,8 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
         "table's last lines have them there, for the best checkpoint alone."
         + (" Faint: further runs." if len(epochs) > 1 else ""),
         alt=f"Router weights at the end of {short(first)}. " + "; ".join(ends) + ".",
-        panels=[Panel(draw=panel(condition)) for condition in CONDITIONS],
-        columns=["run", "epoch", *(f"{c}: {SOURCE_NAMES[s]}" for c in CONDITIONS for s in SOURCES)],
+        panels=[Panel(draw=panel(condition)) for condition in MISSING_COLUMN],
+        columns=["run", "epoch", *(f"{c}: {SOURCE_NAMES[s]}" for c in MISSING_COLUMN for s in SOURCES)],
         rows=rows,
     )
 

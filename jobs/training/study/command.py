@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from r2scp.jobs.console import absolute, default_workers, tell
+from r2scp.jobs.console import absolute, default_workers, log
 from r2scp.jobs.ingest.encoders import pick_device
 from r2scp.jobs.training.command import Wanted, plan_of
 from r2scp.jobs.training.study.definitions import study_of
@@ -49,12 +49,12 @@ def study_with_progress(
         resources=Resources(
             num_workers=machines.num_workers or default_workers(), ray_address=machines.ray_address
         ),
-        told=tell,
+        told=log,
     )
     report = run_study(name, study, means)
     text = markdown(report)
     replace_file(folder / f"{name}.md", text.encode())
-    tell(f"kept in {folder / name}.json and .md")
+    log(f"kept in {folder / name}.json and .md")
     return report | {"markdown": text}
 
 

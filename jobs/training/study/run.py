@@ -19,14 +19,14 @@ from r2scp.jobs.training.log import lines
 from r2scp.jobs.training.run import TrainPlan
 from r2scp.jobs.training.study.definitions import Study
 from r2scp.jobs.training.study.trainings import Contents, Job, experts_job, job_of, work
-from r2scp.pipelines.batches.dataset import CONDITIONS
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN
 from r2scp.pipelines.ray_session import Resources, fan_out, ray_session
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError
 from r2scp.store.feature_store import FeatureStore
 
 AVERAGE = "average"
-MEASURES = (*CONDITIONS, AVERAGE)
+MEASURES = (*MISSING_COLUMN, AVERAGE)
 
 Told = Callable[[str], None]
 Jobs = Mapping[tuple[str, int], Job]  # by variant and seed
@@ -137,7 +137,7 @@ def _row(values: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, fl
 
 
 def _measures(report: Mapping[str, Any]) -> dict[str, float]:
-    accuracies = {name: report["conditions"][name]["accuracy"] for name in CONDITIONS}
+    accuracies = {name: report["conditions"][name]["accuracy"] for name in MISSING_COLUMN}
     accuracies[AVERAGE] = report[AVERAGE]
     return accuracies | {name: part["accuracy"] for name, part in report.get("missing_rates", {}).items()}
 

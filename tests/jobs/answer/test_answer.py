@@ -32,7 +32,7 @@ from r2scp.jobs.training.evaluate import open_for
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
 from r2scp.model.config import Stage
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.batches.dataset import Ask as Rows
+from r2scp.pipelines.batches.dataset import BatchRequest as Rows
 from r2scp.pipelines.corpora.formats import open_corpus
 from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, decode_fingerprint
 from r2scp.pipelines.demo.corpus import generate
@@ -95,7 +95,7 @@ def checkpoint_in(
     config = replace(config, model=replace(config.model, k=2, dropout=0.0), **changes)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = R2SCP(config.model).enter(stage)
+        model = R2SCP(config.model).set_stage(stage)
     told = {
         "uri": store.uri,
         "fingerprint": store.fingerprint,
@@ -155,7 +155,7 @@ def test_a_clip_of_the_store_gets_the_logits_that_evaluation_gives_it(
     dataset = opened.dataset(examples)
     column = {"audio": AUDIO, "visual": VISUAL}[missing]
     with torch.no_grad():
-        expected = checkpoint.model()(dataset.batch(rows, Rows.all(len(rows), column))).logits_BK.numpy()
+        expected = checkpoint.model()(dataset.batch(rows, Rows.uniform(len(rows), column))).logits_BK.numpy()
     asked = {
         row["question_id"]: row for row in world.store.questions(["question_id", "question"]).to_pylist()
     }

@@ -67,7 +67,7 @@ def readings(video: Path, asks: int, read: Callable[[Ask], Recording]) -> int:
 
 def whole(ask: Ask) -> Recording:
     return Recording(
-        path=ask.video, content_sha256="", duration_s=1, streams={}, empty={}, frames=None, waveform=None
+        path=ask.video, content_sha256="", duration_s=1, streams={}, unusable={}, frames=None, waveform=None
     )
 
 

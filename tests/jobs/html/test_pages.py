@@ -320,8 +320,8 @@ def test_long_text_is_cut_and_the_page_stays_small() -> None:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_nothing_from_outside_runs_or_overflows(kind: str, looked_at: Look, written: Any) -> None:
-    looked = looked_at(written(answer_page([texts(HOSTILE[kind]), texts("plain")], Drawn())), 360)
+def test_nothing_from_outside_runs_or_overflows(kind: str, open_page: Look, written: Any) -> None:
+    looked = open_page(written(answer_page([texts(HOSTILE[kind]), texts("plain")], Drawn())), 360)
     assert (looked.errors, looked.page_errors, looked.requests, looked.dialogs) == ([], [], [], [])
     looked.ask("for (const each of document.querySelectorAll('details')) each.open = true")
     assert looked.ask(OVERFLOW) == []
@@ -429,9 +429,9 @@ FAINT = """(() => {
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_page_is_quiet_fits_and_can_be_read(
-    which: str, scheme: str, width: int, looked_at: Look, written: Any, request: pytest.FixtureRequest
+    which: str, scheme: str, width: int, open_page: Look, written: Any, request: pytest.FixtureRequest
 ) -> None:
-    looked = looked_at(written(request.getfixturevalue(which)), width, scheme)
+    looked = open_page(written(request.getfixturevalue(which)), width, scheme)
     assert (looked.errors, looked.page_errors, looked.requests) == ([], [], [])
     looked.ask("for (const each of document.querySelectorAll('details')) each.open = true")
     assert looked.ask(OVERFLOW) == []
@@ -449,8 +449,8 @@ def column(looked: Any, at: int) -> list[str]:
     )
 
 
-def test_tables_are_sorted_by_keyboard_and_say_so(parts_page: str, looked_at: Look, written: Any) -> None:
-    looked = looked_at(written(parts_page))
+def test_tables_are_sorted_by_keyboard_and_say_so(parts_page: str, open_page: Look, written: Any) -> None:
+    looked = open_page(written(parts_page))
     states = "[...document.querySelector('thead').rows[0].cells].map((c) => c.getAttribute('aria-sort'))"
     came = ["b", "a", "ä", "c"]
     assert column(looked, 0) == came
@@ -475,9 +475,9 @@ def test_tables_are_sorted_by_keyboard_and_say_so(parts_page: str, looked_at: Lo
 
 
 def test_a_keyboard_gets_to_the_content_and_into_what_scrolls(
-    parts_page: str, looked_at: Look, written: Any
+    parts_page: str, open_page: Look, written: Any
 ) -> None:
-    looked = looked_at(written(parts_page), 360)
+    looked = open_page(written(parts_page), 360)
     looked.do(lambda page: page.keyboard.press("Tab"))
     assert looked.ask("document.activeElement.className") == "skip"
     assert looked.ask("document.activeElement.getBoundingClientRect().top") >= 0
@@ -498,8 +498,8 @@ def test_without_its_script_a_page_says_the_same(parts_page: str) -> None:
     assert "9.0 (8–10)" in Parsed(parts_page).text
 
 
-def test_print_is_light_and_fits_paper(plain_page: str, looked_at: Look, written: Any) -> None:
-    looked = looked_at(written(plain_page), 700, "dark")
+def test_print_is_light_and_fits_paper(plain_page: str, open_page: Look, written: Any) -> None:
+    looked = open_page(written(plain_page), 700, "dark")
     looked.do(lambda page: page.emulate_media(media="print", color_scheme="dark"))
     looked.ask("dispatchEvent(new Event('beforeprint'))")
     assert looked.ask("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
@@ -507,8 +507,8 @@ def test_print_is_light_and_fits_paper(plain_page: str, looked_at: Look, written
     assert looked.ask(FAINT)["found"] == []
 
 
-def test_print_opens_what_is_folded(plain_page: str, looked_at: Look, written: Any) -> None:
-    looked = looked_at(written(plain_page))
+def test_print_opens_what_is_folded(plain_page: str, open_page: Look, written: Any) -> None:
+    looked = open_page(written(plain_page))
     folded = "[...document.querySelectorAll('details')].map((each) => each.open)"
     before = looked.ask(folded)
     looked.ask("dispatchEvent(new Event('beforeprint'))")
@@ -550,8 +550,8 @@ def test_an_answer_says_what_was_found_missing_and_used() -> None:
     assert "0.500" in text
 
 
-def test_purged_seconds_differ_by_more_than_colour(plain_page: str, looked_at: Look, written: Any) -> None:
-    looked = looked_at(written(plain_page))
+def test_purged_seconds_differ_by_more_than_colour(plain_page: str, open_page: Look, written: Any) -> None:
+    looked = open_page(written(plain_page))
     marks = looked.ask(
         "[...document.querySelectorAll('.timeline li')].map((e) => e.querySelector('.column').innerText)"
     )

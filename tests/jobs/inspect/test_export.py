@@ -77,22 +77,22 @@ def check_same_bits(found: pa.Table, wanted: pa.Table) -> None:
             assert (bits[0] == bits[1]).all(), name
 
 
-def test_all_rows_come_out_as_they_went_in(asked_store: FeatureStore, tmp_path: Path) -> None:
-    told = export(asked_store, tmp_path / "out", Export(limits=SMALL))
+def test_all_rows_come_out_as_they_went_in(question_store: FeatureStore, tmp_path: Path) -> None:
+    told = export(question_store, tmp_path / "out", Export(limits=SMALL))
     assert told["files"] > 9, "the limits make several files of a split"
     for config, wanted in (
-        ("clips", asked_store.clips()),
-        ("questions", asked_store.questions()),
-        ("neighbours", asked_store.neighbours()),
+        ("clips", question_store.clips()),
+        ("questions", question_store.questions()),
+        ("neighbours", question_store.neighbours()),
     ):
         found = read(tmp_path / "out", config)
         assert sum(told["rows"][config].values()) == wanted.num_rows
         check_same_bits(rows_of(found, config), rows_of(wanted, config))
 
 
-def test_each_split_has_files_of_its_own(asked_store: FeatureStore, tmp_path: Path) -> None:
-    told = export(asked_store, tmp_path / "out", Export(limits=SMALL))
-    home = dict(zip(*asked_store.clips(["clip_id", "split"]).to_pydict().values(), strict=True))
+def test_each_split_has_files_of_its_own(question_store: FeatureStore, tmp_path: Path) -> None:
+    told = export(question_store, tmp_path / "out", Export(limits=SMALL))
+    home = dict(zip(*question_store.clips(["clip_id", "split"]).to_pydict().values(), strict=True))
     account = json.loads((tmp_path / "out" / "export.json").read_text())
     there = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.parquet")}
     assert there == set(account["files"])
@@ -108,40 +108,40 @@ def test_each_split_has_files_of_its_own(asked_store: FeatureStore, tmp_path: Pa
     assert set(told["rows"]["clips"]) == {"train", "val", "test"}
 
 
-def test_keys_only(asked_store: FeatureStore, tmp_path: Path) -> None:
-    export(asked_store, tmp_path / "out", Export(sequences=False))
+def test_keys_only(question_store: FeatureStore, tmp_path: Path) -> None:
+    export(question_store, tmp_path / "out", Export(sequences=False))
     clips, questions = read(tmp_path / "out", "clips"), read(tmp_path / "out", "questions")
-    assert set(asked_store.clips().column_names) - set(clips.column_names) == {"visual", "audio"}
-    gone = set(asked_store.questions().column_names) - set(questions.column_names)
+    assert set(question_store.clips().column_names) - set(clips.column_names) == {"visual", "audio"}
+    gone = set(question_store.questions().column_names) - set(questions.column_names)
     assert gone == {"words", "choice_sentences"}
-    wanted = asked_store.clips(columns=clips.column_names)
+    wanted = question_store.clips(columns=clips.column_names)
     check_same_bits(rows_of(clips, "clips"), rows_of(wanted, "clips"))
 
 
-def test_a_choice_of_corpus_split_and_condition(asked_store: FeatureStore, tmp_path: Path) -> None:
-    export(asked_store, tmp_path / "a", Export(corpora=("avqa",), splits=("train", "test")))
+def test_a_choice_of_corpus_split_and_condition(question_store: FeatureStore, tmp_path: Path) -> None:
+    export(question_store, tmp_path / "a", Export(corpora=("avqa",), splits=("train", "test")))
     where = "corpus = 'avqa' AND split IN ('train', 'test')"
     for config, wanted in (
-        ("clips", asked_store.clips(where=where)),
-        ("questions", asked_store.questions(where=where)),
+        ("clips", question_store.clips(where=where)),
+        ("questions", question_store.questions(where=where)),
     ):
         check_same_bits(rows_of(read(tmp_path / "a", config), config), rows_of(wanted, config))
-    clips = set(asked_store.clips(["clip_id"], where)["clip_id"].to_pylist())
-    near = asked_store.neighbours().to_pylist()
+    clips = set(question_store.clips(["clip_id"], where)["clip_id"].to_pylist())
+    near = question_store.neighbours().to_pylist()
     wanted_ids = {row["neighbour_id"] for row in near if row["clip_id"] in clips}
     assert set(read(tmp_path / "a", "neighbours")["neighbour_id"].to_pylist()) == wanted_ids
 
-    export(asked_store, tmp_path / "b", Export(where="audio_key IS NULL -- deaf"))
-    deaf = set(asked_store.clips(["clip_id"], "audio_key IS NULL")["clip_id"].to_pylist())
+    export(question_store, tmp_path / "b", Export(where="audio_key IS NULL -- deaf"))
+    deaf = set(question_store.clips(["clip_id"], "audio_key IS NULL")["clip_id"].to_pylist())
     assert set(read(tmp_path / "b", "clips")["clip_id"].to_pylist()) == deaf
-    asked = asked_store.questions(["question_id", "clip_id"]).to_pylist()
+    asked = question_store.questions(["question_id", "clip_id"]).to_pylist()
     wanted_ids = {row["question_id"] for row in asked if row["clip_id"] in deaf}
     assert wanted_ids
     assert set(read(tmp_path / "b", "questions")["question_id"].to_pylist()) == wanted_ids
     with pytest.raises(StoreError, match="no clip to export"):
-        export(asked_store, tmp_path / "c", Export(splits=("nowhere",)))
+        export(question_store, tmp_path / "c", Export(splits=("nowhere",)))
     with pytest.raises(UsageError, match="--where"):
-        export(asked_store, tmp_path / "c", Export(where="true) OR (true"))
+        export(question_store, tmp_path / "c", Export(where="true) OR (true"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -216,8 +216,8 @@ def test_the_same_again_writes_nothing_and_another_is_refused(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_what_is_damaged_or_ones_own_is_refused(asked_store: FeatureStore, tmp_path: Path) -> None:
-    export(asked_store, tmp_path / "out", Export())
+def test_what_is_damaged_or_ones_own_is_refused(question_store: FeatureStore, tmp_path: Path) -> None:
+    export(question_store, tmp_path / "out", Export())
     file = next((tmp_path / "out" / "data").rglob("*.parquet"))
     file.write_bytes(file.read_bytes()[:-1])
     (tmp_path / "own").mkdir()
@@ -226,12 +226,12 @@ def test_what_is_damaged_or_ones_own_is_refused(asked_store: FeatureStore, tmp_p
     (tmp_path / "odd" / "export.json").write_text("[1]")
     (tmp_path / "file").write_text("x")
     for name in ("out", "own", "odd", "file"):
-        result = call("store", "export", tmp_path / name, "--store", asked_store.uri)
+        result = call("store", "export", tmp_path / name, "--store", question_store.uri)
         assert result.exit_code == 2
         assert "must be a new or empty folder" in result.stderr
         assert result.stderr.count("\n") == 1
     assert (tmp_path / "own" / "thesis.txt").read_text() == "x"
-    beneath = call("store", "export", tmp_path / "file" / "deeper", "--store", asked_store.uri)
+    beneath = call("store", "export", tmp_path / "file" / "deeper", "--store", question_store.uri)
     assert beneath.exit_code == 1
     assert "cannot write" in beneath.stderr
 
@@ -275,18 +275,18 @@ def test_it_reads_one_moment_though_somebody_writes(
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_export_that_fails_leaves_nothing(
-    asked_store: FeatureStore, tmp_path: Path, error: BaseException
+    question_store: FeatureStore, tmp_path: Path, error: BaseException
 ) -> None:
     def fail(table: str, done: int, total: int) -> None:
         if table == "questions":
             raise error
 
     with pytest.raises((R2SCPError, KeyboardInterrupt), match=r"No space left on device|^$"):
-        export(asked_store, tmp_path / "out", Export(), fail)
+        export(question_store, tmp_path / "out", Export(), fail)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_nothing_that_looks_whole(asked_store: FeatureStore, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_nothing_that_looks_whole(question_store: FeatureStore, tmp_path: Path) -> None:
     out, mark = tmp_path / "out", tmp_path / "mark"
     code = (
         "import sys, time\nfrom pathlib import Path\n"
@@ -298,7 +298,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(asked_store: FeatureSto
         "        time.sleep(600)\n"
         "export(FeatureStore.open(sys.argv[1]), Path(sys.argv[2]), Export(), stop)\n"
     )
-    words = [sys.executable, "-c", code, asked_store.uri, str(out), str(mark)]
+    words = [sys.executable, "-c", code, question_store.uri, str(out), str(mark)]
     with subprocess.Popen(words, start_new_session=True) as process:
         try:
             deadline = time.monotonic() + 60
@@ -306,14 +306,14 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(asked_store: FeatureSto
                 threading.Event().wait(0.02)
             assert mark.exists()
             with pytest.raises(UsageError, match="another export writes"):
-                export(asked_store, out, Export())
+                export(question_store, out, Export())
         finally:
             process.kill()
     assert not out.exists()
-    assert export(asked_store, out, Export())["unchanged"] is False
+    assert export(question_store, out, Export())["unchanged"] is False
     mark.unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what the killed one left is gone"
-    check_same_bits(rows_of(read(out, "clips"), "clips"), rows_of(asked_store.clips(), "clips"))
+    check_same_bits(rows_of(read(out, "clips"), "clips"), rows_of(question_store.clips(), "clips"))
 
 
 @pytest.fixture(scope="module")
@@ -410,21 +410,21 @@ def test_the_datasets_library_loads_it(
             assert loaded["train"].features["visual"].feature.feature.dtype == "float16"
 
 
-def test_pandas_reads_it(asked_store: FeatureStore, tmp_path: Path) -> None:
+def test_pandas_reads_it(question_store: FeatureStore, tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas", reason="no pandas: pip install pandas")
-    export(asked_store, tmp_path / "out", Export())
+    export(question_store, tmp_path / "out", Export())
     frame = pandas.read_parquet(tmp_path / "out" / "data" / "clips")
-    assert len(frame) == asked_store.clips().num_rows
+    assert len(frame) == question_store.clips().num_rows
     assert set(frame["split"]) == {"train", "val", "test"}
 
 
-def test_a_moment_is_known_wherever_the_store_is(asked_store: FeatureStore, own_store: FeatureStore) -> None:
-    assert Moment.of(asked_store) == Moment.of(own_store), "a copy of the store"
+def test_a_moment_is_known_wherever_the_store_is(question_store: FeatureStore, own_store: FeatureStore) -> None:
+    assert Moment.of(question_store) == Moment.of(own_store), "a copy of the store"
 
 
 def test_the_card_of_an_account_of_nothing_odd_names_no_odd_split(
-    asked_store: FeatureStore, tmp_path: Path
+    question_store: FeatureStore, tmp_path: Path
 ) -> None:
-    export(asked_store, tmp_path / "out", Export())
+    export(question_store, tmp_path / "out", Export())
     account = json.loads((tmp_path / "out" / "export.json").read_text())
     assert "names that files cannot have" not in card(account)

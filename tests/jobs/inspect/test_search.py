@@ -273,14 +273,14 @@ def test_the_page_shows_frames_of_files_that_are_as_stored(
 
 
 def test_the_page_in_a_browser(
-    store: FeatureStore, tmp_path: Path, tiny_weights: Path, looked_at: Callable[..., Any]
+    store: FeatureStore, tmp_path: Path, tiny_weights: Path, open_page: Callable[..., Any]
 ) -> None:
     page = tmp_path / "search.html"
     words = ["store", "search", TEXT, "--store", store.uri, "--weights", tiny_weights, "--json"]
     result = call(*words, "-n", MOST_DRAWN + 5, "--html", page)
     assert result.exit_code == 0, result.output
     for width in (1280, 360):
-        seen = looked_at(page, width=width)
+        seen = open_page(page, width=width)
         assert (seen.errors, seen.page_errors, seen.requests, seen.dialogs) == ([], [], [], [])
         assert seen.ask("document.querySelectorAll('ol.neighbours li').length") == 2 * MOST_DRAWN
         assert seen.ask("document.documentElement.scrollWidth") <= width

@@ -39,10 +39,10 @@ def call(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "80"})
 
 
-def test_it_tells_what_the_tables_say(asked_store: FeatureStore) -> None:
-    rows = asked_store.clips().to_pylist()
+def test_it_tells_what_the_tables_say(question_store: FeatureStore) -> None:
+    rows = question_store.clips().to_pylist()
     for row in rows:
-        told = clip_facts(asked_store, row["clip_id"])
+        told = clip_facts(question_store, row["clip_id"])
         assert told["clip"]["corpus"] == row["corpus"]
         assert told["clip"]["source_id"] == row["source_id"]
         for name in ("audio", "visual"):
@@ -51,18 +51,18 @@ def test_it_tells_what_the_tables_say(asked_store: FeatureStore) -> None:
         assert told["provenance"]["ingested_at"] == row["ingested_at"].isoformat()
         assert told["failure"] is None
         where = f"clip_id = '{row['clip_id']}'"
-        asked = {q["question_id"]: q for q in asked_store.questions(where=where).to_pylist()}
+        asked = {q["question_id"]: q for q in question_store.questions(where=where).to_pylist()}
         assert {q["question_id"] for q in told["questions"]} == set(asked)
         assert all(q[name] == asked[q["question_id"]][name] for q in told["questions"] for name in q)
-    assert any(told["questions"] for told in (clip_facts(asked_store, r["clip_id"]) for r in rows))
+    assert any(told["questions"] for told in (clip_facts(question_store, r["clip_id"]) for r in rows))
 
 
-def test_neighbours_are_those_that_index_found(asked_store: FeatureStore) -> None:
-    known = {row["clip_id"]: row for row in asked_store.clips(["clip_id", "split", "source_id"]).to_pylist()}
-    found = asked_store.neighbours().to_pylist()
+def test_neighbours_are_those_that_index_found(question_store: FeatureStore) -> None:
+    known = {row["clip_id"]: row for row in question_store.clips(["clip_id", "split", "source_id"]).to_pylist()}
+    found = question_store.neighbours().to_pylist()
     assert found
     for row in found:
-        told = clip_facts(asked_store, row["clip_id"])["neighbours"]
+        told = clip_facts(question_store, row["clip_id"])["neighbours"]
         [each] = [one for one in told if one["missing"] == row["missing"]]
         for side in ("nearest", "farthest"):
             assert [hit["clip_id"] for hit in each[side]] == row[f"{side}_ids"]
@@ -166,8 +166,8 @@ def test_ids_from_outside_are_inert(own_store: FeatureStore, write: Callable[...
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a'b", "\x1b[2J", "a\udcffb", "x" * 5000, ""])
-def test_a_clip_that_is_not_there_is_one_clear_error(asked_store: FeatureStore, name: str) -> None:
-    result = call("store", "show", "--store", asked_store.uri, "--", name)
+def test_a_clip_that_is_not_there_is_one_clear_error(question_store: FeatureStore, name: str) -> None:
+    result = call("store", "show", "--store", question_store.uri, "--", name)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
@@ -184,14 +184,14 @@ def test_it_shows_a_moment_that_has_a_name(own_store: FeatureStore, write: Calla
     assert "there is no clip" in then.stderr
 
 
-def test_it_loads_neither_torch_nor_ray(asked_store: FeatureStore) -> None:
+def test_it_loads_neither_torch_nor_ray(question_store: FeatureStore) -> None:
     code = (
         "import sys\nfrom r2scp.jobs.cli.main import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"
         "heavy = {'torch', 'ray', 'av'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    clip = asked_store.clips(["clip_id"])["clip_id"][0].as_py()
-    words = ["store", "show", clip, "--store", asked_store.uri]
+    clip = question_store.clips(["clip_id"])["clip_id"][0].as_py()
+    words = ["store", "show", clip, "--store", question_store.uri]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, open_for,
 from r2scp.jobs.training.evaluation_table import OURS
 from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
 from r2scp.model.r2scp import R2SCP, Stage
-from r2scp.pipelines.batches.dataset import CONDITIONS, Ask
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN, BatchRequest
 from r2scp.pipelines.corpora.formats import open_corpus
 from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, decode_fingerprint
 from r2scp.pipelines.demo.corpus import generate
@@ -85,10 +85,10 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def evaluated(
-    judged: tuple[FeatureStore, Path], tmp_path_factory: pytest.TempPathFactory
+    evaluated_run: tuple[FeatureStore, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FeatureStore, Path]:
-    """`judged` of one's own, with its evaluation kept as `evaluate` keeps it."""
-    store, run = judged
+    """`evaluated_run` of one's own, with its evaluation kept as `evaluate` keeps it."""
+    store, run = evaluated_run
     mine = Path(shutil.copytree(run, tmp_path_factory.mktemp("evaluated") / "run"))
     report = run_evaluate(store, mine, EvaluateMeans(rates=MISSING_RATES))
     (mine / TEST).write_text(json.dumps(report, indent=1))
@@ -196,7 +196,7 @@ def test_accuracies_are_those_of_the_evaluation(evaluated: tuple[FeatureStore, P
     assert drawing is not None
     rows = {row[1]: row for row in drawing.rows}
     assert len(rows) == 1 + len(said["baselines"])  # the baselines beside ours
-    for at, condition in enumerate(CONDITIONS):
+    for at, condition in enumerate(MISSING_COLUMN):
         score = said["conditions"][condition]
         low, high = score["interval"]
         expected = [100 * score["accuracy"], 100 * low, 100 * high, score["n"]]
@@ -270,9 +270,9 @@ def test_joint_vectors_are_what_the_joint_head_answers_from(evaluated: tuple[Fea
     opened = open_for(checkpoint, store)
     model, dataset = checkpoint.model(), opened.dataset(found.examples)
     rows = np.arange(len(found.examples))
-    for condition, missing in CONDITIONS.items():
+    for condition, missing in MISSING_COLUMN.items():
         with torch.no_grad():
-            answer = model(dataset.batch(rows, Ask.all(len(rows), missing)))
+            answer = model(dataset.batch(rows, BatchRequest.uniform(len(rows), missing)))
             head = model.decoders.joint.classes
             assert head is not None
             joint_BK = head(torch.from_numpy(found.seen[WITH, condition].joint_QD))
@@ -282,7 +282,7 @@ def test_joint_vectors_are_what_the_joint_head_answers_from(evaluated: tuple[Fea
     # with its recovery off the same weights see other sequences
     assert not np.allclose(found.seen[WITH, "A"].joint_QD, found.seen[OFF, "A"].joint_QD)
     with torch.no_grad():
-        noted = model(dataset.batch(rows, Ask.all(len(rows), 0))).evidence.purified[0]
+        noted = model(dataset.batch(rows, BatchRequest.uniform(len(rows), 0))).evidence.purified[0]
     assert noted is not None
     values, purged = found.dissonance["audio"]
     assert int(purged.sum()) == int(noted.noise_BL.sum())
@@ -536,7 +536,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Path]:
     config = demo(store.dim, len(answers))
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = R2SCP(config.model).enter(Stage.MIXING)
+        model = R2SCP(config.model).set_stage(Stage.MIXING)
     versions = {name: store.versions()[name] for name in ("clips", "questions", "neighbours")}
     told = {"uri": store.uri, "fingerprint": store.fingerprint, "dim": store.dim, "versions": versions}
     at: dict[str, Any] = {"stage": Stage.MIXING, "epoch": 1, "step": 1, "metrics": {}, "best": {}, "code": ""}
@@ -546,7 +546,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Path]:
 
 
 def test_the_gallery_shows_real_answers_wide_and_narrow(
-    real: tuple[FeatureStore, Path], tmp_path: Path, looked_at: Callable[..., Any]
+    real: tuple[FeatureStore, Path], tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
     _, run = real
     told = run_report(ReportWanted(runs=(run,), out=tmp_path / "r.html", gallery=3))
@@ -555,7 +555,7 @@ def test_the_gallery_shows_real_answers_wide_and_narrow(
     assert html.count('class="answer"') == 3
     assert html.count("data:image/webp") > 3
     for width, scheme in ((1280, "light"), (360, "dark")):
-        looked = looked_at(tmp_path / "r.html", width, scheme)
+        looked = open_page(tmp_path / "r.html", width, scheme)
         check_looks(looked)
         loaded = looked.ask("[...document.images].every(one => one.complete && one.naturalWidth > 0)")
         assert loaded
@@ -621,10 +621,10 @@ def brightness(colour: str) -> float:
     return float(np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]))
 
 
-def test_the_page_in_a_browser(made: tuple[dict[str, Any], str, Path], looked_at: Callable[..., Any]) -> None:
+def test_the_page_in_a_browser(made: tuple[dict[str, Any], str, Path], open_page: Callable[..., Any]) -> None:
     told, _, folder = made
     for width, scheme in ((1280, "light"), (1280, "dark"), (360, "light")):
-        looked = looked_at(folder / "r.html", width, scheme)
+        looked = open_page(folder / "r.html", width, scheme)
         check_looks(looked)
         assert looked.ask("document.querySelectorAll('figure.plate').length") == len(told["figures"])
     unnamed = looked.ask("[...document.querySelectorAll('[role=img]')].filter(one => !one.ariaLabel).length")

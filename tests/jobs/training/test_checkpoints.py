@@ -63,7 +63,7 @@ class Learner:
 
     def __init__(self, seed: int = 0, steps: int = 3) -> None:
         torch.manual_seed(seed)
-        self.model = R2SCP(CONFIG.model).enter(Stage.MIXING)
+        self.model = R2SCP(CONFIG.model).set_stage(Stage.MIXING)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=1e-2, weight_decay=0.1)
         for step in range(steps):

@@ -48,16 +48,16 @@ def check_one_line_error(result: Result, code: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(judged: Judged, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def trained(evaluated_run: Judged, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A run that `train` made, with baselines, and what it said."""
     run = tmp_path_factory.mktemp("trained") / "a run"
     values = setting(*SMALL, *SHORT, "model.saliency=literal", "loss.rank_weight=0.5", "model.k=3")
     return run, call(
-        "train", run, "--store", judged[0].uri, "--device", "cpu", "--seed", 7, *values, "--json"
+        "train", run, "--store", evaluated_run[0].uri, "--device", "cpu", "--seed", 7, *values, "--json"
     )
 
 
-def test_train_says_what_came_out_and_values_reach_it(trained: tuple[Path, Result], judged: Judged) -> None:
+def test_train_says_what_came_out_and_values_reach_it(trained: tuple[Path, Result], evaluated_run: Judged) -> None:
     run, result = trained
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 1
@@ -79,7 +79,7 @@ def test_train_says_what_came_out_and_values_reach_it(trained: tuple[Path, Resul
         )
 
 
-def test_train_again_does_nothing_and_says_the_same(trained: tuple[Path, Result], judged: Judged) -> None:
+def test_train_again_does_nothing_and_says_the_same(trained: tuple[Path, Result], evaluated_run: Judged) -> None:
     run, first = trained
 
     def files() -> dict[Path, int]:
@@ -87,7 +87,7 @@ def test_train_again_does_nothing_and_says_the_same(trained: tuple[Path, Result]
 
     before, said = files(), json.loads(first.stdout)
     values = setting(*SMALL, *SHORT, "model.saliency=literal", "loss.rank_weight=0.5", "model.k=3")
-    words = ["train", run, "--store", judged[0].uri, "--device", "cpu", "--seed", 7, *values, "--json"]
+    words = ["train", run, "--store", evaluated_run[0].uri, "--device", "cpu", "--seed", 7, *values, "--json"]
     again = call(*words)
     assert (again.exit_code, again.stdout, again.stderr) == (0, first.stdout, "")
     alone = call(*words, "--no-baselines")
@@ -99,21 +99,21 @@ def test_train_again_does_nothing_and_says_the_same(trained: tuple[Path, Result]
     assert "model.k: 3, 4" in other
 
 
-def test_what_train_says_next_can_be_run(trained: tuple[Path, Result], judged: Judged) -> None:
+def test_what_train_says_next_can_be_run(trained: tuple[Path, Result], evaluated_run: Judged) -> None:
     run, result = trained
     words = json.loads(result.stdout)["try_next"]
     assert words.startswith("r2scp-pipe evaluate '")
-    said = call("evaluate", run, "--store", judged[0].uri, "--device", "cpu", "--json")
+    said = call("evaluate", run, "--store", evaluated_run[0].uri, "--device", "cpu", "--json")
     assert said.exit_code == 0, said.output
     assert said.stdout.count("\n") == 1
     report = json.loads(said.stdout)
-    assert report == json.loads(json.dumps(run_evaluate(judged[0], run, EvaluateMeans())))
+    assert report == json.loads(json.dumps(run_evaluate(evaluated_run[0], run, EvaluateMeans())))
     assert report == json.loads((run / "evaluation-test.json").read_text())
     assert f"kept in {run}/evaluation-test.json" in said.stderr
 
 
-def test_evaluate_for_people(judged: Judged, tmp_path: Path) -> None:
-    store, run = judged
+def test_evaluate_for_people(evaluated_run: Judged, tmp_path: Path) -> None:
+    store, run = evaluated_run
     result = call("evaluate", run, "--split", "odd", "--store", store.uri, "--device", "cpu")
     (run / "evaluation-odd.json").unlink()
     assert result.exit_code == 0, result.output
@@ -151,15 +151,15 @@ def test_evaluate_for_people(judged: Judged, tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_line(
-    judged: Judged, tmp_path: Path, value: str, named: str
+    evaluated_run: Judged, tmp_path: Path, value: str, named: str
 ) -> None:
-    words = ["train", tmp_path / "run", "--store", judged[0].uri, *setting(*SMALL, value)]
+    words = ["train", tmp_path / "run", "--store", evaluated_run[0].uri, *setting(*SMALL, value)]
     assert named in check_one_line_error(call(*words), 2)
     assert not (tmp_path / "run").exists()
 
 
-def test_other_things_that_cannot_be(judged: Judged, trained: tuple[Path, Result], tmp_path: Path) -> None:
-    store, run = judged
+def test_other_things_that_cannot_be(evaluated_run: Judged, trained: tuple[Path, Result], tmp_path: Path) -> None:
+    store, run = evaluated_run
     at = ["--store", store.uri]
     message = check_one_line_error(call("train", tmp_path / "run", "--preset", "paper", *at), 2)
     assert all(preset in message for preset in PRESETS)
@@ -181,8 +181,8 @@ def test_other_things_that_cannot_be(judged: Judged, trained: tuple[Path, Result
     ) == 2
 
 
-def test_studies_that_cannot_be(judged: Judged, tmp_path: Path) -> None:
-    at = ["--store", judged[0].uri, "--folder", tmp_path / "studies", *setting(*SMALL)]
+def test_studies_that_cannot_be(evaluated_run: Judged, tmp_path: Path) -> None:
+    at = ["--store", evaluated_run[0].uri, "--folder", tmp_path / "studies", *setting(*SMALL)]
     message = check_one_line_error(call("study", "weather", *at), 2)
     assert all(name in message for name in (*STUDIES, "bank"))
     help_text = call("study", "--help", columns=400).stdout
@@ -196,12 +196,12 @@ def test_studies_that_cannot_be(judged: Judged, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_study_for_people(judged: Judged, tmp_path: Path) -> None:
+def test_study_for_people(evaluated_run: Judged, tmp_path: Path) -> None:
     words = [
         "study",
         "loads",
         "--store",
-        judged[0].uri,
+        evaluated_run[0].uri,
         "--folder",
         tmp_path,
         "--seeds",
@@ -248,9 +248,9 @@ def test_values_are_read_as_what_they_are() -> None:
     ],
 )
 def test_answers_are_those_of_the_store(
-    judged: Judged, tmp_path: Path, preset: str, values: tuple[str, ...], classes: int | None
+    evaluated_run: Judged, tmp_path: Path, preset: str, values: tuple[str, ...], classes: int | None
 ) -> None:
-    plan = plan_of(judged[0], tmp_path, Wanted(preset=preset, settings=values, seed=3))
+    plan = plan_of(evaluated_run[0], tmp_path, Wanted(preset=preset, settings=values, seed=3))
     assert plan.config.model.classes == classes
     assert (plan.answers is None) == (classes is None)
     assert plan.answers is None or len(plan.answers) == classes

@@ -38,7 +38,7 @@ from r2scp.jobs.training.evaluate import (
 from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
 from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Answer
 from r2scp.model.config import ModelConfig
-from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest, Dataset
 from r2scp.pipelines.batches.examples import Examples, Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import CheckpointError, FingerprintMismatch, StoreError
@@ -54,14 +54,14 @@ TEST = EvaluateMeans(rates=MISSING_RATES)
 
 
 @pytest.fixture(scope="module")
-def report(judged: Judged) -> dict[str, Any]:
-    return json.loads(json.dumps(run_evaluate(*judged, TEST), allow_nan=False))
+def report(evaluated_run: Judged) -> dict[str, Any]:
+    return json.loads(json.dumps(run_evaluate(*evaluated_run, TEST), allow_nan=False))
 
 
 @pytest.fixture(scope="module")
-def rows(judged: Judged) -> dict[str, dict[str, Any]]:
+def rows(evaluated_run: Judged) -> dict[str, dict[str, Any]]:
     """What the store says of each test question that can be asked, in the order of their ids."""
-    store = judged[0]
+    store = evaluated_run[0]
     columns = ["question_id", "clip_id", "type", "answer"]
     found = store.questions(columns, "split = 'test' AND clip_id != 'gone'").to_pylist()
     assert len(found) == 32
@@ -74,7 +74,7 @@ def answered(checkpoint: Checkpoint, opened: Opened, examples: Examples, missing
     assert checkpoint.answers is not None
     for row in range(len(examples)):
         with torch.no_grad():
-            answer = model(dataset.batch(np.array([row]), Ask.all(1, missing)))
+            answer = model(dataset.batch(np.array([row]), BatchRequest.uniform(1, missing)))
         assert answer.logits_BK.isfinite().all()
         evidence = answer.evidence
         counts = [bool(part.any()) for part in (evidence.recovered_BM, evidence.fallback_BM)]
@@ -106,15 +106,15 @@ def check_all(said: dict[str, Any], hits: dict[str, bool], rows: dict[str, dict]
 
 @pytest.mark.parametrize("name", ["r2scp", *BASELINES])
 def test_every_condition_is_a_count_by_hand(
-    judged: Judged, report: dict[str, Any], rows: dict[str, dict], name: str
+    evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict], name: str
 ) -> None:
-    checkpoint = find(judged[1] if name == "r2scp" else judged[1] / "baselines" / name)
-    opened = open_for(checkpoint, judged[0])
+    checkpoint = find(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
+    opened = open_for(checkpoint, evaluated_run[0])
     told = report if name == "r2scp" else report["baselines"][name]
     examples = opened.examples("test")
     assert examples.question_ids == list(rows), "clips that lack a modality are asked about in each condition"
     hits = {}
-    for condition, missing in CONDITIONS.items():
+    for condition, missing in MISSING_COLUMN.items():
         said = answered(checkpoint, opened, examples, missing)
         pairs = zip(rows.items(), said, strict=True)
         hits[condition] = {question: text == row["answer"] for (question, row), (text, *_) in pairs}
@@ -129,7 +129,7 @@ def test_every_condition_is_a_count_by_hand(
     assert told["conditions"].keys() == {"A", "V", "AV"}
     for rate in MISSING_RATES:
         for modality, lacking in (("audio", "V"), ("visual", "A")):
-            lost = at_rate(len(rows), rate)[f"{modality} {rate:.0%}"] != NOTHING
+            lost = at_rate(len(rows), rate)[f"{modality} {rate:.0%}"] != NO_MODALITY
             mixed = {q: hits[lacking if gone else "AV"][q] for q, gone in zip(rows, lost, strict=True)}
             check_all(told["missing_rates"][f"{modality} {rate:.0%}"], mixed, rows)
 
@@ -144,10 +144,10 @@ def test_the_model_has_learned_and_recovers(report: dict[str, Any]) -> None:
     assert all(one["recovered"] == 0 for one in report["baselines"]["no-recovery"]["conditions"].values())
 
 
-def test_majority_is_a_count_by_hand(judged: Judged, report: dict[str, Any], rows: dict[str, dict]) -> None:
+def test_majority_is_a_count_by_hand(evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict]) -> None:
     """Per type of training; a type that training has not gets the most frequent answer of all."""
     columns = ["type", "answer", "corpus"]
-    trained = judged[0].questions(columns, "split = 'train' AND corpus = 'music-avqa'").to_pylist()
+    trained = evaluated_run[0].questions(columns, "split = 'train' AND corpus = 'music-avqa'").to_pylist()
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in trained:
         for kind in (row["type"], "all types"):
@@ -176,12 +176,12 @@ def test_what_cannot_be_right_is_told(report: dict[str, Any], rows: dict[str, di
 @pytest.mark.parametrize(("condition", "gone"), [("A", "visual"), ("V", "audio")])
 @pytest.mark.parametrize("name", ["r2scp", "no-recovery-dropout"])
 def test_what_is_missing_never_enters(
-    judged: Judged, copy: Callable, write: Callable, condition: str, gone: str, name: str
+    evaluated_run: Judged, copy: Callable, write: Callable, condition: str, gone: str, name: str
 ) -> None:
     """Features of the clips asked about are NaN in the missing modality; their keys are as they were."""
-    checkpoint = find(judged[1] if name == "r2scp" else judged[1] / "baselines" / name)
-    clean = open_for(checkpoint, judged[0])
-    store = copy(judged[0])
+    checkpoint = find(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
+    clean = open_for(checkpoint, evaluated_run[0])
+    store = copy(evaluated_run[0])
     # those of the train split may stand in for what is missing
     spoilt = [row for row in store.clips().to_pylist() if row["split"] != "train"]
     for row in spoilt:
@@ -217,7 +217,7 @@ def test_who_loses_what_is_drawn_once() -> None:
         gone = {rate: found[f"{modality} {rate:.0%}"] == number for rate, found in lost.items()}
         for rate, found in gone.items():
             assert np.mean(found) == pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / count))
-            assert set(lost[rate][f"{modality} {rate:.0%}"]) <= {number, NOTHING}, "one modality at a time"
+            assert set(lost[rate][f"{modality} {rate:.0%}"]) <= {number, NO_MODALITY}, "one modality at a time"
         assert (gone[0.3] <= gone[0.5]).all()
         assert (gone[0.5] <= gone[0.7]).all()
     both = (lost[0.5]["audio 50%"] == AUDIO) & (lost[0.5]["visual 50%"] == VISUAL)
@@ -225,25 +225,25 @@ def test_who_loses_what_is_drawn_once() -> None:
     assert all((at_rate(count, 0.5)[name] == found).all() for name, found in lost[0.5].items())
 
 
-def test_every_model_is_asked_the_same(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_model_is_asked_the_same(evaluated_run: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[int]] = []
     real = Dataset.batch
 
-    def noted(self: Dataset, rows: np.ndarray, ask: Ask) -> Any:
+    def noted(self: Dataset, rows: np.ndarray, ask: BatchRequest) -> Any:
         assert ask.hide
         asked.append(ask.missing_B.tolist())
         return real(self, rows, ask)
 
     monkeypatch.setattr(Dataset, "batch", noted)
-    run_evaluate(*judged, TEST)
+    run_evaluate(*evaluated_run, TEST)
     assert len(asked) == 4 * 9 * 5, "four models, three conditions and six rates, in batches of 7"
     whole = [tuple(chain(*asked[at : at + 5])) for at in range(0, len(asked), 5)]
     assert whole[:9] == whole[9:18] == whole[18:27] == whole[27:]
     assert len(set(whole)) == 9
 
 
-def test_another_process_gives_identical_numbers(judged: Judged, report: dict[str, Any]) -> None:
-    store, run = judged
+def test_another_process_gives_identical_numbers(evaluated_run: Judged, report: dict[str, Any]) -> None:
+    store, run = evaluated_run
     words = ["evaluate", str(run), "--store", store.uri, "--missing-rates", "--json", "--device", "cpu"]
     code = "import sys; from r2scp.jobs.cli.main import app; app(sys.argv[1:])"
     done = subprocess.run(
@@ -261,12 +261,12 @@ def test_another_process_gives_identical_numbers(judged: Judged, report: dict[st
     kept.unlink()
 
 
-def test_validation_is_what_training_told(judged: Judged) -> None:
-    report = run_evaluate(*judged, EvaluateMeans(split="val"))
+def test_validation_is_what_training_told(evaluated_run: Judged) -> None:
+    report = run_evaluate(*evaluated_run, EvaluateMeans(split="val"))
     for name, told in {"r2scp": report, **report["baselines"]}.items():
         if name != "majority":
-            metrics = find(judged[1] if name == "r2scp" else judged[1] / "baselines" / name).metrics
-            accuracies = {condition: told["conditions"][condition]["accuracy"] for condition in CONDITIONS}
+            metrics = find(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name).metrics
+            accuracies = {condition: told["conditions"][condition]["accuracy"] for condition in MISSING_COLUMN}
             assert metrics.pop("mean") == (accuracies["AV"] if name == "question-only" else told["average"])
             assert metrics == {condition: accuracies[condition] for condition in metrics}
 
@@ -293,8 +293,8 @@ def test_choices_and_the_questions_held_out(
         run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="test"))
 
 
-def test_what_cannot_be_compared_is_refused(judged: Judged, tmp_path: Path) -> None:
-    store, run = judged[0], shutil.copytree(judged[1], tmp_path / "run")
+def test_what_cannot_be_compared_is_refused(evaluated_run: Judged, tmp_path: Path) -> None:
+    store, run = evaluated_run[0], shutil.copytree(evaluated_run[1], tmp_path / "run")
     other = FeatureStore.create(str(tmp_path / "other"), "another-encoder", 16)
     with pytest.raises(FingerprintMismatch, match=r"encoder learnable; .* another-encoder: use"):
         run_evaluate(other, run, TEST)
@@ -312,23 +312,23 @@ def test_what_cannot_be_compared_is_refused(judged: Judged, tmp_path: Path) -> N
 
 
 def test_a_store_may_move_and_a_training_may_go_on(
-    judged: Judged, report: dict[str, Any], copy: Callable, tmp_path: Path
+    evaluated_run: Judged, report: dict[str, Any], copy: Callable, tmp_path: Path
 ) -> None:
-    run, moved = shutil.copytree(judged[1], tmp_path / "run"), copy(judged[0])
+    run, moved = shutil.copytree(evaluated_run[1], tmp_path / "run"), copy(evaluated_run[0])
     last = run / "baselines" / "no-recovery" / "last.json"
     values = json.loads(last.read_text())
     last.write_text(json.dumps(values | {"epoch": values["epoch"] - 1}))
     again = run_evaluate(moved, run, TEST)
     assert again["unfinished"] == ["no-recovery"]
-    assert (again["store"]["uri"], again["trained_on"]) == (moved.uri, judged[0].uri)
+    assert (again["store"]["uri"], again["trained_on"]) == (moved.uri, evaluated_run[0].uri)
     where = {"run": report["run"], "unfinished": [], "store": report["store"]}
     assert json.loads(json.dumps(again)) | where == report
 
 
 def test_without_the_leak_guard_it_is_said(
-    judged: Judged, quick_plan: Callable[..., TrainPlan], tmp_path: Path, copy: Callable
+    evaluated_run: Judged, quick_plan: Callable[..., TrainPlan], tmp_path: Path, copy: Callable
 ) -> None:
-    store, unguarded = copy(judged[0]), IndexSettings(retrieval=(Retrieval.PAIRED,), n=4, leak_guard=False)
+    store, unguarded = copy(evaluated_run[0]), IndexSettings(retrieval=(Retrieval.PAIRED,), n=4, leak_guard=False)
     run_index(store, unguarded, lambda *_: None)
     once = StageConfig(epochs=1, lr=1e-3)
     plan = quick_plan(tmp_path / "run", store, index=unguarded, stage_one=once, stage_two=once)

@@ -43,14 +43,14 @@ def cell(score: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def report(judged: Judged) -> dict[str, Any]:
-    return run_evaluate(*judged, EvaluateMeans(rates=MISSING_RATES))
+def report(evaluated_run: Judged) -> dict[str, Any]:
+    return run_evaluate(*evaluated_run, EvaluateMeans(rates=MISSING_RATES))
 
 
 @pytest.fixture(scope="module")
-def odd(judged: Judged) -> dict[str, Any]:
+def odd(evaluated_run: Judged) -> dict[str, Any]:
     """Of questions whose types are hostile."""
-    return run_evaluate(*judged, EvaluateMeans(split="odd"))
+    return run_evaluate(*evaluated_run, EvaluateMeans(split="odd"))
 
 
 def line_of(text: str, label: str, nth: int = 0) -> str:

@@ -25,7 +25,7 @@ from r2scp.model.batch import AUDIO, VISUAL, Batch
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
 from r2scp.model.r2scp import R2SCP, Stage
-from r2scp.pipelines.batches.dataset import CONDITIONS, NOTHING, Ask, Dataset
+from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest, Dataset
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
@@ -64,7 +64,7 @@ def right(model: R2SCP, dataset: Dataset, missing: int) -> list[bool]:
     """Of each question, asked alone."""
     found = []
     for row in range(len(dataset.examples)):
-        batch = dataset.batch(np.array([row]), Ask.all(1, missing))
+        batch = dataset.batch(np.array([row]), BatchRequest.uniform(1, missing))
         with torch.no_grad():
             found.append(int(model(batch).logits_BK.argmax()) == dataset.examples.target_B[row])
     return found
@@ -95,12 +95,12 @@ def learned(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempP
 def test_the_model_learns_32_questions_by_heart(learned: TrainPlan) -> None:
     seen = opened(learned)
     examples = seen.learning()[0]
-    whole = seen.dataset(examples.only(np.logical_and.reduce(examples.present_BM, axis=1), "lacks one"))
+    whole = seen.dataset(examples.keep(np.logical_and.reduce(examples.present_BM, axis=1), "lacks one"))
     assert len(whole.examples) == 32
-    for name, conditions in ((EXPERTS, ["AV"]), (LAST, list(CONDITIONS))):
+    for name, conditions in ((EXPERTS, ["AV"]), (LAST, list(MISSING_COLUMN))):
         model = find(learned.folder, name).model()
         for condition in conditions:
-            assert all(right(model, whole, CONDITIONS[condition])), (name, condition)
+            assert all(right(model, whole, MISSING_COLUMN[condition])), (name, condition)
     first, *_, last = (line["train"]["loss"] for line in epochs(learned.folder) if line["stage"] == "experts")
     assert last < 0.2 * first
 
@@ -127,7 +127,7 @@ def test_validation_is_counted_right_and_chooses(learned: TrainPlan) -> None:
         found = find(learned.folder, name)
         accuracies = {
             condition: float(np.mean(right(found.model(), validation, missing)))
-            for condition, missing in CONDITIONS.items()
+            for condition, missing in MISSING_COLUMN.items()
         }
         expected = accuracies | {"mean": float(np.mean(list(accuracies.values())))}
         assert found.metrics == pytest.approx(expected, abs=1e-12)
@@ -199,7 +199,7 @@ def test_each_stage_moves_exactly_what_it_trains(
         (Stage.EXPERTS, before, tensors(tmp_path, EXPERTS)),
         (Stage.MIXING, tensors(tmp_path, EXPERTS), tensors(tmp_path, LAST)),
     ):
-        model.enter(stage)
+        model.set_stage(stage)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert moved(start, end) == trained, stage
     frozen = plan.config.model.freeze_experts
@@ -248,7 +248,7 @@ def test_a_model_that_sees_the_question_reads_no_clip(
     plan = quick_plan(tmp_path / "run", poisoned, **blind)
     best = train(plan)
     assert asked
-    assert all((rows == NOTHING).all() for rows in asked)
+    assert all((rows == NO_MODALITY).all() for rows in asked)
     assert 1 / 6 <= best.metrics["mean"] <= 0.5, "yes or no is half right, four kinds a quarter"
     assert best.stage is Stage.EXPERTS
     assert {line["stage"] for line in epochs(tmp_path / "run")} == {"experts"}
@@ -304,7 +304,7 @@ def test_expert_dropout_takes_one_modality_at_its_rate(
     seen = opened(plan)
     data = seen.dataset(seen.learning()[0])
     stage = ExpertsStage(plan.config, R2SCP(plan.config.model), data, data, Worker())
-    batch = stage.prepare(np.flatnonzero(np.logical_and.reduce(data.examples.present_BM, axis=1)), NOTHING)
+    batch = stage.prepare(np.flatnonzero(np.logical_and.reduce(data.examples.present_BM, axis=1)), NO_MODALITY)
     given: list[Batch] = []
 
     class Given(nn.Module):
@@ -312,13 +312,13 @@ def test_expert_dropout_takes_one_modality_at_its_rate(
             given.append(batch)
 
     for chance in range(50):
-        stage.learn(Given(), batch, NOTHING, chance)
+        stage.learn(Given(), batch, NO_MODALITY, chance)
     lost_BM = ~torch.cat([one.present_BM for one in given])
     assert int(lost_BM.sum(dim=1).max()) <= 1
     shares = lost_BM.float().mean(dim=0)
     for modality in (AUDIO, VISUAL):
         assert float(shares[modality]) == pytest.approx(rate / 2, abs=0.04)  # 1,600 draws: 3 standard errors
-    stage.learn(Given(), batch, NOTHING, 7)
+    stage.learn(Given(), batch, NO_MODALITY, 7)
     assert torch.equal(given[-1].present_BM, given[7].present_BM), "the chance decides"
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.model.imagebind.towers import Attention, Block
+from r2scp.model.imagebind.towers import SelfAttention, Block
 
 SMALL = ImageBindConfig(
     vision=TowerConfig(width=48, depth=2, heads=4),
@@ -41,7 +41,7 @@ def some_ids(rows: int = 3, width: int = 9) -> Tensor:
 
 @pytest.mark.parametrize("extra_token", [False, True])
 def test_attention_equals_pytorchs_own(extra_token: bool) -> None:
-    ours = Attention(TowerConfig(width=24, depth=1, heads=3), extra_token=extra_token)
+    ours = SelfAttention(TowerConfig(width=24, depth=1, heads=3), extra_token=extra_token)
     theirs = nn.MultiheadAttention(24, 3, add_bias_kv=extra_token, batch_first=True)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -51,7 +51,7 @@ def test_attention_equals_pytorchs_own(extra_token: bool) -> None:
 
 
 def test_causal_attention_equals_pytorchs_own() -> None:
-    ours = Attention(TowerConfig(width=24, depth=1, heads=3), causal=True)
+    ours = SelfAttention(TowerConfig(width=24, depth=1, heads=3), causal=True)
     theirs = nn.MultiheadAttention(24, 3, batch_first=True)
     ours.load_state_dict(theirs.state_dict())
     x_BLC = torch.randn(2, 7, 24)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
-from r2scp.pipelines.batches.dataset import NOTHING, Ask, Dataset, NeighbourRows
+from r2scp.pipelines.batches.dataset import NO_MODALITY, BatchRequest, Dataset, NeighbourRows
 from r2scp.pipelines.batches.examples import Clips, Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import StoreError
@@ -59,15 +59,15 @@ class Oracle:
 
     def sought(self, row: int, missing: int) -> int:
         lacking = [column for column in (AUDIO, VISUAL) if self.clip(row)[NAMES[column]] is None]
-        return lacking[0] if missing == NOTHING and len(lacking) == 1 else missing
+        return lacking[0] if missing == NO_MODALITY and len(lacking) == 1 else missing
 
-    def own(self, row: int, column: int, ask: Ask, at: int) -> list | None:
+    def own(self, row: int, column: int, ask: BatchRequest, at: int) -> list | None:
         return None if ask.hide and ask.missing_B[at] == column else self.clip(row)[NAMES[column]]
 
-    def neighbours(self, rows: np.ndarray, ask: Ask, side: str, n: int) -> tuple[Tensor, Tensor, list]:
+    def neighbours(self, rows: np.ndarray, ask: BatchRequest, side: str, n: int) -> tuple[Tensor, Tensor, list]:
         parts, ids = [], []
         for row, missing in zip(rows, ask.missing_B.tolist(), strict=True):
-            name = "nothing" if (sought := self.sought(row, missing)) == NOTHING else NAMES[sought]
+            name = "nothing" if (sought := self.sought(row, missing)) == NO_MODALITY else NAMES[sought]
             found = self.near.get((self.clip(row)["clip_id"], name), {f"{side}_ids": []})[f"{side}_ids"][:n]
             parts += [self.clips[clip_id][name] for clip_id in found] + [None] * (n - len(found))
             ids.append([self.dataset.clips.ids.index(i) for i in found] + [-1] * (n - len(found)))
@@ -80,7 +80,7 @@ def same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(found[1], wanted[1])
 
 
-def expect_batch(dataset: Dataset, rows: np.ndarray, ask: Ask, n: int = 3) -> Batch:
+def expect_batch(dataset: Dataset, rows: np.ndarray, ask: BatchRequest, n: int = 3) -> Batch:
     """The batch, after a look at each tensor."""
     oracle, batch = Oracle(dataset), dataset.batch(rows, ask)
     for column, name in enumerate(NAMES):
@@ -92,7 +92,7 @@ def expect_batch(dataset: Dataset, rows: np.ndarray, ask: Ask, n: int = 3) -> Ba
     sought = [oracle.sought(row, missing) for row, missing in zip(rows, ask.missing_B.tolist(), strict=True)]
     wanted = {"nearest": batch.retrieved} | ({"farthest": batch.farthest} if ask.farthest else {})
     for side, found in wanted.items():
-        if dataset.neighbours is None or all(column == NOTHING for column in sought):
+        if dataset.neighbours is None or all(column == NO_MODALITY for column in sought):
             assert found is None
             continue
         assert found is not None
@@ -107,41 +107,41 @@ def expect_batch(dataset: Dataset, rows: np.ndarray, ask: Ask, n: int = 3) -> Ba
 
 @pytest.mark.parametrize("farthest", [False, True])
 @pytest.mark.parametrize("hide", [False, True])
-@pytest.mark.parametrize("missing", [NOTHING, AUDIO, VISUAL])
+@pytest.mark.parametrize("missing", [NO_MODALITY, AUDIO, VISUAL])
 @pytest.mark.parametrize("answers", [ANSWERS, None])
 def test_every_tensor(
-    asked_store: FeatureStore, open_dataset: Open, answers: object, missing: int, hide: bool, farthest: bool
+    question_store: FeatureStore, open_dataset: Open, answers: object, missing: int, hide: bool, farthest: bool
 ) -> None:
-    dataset = open_dataset(asked_store, "test", answers)
+    dataset = open_dataset(question_store, "test", answers)
     rows = np.random.default_rng(missing + 1).permutation(len(dataset.examples))
-    ask = Ask.all(len(rows), missing, hide=hide, farthest=farthest)
+    ask = BatchRequest.uniform(len(rows), missing, hide=hide, farthest=farthest)
     batch = expect_batch(dataset, rows, ask)
     assert not batch.present_BM.all()
-    expect_batch(dataset, np.array([3, 3, 0]), Ask.all(3, missing, hide=hide, farthest=farthest))
-    expect_batch(open_dataset(asked_store, "test", answers, n=0), rows, ask)
-    if missing == NOTHING:
+    expect_batch(dataset, np.array([3, 3, 0]), BatchRequest.uniform(3, missing, hide=hide, farthest=farthest))
+    expect_batch(open_dataset(question_store, "test", answers, n=0), rows, ask)
+    if missing == NO_MODALITY:
         assert dataset.batch(rows, replace(ask, hide=False)).present_BM.tolist() == batch.present_BM.tolist()
 
 
 @pytest.mark.parametrize("hide", [False, True])
-def test_rows_that_miss_different_things(asked_store: FeatureStore, open_dataset: Open, hide: bool) -> None:
-    dataset = open_dataset(asked_store, "train", ANSWERS, n=2)
+def test_rows_that_miss_different_things(question_store: FeatureStore, open_dataset: Open, hide: bool) -> None:
+    dataset = open_dataset(question_store, "train", ANSWERS, n=2)
     rows = np.arange(len(dataset.examples))[::-1]
-    ask = Ask(missing_B=rows % 3 - 1, hide=hide, farthest=True)
+    ask = BatchRequest(missing_B=rows % 3 - 1, hide=hide, farthest=True)
     batch = expect_batch(dataset, rows.copy(), ask, n=2)
     assert batch.retrieved is not None
     hit_B = batch.retrieved.mask_BNL.any(dim=2)
     for at, row in enumerate(rows):  # a deaf clip has no query to find pictures with
-        alone = dataset.batch(rows[at : at + 1].copy(), Ask.all(1, int(ask.missing_B[at]), hide=hide))
-        sought = dataset.sought(rows[at : at + 1], Ask.all(1, int(ask.missing_B[at])))[0]
-        queried = sought != NOTHING and bool(dataset.examples.present_BM[row, 1 - sought])
+        alone = dataset.batch(rows[at : at + 1].copy(), BatchRequest.uniform(1, int(ask.missing_B[at]), hide=hide))
+        sought = dataset.recovered_modality(rows[at : at + 1], BatchRequest.uniform(1, int(ask.missing_B[at])))[0]
+        queried = sought != NO_MODALITY and bool(dataset.examples.present_BM[row, 1 - sought])
         assert hit_B[at].tolist() == [queried] * 2
-        assert (alone.retrieved is None) is bool(sought == NOTHING)
+        assert (alone.retrieved is None) is bool(sought == NO_MODALITY)
     assert not hit_B.any(dim=1).all()
 
 
-def test_choices_that_are_not_there_are_masked(asked_store: FeatureStore, open_dataset: Open) -> None:
-    dataset = open_dataset(asked_store, "train")
+def test_choices_that_are_not_there_are_masked(question_store: FeatureStore, open_dataset: Open) -> None:
+    dataset = open_dataset(question_store, "train")
     rows, oracle = np.arange(len(dataset.examples)), Oracle(dataset)
     question = dataset.question(rows)
     assert question.choices_BKC is not None
@@ -151,9 +151,9 @@ def test_choices_that_are_not_there_are_masked(asked_store: FeatureStore, open_d
     assert not question.choices_mask_BK.all()
     wanted = [oracle.question(row)["choice_sentences"] for row in rows.tolist()]
     assert question.choices_BKC.tolist() == wanted
-    batch = dataset.batch(rows, Ask.all(len(rows), AUDIO))
+    batch = dataset.batch(rows, BatchRequest.uniform(len(rows), AUDIO))
     assert torch.equal(batch.question.choices_BKC, question.choices_BKC)  # pyright: ignore
-    assert open_dataset(asked_store, "train", ANSWERS).question(rows).choices_BKC is None
+    assert open_dataset(question_store, "train", ANSWERS).question(rows).choices_BKC is None
 
 
 def test_fewer_choices_than_others(own_store: FeatureStore, open_dataset: Open, write: Write) -> None:
@@ -180,7 +180,7 @@ def test_what_is_hidden_is_not_read(
     poisoned = {row["clip_id"] for row in outside}
     dataset = open_dataset(own_store, "test", ANSWERS)
     rows = np.array([at for at in range(len(dataset.examples)) if clip_of(dataset, at) in poisoned])
-    ask = Ask.all(len(rows), missing, farthest=True)
+    ask = BatchRequest.uniform(len(rows), missing, farthest=True)
     batch = dataset.batch(rows, ask)
     assert all(bool(tensor.isfinite().all()) for tensor in tensors(batch))
     assert not all(
@@ -222,16 +222,16 @@ def test_the_index_is_read_as_asked(own_store: FeatureStore, open_dataset: Open)
     for modality, found_RN in dataset.neighbours.nearest_RN.items():
         for row, found in enumerate(found_RN.tolist()):
             before = whole.nearest_RN[modality][clips.row_of[dataset.clips.ids[row]]].tolist()
-            kept = [clips.ids[hit] for hit in before if hit not in (first, NOTHING)][:3]
-            assert [dataset.clips.ids[hit] for hit in found if hit != NOTHING] == kept
-            assert found[len(kept) :] == [NOTHING] * (3 - len(kept))
+            kept = [clips.ids[hit] for hit in before if hit not in (first, NO_MODALITY)][:3]
+            assert [dataset.clips.ids[hit] for hit in found if hit != NO_MODALITY] == kept
+            assert found[len(kept) :] == [NO_MODALITY] * (3 - len(kept))
     lance.LanceDataset.drop(own_store.address(Table.NEIGHBOURS).uri)
     with pytest.raises(StoreError, match=r"r2scp-pipe index"):
         NeighbourRows.read(own_store, Pins.latest(own_store), clips, settings, Retrieval.PAIRED, 3)
 
 
-def test_random_negatives(asked_store: FeatureStore, open_dataset: Open) -> None:
-    dataset = open_dataset(asked_store, "train", ANSWERS)
+def test_random_negatives(question_store: FeatureStore, open_dataset: Open) -> None:
+    dataset = open_dataset(question_store, "train", ANSWERS)
     rows, clips = dataset.neighbours, dataset.clips
     assert rows is not None
     drawn, again, other = (rows.with_random_farthest(clips, seed) for seed in (1, 1, 2))
@@ -242,11 +242,11 @@ def test_random_negatives(asked_store: FeatureStore, open_dataset: Open) -> None
         assert np.array_equal(found_RN, again.farthest_RN[modality])
         assert not np.array_equal(found_RN, other.farthest_RN[modality])
         assert not np.array_equal(found_RN, rows.farthest_RN[modality])
-        assert np.array_equal(found_RN == NOTHING, rows.farthest_RN[modality] == NOTHING)
-        hit_RN = found_RN != NOTHING
+        assert np.array_equal(found_RN == NO_MODALITY, rows.farthest_RN[modality] == NO_MODALITY)
+        hit_RN = found_RN != NO_MODALITY
         assert not (hit_RN & (sources[found_RN] == sources[:, None])).any()
         assert clips.present_RM[found_RN[hit_RN], column].all()
-        assert {asked_store_split(asked_store, clips.ids[hit]) for hit in found_RN[hit_RN]} == {"train"}
+        assert {asked_store_split(question_store, clips.ids[hit]) for hit in found_RN[hit_RN]} == {"train"}
     one = replace(clips, sources=["same"] * len(clips.ids))  # nobody else: the farthest stay
     kept = rows.with_random_farthest(one, 1).farthest_RN
     assert all(np.array_equal(kept[modality], rows.farthest_RN[modality]) for modality in Modality)

@@ -7,7 +7,7 @@ import lance
 import numpy as np
 import pytest
 
-from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Asked, Clips, Examples, Pins, vocabulary
+from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, QuestionFilter, Clips, Examples, Pins, vocabulary
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
@@ -20,7 +20,7 @@ def examples(
     store: FeatureStore, split: str, corpora: tuple[str, ...] = (), answers: Sequence[str] | None = None
 ) -> Examples:
     pins = Pins.latest(store)
-    asked = Asked(split=split, corpora=corpora)
+    asked = QuestionFilter(split=split, corpora=corpora)
     return Examples.read(store, pins, Clips.read(store, pins.clips), asked, answers)
 
 
@@ -31,8 +31,8 @@ def rows(store: FeatureStore, table: Table) -> dict[str, dict]:
     return {row[key]: row | {"row": at} for at, row in enumerate(read)}
 
 
-def test_clips_are_numbered_as_they_are_read(asked_store: FeatureStore) -> None:
-    clips, held = Clips.read(asked_store, asked_store.versions()["clips"]), rows(asked_store, Table.CLIPS)
+def test_clips_are_numbered_as_they_are_read(question_store: FeatureStore) -> None:
+    clips, held = Clips.read(question_store, question_store.versions()["clips"]), rows(question_store, Table.CLIPS)
     assert clips.ids == list(held)
     assert clips.row_of == {clip_id: row["row"] for clip_id, row in held.items()}
     assert clips.present_RM.dtype == bool
@@ -45,10 +45,10 @@ def test_clips_are_numbered_as_they_are_read(asked_store: FeatureStore) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("corpora", [(), ("music-avqa",), ("avqa",), ("avqa", "music-avqa")])
-def test_questions_with_classes(asked_store: FeatureStore, split: str, corpora: tuple[str, ...]) -> None:
+def test_questions_with_classes(question_store: FeatureStore, split: str, corpora: tuple[str, ...]) -> None:
     answers = ["yes", "two", "flute", "no"]
-    found = examples(asked_store, split, corpora, answers)
-    clips, questions = rows(asked_store, Table.CLIPS), rows(asked_store, Table.QUESTIONS)
+    found = examples(question_store, split, corpora, answers)
+    clips, questions = rows(question_store, Table.CLIPS), rows(question_store, Table.QUESTIONS)
     asked = [
         row
         for row in questions.values()
@@ -73,9 +73,9 @@ def test_questions_with_classes(asked_store: FeatureStore, split: str, corpora: 
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_questions_with_choices(asked_store: FeatureStore, split: str) -> None:
-    found = examples(asked_store, split)
-    questions = [row for row in rows(asked_store, Table.QUESTIONS).values() if row["split"] == split]
+def test_questions_with_choices(question_store: FeatureStore, split: str) -> None:
+    found = examples(question_store, split)
+    questions = [row for row in rows(question_store, Table.QUESTIONS).values() if row["split"] == split]
     kept = {row["question_id"]: row for row in questions if row["choices"] and row["answer_index"] >= 0}
     assert found.question_ids == sorted(kept)
     assert {row["corpus"] for row in kept.values()} == {"avqa"}
@@ -104,17 +104,17 @@ def test_a_choice_that_is_null_or_beyond_is_never_right(own_store: FeatureStore,
     assert not set(found.question_ids) & {row["question_id"] for row in broken}
 
 
-def test_only_counts_what_goes(asked_store: FeatureStore) -> None:
-    whole = examples(asked_store, "val", answers=["yes", "no"])
-    odd = whole.only(np.arange(len(whole)) % 2 == 1, "even")
+def test_only_counts_what_goes(question_store: FeatureStore) -> None:
+    whole = examples(question_store, "val", answers=["yes", "no"])
+    odd = whole.keep(np.arange(len(whole)) % 2 == 1, "even")
     assert odd.question_ids == whole.question_ids[1::2]
     assert odd.types == whole.types[1::2]
     for name in ("question_row_B", "clip_row_B", "target_B", "present_BM"):
         assert np.array_equal(getattr(odd, name), getattr(whole, name)[1::2])
     assert whole.left_out == {}
     assert odd.left_out == {"even": len(whole) - len(odd)}
-    assert odd.only(np.ones(len(odd), bool), "nothing").left_out == odd.left_out
-    assert odd.only(np.arange(len(odd)) > 0, "even").left_out == {"even": odd.left_out["even"] + 1}
+    assert odd.keep(np.ones(len(odd), bool), "nothing").left_out == odd.left_out
+    assert odd.keep(np.arange(len(odd)) > 0, "even").left_out == {"even": odd.left_out["even"] + 1}
 
 
 def test_versions_are_pinned(own_store: FeatureStore, write: Write) -> None:
@@ -127,7 +127,7 @@ def test_versions_are_pinned(own_store: FeatureStore, write: Write) -> None:
     write(own_store, Table.QUESTIONS, [row | {"split": "val"} for row in train])
     own_store.commit(Table.CLIPS, [], {}, also_delete=[gone])
     assert gone not in Clips.read(own_store, own_store.versions()["clips"]).row_of
-    again = Examples.read(own_store, pins, Clips.read(own_store, pins.clips), Asked(split="train"), ["yes"])
+    again = Examples.read(own_store, pins, Clips.read(own_store, pins.clips), QuestionFilter(split="train"), ["yes"])
     assert Clips.read(own_store, pins.clips).ids == clips.ids
     assert again.question_ids == before.question_ids
     assert np.array_equal(again.question_row_B, before.question_row_B)
@@ -135,19 +135,19 @@ def test_versions_are_pinned(own_store: FeatureStore, write: Write) -> None:
 
 def heard(store: FeatureStore, corpora: tuple[str, ...] = ()) -> list[str]:
     pins = Pins.latest(store)
-    asked = Asked(split="train", corpora=corpora)
+    asked = QuestionFilter(split="train", corpora=corpora)
     return vocabulary(store, pins, Clips.read(store, pins.clips), asked)
 
 
-def test_vocabulary_is_the_train_splits(asked_store: FeatureStore) -> None:
-    train = [row for row in rows(asked_store, Table.QUESTIONS).values() if row["split"] == "train"]
+def test_vocabulary_is_the_train_splits(question_store: FeatureStore) -> None:
+    train = [row for row in rows(question_store, Table.QUESTIONS).values() if row["split"] == "train"]
     counts = Counter(row["answer"] for row in train if row["corpus"] == "music-avqa")
-    answers = heard(asked_store, ("music-avqa",))
+    answers = heard(question_store, ("music-avqa",))
     assert set(answers) == set(counts)
     assert "bagpipe" not in answers  # only the test split has it
     assert [counts[answer] for answer in answers] == sorted(counts.values(), reverse=True)
-    assert set(heard(asked_store)) == {row["answer"] for row in train}
-    found = examples(asked_store, "test", ("music-avqa",), answers)
+    assert set(heard(question_store)) == {row["answer"] for row in train}
+    found = examples(question_store, "test", ("music-avqa",), answers)
     assert found.target_B[found.question_ids.index("music-avqa/unheard")] == NO_ANSWER
 
 
@@ -179,13 +179,13 @@ def test_a_store_without_an_index_has_no_version_of_it(own_store: FeatureStore) 
     assert Pins.latest(own_store).neighbours == 0
 
 
-def test_under_a_disjoint_split_no_source_is_in_two(asked_store: FeatureStore) -> None:
-    pins = Pins.latest(asked_store)
-    clips = Clips.read(asked_store, pins.clips)
+def test_under_a_disjoint_split_no_source_is_in_two(question_store: FeatureStore) -> None:
+    pins = Pins.latest(question_store)
+    clips = Clips.read(question_store, pins.clips)
     sources, ids = {}, []
     for split in SHARES:
         try:
-            found = Examples.read(asked_store, pins, clips, Asked(split=split, disjoint=True), ["yes"])
+            found = Examples.read(question_store, pins, clips, QuestionFilter(split=split, disjoint=True), ["yes"])
         except StoreError:  # none of these few sources falls there
             continue
         ids += found.question_ids
@@ -193,7 +193,7 @@ def test_under_a_disjoint_split_no_source_is_in_two(asked_store: FeatureStore) -
             assert (
                 sources.setdefault(clips.sources[row], split) == split == disjoint_split(clips.sources[row])
             )
-    asked = [row for row in rows(asked_store, Table.QUESTIONS).values() if row["clip_id"] in clips.row_of]
+    asked = [row for row in rows(question_store, Table.QUESTIONS).values() if row["clip_id"] in clips.row_of]
     assert sorted(ids) == sorted(row["question_id"] for row in asked)
     assert len(set(sources.values())) > 1
 

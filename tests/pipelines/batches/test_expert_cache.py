@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2scp.jobs.training.stages import MixingObjective
 from r2scp.model.batch import AUDIO, VISUAL, Tokens
 from r2scp.model.config import ModelConfig, Stage
-from r2scp.model.losses import StageTwo
 from r2scp.model.r2scp import R2SCP, Encoded
 from r2scp.pipelines.batches import expert_cache as expert_states
-from r2scp.pipelines.batches.dataset import NOTHING, Ask, Dataset
-from r2scp.pipelines.batches.expert_cache import ExpertStates
+from r2scp.pipelines.batches.dataset import NO_MODALITY, BatchRequest, Dataset
+from r2scp.pipelines.batches.expert_cache import ExpertCache
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 def model(**changes: object) -> R2SCP:
     torch.manual_seed(1)
     config = ModelConfig(encoder_dim=12, classes=len(ANSWERS), dim=16, heads=2, k=2, dropout=0.3)
-    return R2SCP(replace(config, **changes)).enter(Stage.MIXING)  # pyright: ignore[reportArgumentType]
+    return R2SCP(replace(config, **changes)).set_stage(Stage.MIXING)  # pyright: ignore[reportArgumentType]
 
 
 def close(found: Tokens | None, wanted: Tokens | None) -> None:
@@ -81,7 +81,7 @@ def needed_by(datasets: list[Dataset]) -> set[int]:
         for side in (dataset.neighbours.nearest_RN, dataset.neighbours.farthest_RN):
             for found_RN in side.values():
                 met |= {int(hit) for row in asked for hit in found_RN[row]}
-    return met - {NOTHING}
+    return met - {NO_MODALITY}
 
 
 @pytest.fixture(params=["a corner", "all"])
@@ -94,48 +94,48 @@ def forward_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("neighbours", [1, 3, 4])
 @pytest.mark.parametrize("choices", [False, True])
 def test_states_are_what_the_model_computes(
-    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, choices: bool, neighbours: int
+    question_store: FeatureStore, open_dataset: Open, tmp_path: Path, choices: bool, neighbours: int
 ) -> None:
     answers = None if choices else ANSWERS
-    train, test = (open_dataset(asked_store, split, answers, n=4) for split in ("train", "test"))
-    few = test.examples.only(test.text_B > 1, "other texts")
+    train, test = (open_dataset(question_store, split, answers, n=4) for split in ("train", "test"))
+    few = test.examples.keep(test.text_B > 1, "other texts")
     test = replace(test, examples=few)
     assert len(np.unique(test.text_B)) < len(np.unique(train.text_B))
     net = model(neighbours=neighbours, classes=None if choices else len(ANSWERS))
-    states = ExpertStates(net, [train, test], tmp_path, CPU)
+    states = ExpertCache(net, [train, test], tmp_path, CPU)
     net.eval()  # until here it was not, which frozen experts must not heed
     for dataset in (train, test):
         rows = np.random.default_rng(0).permutation(len(dataset.examples))
         assert not dataset.examples.present_BM[rows].all()
-        for missing in (NOTHING, AUDIO, VISUAL):
+        for missing in (NO_MODALITY, AUDIO, VISUAL):
             for farthest in (False, True):
-                ask = Ask.all(len(rows), missing, farthest=farthest)
-                same(states.encoded(dataset, rows, ask), net.encode(dataset.batch(rows, ask)))
-            answer = net.answer(states.encoded(dataset, rows, ask))
+                ask = BatchRequest.uniform(len(rows), missing, farthest=farthest)
+                same(states.encoded_batch(dataset, rows, ask), net.encode(dataset.batch(rows, ask)))
+            answer = net.answer(states.encoded_batch(dataset, rows, ask))
             wanted = net(dataset.batch(rows, ask))
             torch.testing.assert_close(answer.logits_BK, wanted.logits_BK, rtol=0, atol=1e-5)
             equal(answer.evidence.neighbours_BN, wanted.evidence.neighbours_BN)
-        mixed = Ask(missing_B=rows % 3 - 1, farthest=True)
-        same(states.encoded(dataset, rows, mixed), net.encode(dataset.batch(rows, mixed)))
+        mixed = BatchRequest(missing_B=rows % 3 - 1, farthest=True)
+        same(states.encoded_batch(dataset, rows, mixed), net.encode(dataset.batch(rows, mixed)))
         twice = np.array([2, 2])
-        one = Ask.all(2, AUDIO)
-        same(states.encoded(dataset, twice, one), net.encode(dataset.batch(twice, one)))
+        one = BatchRequest.uniform(2, AUDIO)
+        same(states.encoded_batch(dataset, twice, one), net.encode(dataset.batch(twice, one)))
 
 
 @pytest.mark.parametrize("missing", [AUDIO, VISUAL])
 def test_states_beside_what_is_there(
-    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, missing: int
+    question_store: FeatureStore, open_dataset: Open, tmp_path: Path, missing: int
 ) -> None:
     """Stage II: nothing is hidden, and the neighbours of what will be missing come along."""
-    dataset, net = open_dataset(asked_store, "train", ANSWERS), model()
-    states = ExpertStates(net, [dataset], tmp_path, CPU)
+    dataset, net = open_dataset(question_store, "train", ANSWERS), model()
+    states = ExpertCache(net, [dataset], tmp_path, CPU)
     there_B, known_B = dataset.examples.present_BM.all(axis=1), dataset.examples.target_B >= 0
     rows = np.flatnonzero(there_B & known_B)[::-1].copy()
-    ask = Ask.all(len(rows), missing, hide=False, farthest=True)
-    batch, encoded = dataset.batch(rows, ask), states.encoded(dataset, rows, ask)
+    ask = BatchRequest.uniform(len(rows), missing, hide=False, farthest=True)
+    batch, encoded = dataset.batch(rows, ask), states.encoded_batch(dataset, rows, ask)
     same(encoded, net.encode(batch, missing))
     assert len(encoded) == len(rows)
-    objective = StageTwo(net.eval())
+    objective = MixingObjective(net.eval())
     found, wanted = (objective(inputs, missing).loss for inputs in (encoded, batch))
     assert found.parts.keys() == wanted.parts.keys()
     torch.testing.assert_close(found.total, wanted.total, rtol=0, atol=1e-5)
@@ -144,15 +144,15 @@ def test_states_beside_what_is_there(
 
 @pytest.mark.parametrize(("cmr", "cap"), [(False, False), (False, True), (True, False)])
 def test_without_retrieval_or_purification(
-    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, cmr: bool, cap: bool
+    question_store: FeatureStore, open_dataset: Open, tmp_path: Path, cmr: bool, cap: bool
 ) -> None:
-    dataset = open_dataset(asked_store, "train", ANSWERS, n=3 if cmr else 0)
+    dataset = open_dataset(question_store, "train", ANSWERS, n=3 if cmr else 0)
     net = model(cmr=cmr, cap=cap).eval()
-    states = ExpertStates(net, [dataset], tmp_path, CPU)
+    states = ExpertCache(net, [dataset], tmp_path, CPU)
     rows = np.arange(len(dataset.examples))
-    for missing in (NOTHING, AUDIO, VISUAL):
-        ask = Ask.all(len(rows), missing)
-        batch, encoded = dataset.batch(rows, ask), states.encoded(dataset, rows, ask)
+    for missing in (NO_MODALITY, AUDIO, VISUAL):
+        ask = BatchRequest.uniform(len(rows), missing)
+        batch, encoded = dataset.batch(rows, ask), states.encoded_batch(dataset, rows, ask)
         same(encoded, net.encode(batch))
         torch.testing.assert_close(net.answer(encoded).logits_BK, net(batch).logits_BK, rtol=0, atol=1e-5)
     if not (cmr or cap):  # then nobody asks for common features, and they cost nothing
@@ -162,7 +162,7 @@ def test_without_retrieval_or_purification(
 
 
 def test_each_clip_passes_each_expert_once(
-    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    question_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, seen = model(), []
     through = net.experts.forward
@@ -172,13 +172,13 @@ def test_each_clip_passes_each_expert_once(
         return through(features, mask, source, expert)
 
     monkeypatch.setattr(net.experts, "forward", counted)
-    wholes = [open_dataset(asked_store, split, ANSWERS, n=1) for split in ("train", "val")]
-    kept = [whole.examples.only(whole.text_B == 3, "other texts") for whole in wholes]
+    wholes = [open_dataset(question_store, split, ANSWERS, n=1) for split in ("train", "val")]
+    kept = [whole.examples.keep(whole.text_B == 3, "other texts") for whole in wholes]
     train, val = (replace(whole, examples=few) for whole, few in zip(wholes, kept, strict=True))
     assert train.neighbours is not None
     random = replace(train, neighbours=train.neighbours.with_random_farthest(train.clips, 5))
     datasets = [train, val, random]
-    states = ExpertStates(net, datasets, tmp_path, CPU)
+    states = ExpertCache(net, datasets, tmp_path, CPU)
     clips = len(needed_by(datasets))
     assert len(needed_by([train])) < len(needed_by([train, val])) < clips < len(train.clips.ids)
     texts = [len(np.unique(dataset.text_B)) for dataset in datasets]
@@ -188,31 +188,31 @@ def test_each_clip_passes_each_expert_once(
     assert states.forwards == 4 * clips + sum(texts)
     for dataset in datasets:
         rows = np.arange(len(dataset.examples))
-        states.encoded(dataset, rows, Ask.all(len(rows), AUDIO, farthest=True))
+        states.encoded_batch(dataset, rows, BatchRequest.uniform(len(rows), AUDIO, farthest=True))
     assert len(seen) == 7, "a batch went through the experts"
     monkeypatch.undo()
     rows = np.arange(len(random.examples))
-    ask = Ask.all(len(rows), VISUAL, farthest=True)
-    same(states.encoded(random, rows, ask), net.encode(random.batch(rows, ask)))
+    ask = BatchRequest.uniform(len(rows), VISUAL, farthest=True)
+    same(states.encoded_batch(random, rows, ask), net.encode(random.batch(rows, ask)))
 
 
 @pytest.mark.parametrize("change", [{"freeze_experts": False}, None])
 def test_experts_that_move_are_refused(
-    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, change: dict | None
+    question_store: FeatureStore, open_dataset: Open, tmp_path: Path, change: dict | None
 ) -> None:
-    dataset = open_dataset(asked_store, "val", ANSWERS)
-    net = model(**change) if change else model().enter(Stage.EXPERTS)
+    dataset = open_dataset(question_store, "val", ANSWERS)
+    net = model(**change) if change else model().set_stage(Stage.EXPERTS)
     with pytest.raises(ValueError, match="frozen"):
-        ExpertStates(net, [dataset], tmp_path, CPU)
+        ExpertCache(net, [dataset], tmp_path, CPU)
 
 
 def test_states_in_files(
-    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    question_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset, net, folder = open_dataset(asked_store, "val", ANSWERS), model(), tmp_path / "run" / "states"
+    dataset, net, folder = open_dataset(question_store, "val", ANSWERS), model(), tmp_path / "run" / "states"
     rows = np.arange(len(dataset.examples))
-    ask = Ask.all(len(rows), AUDIO, farthest=True)
-    held = ExpertStates(net, [dataset], folder, CPU).encoded(dataset, rows, ask)
+    ask = BatchRequest.uniform(len(rows), AUDIO, farthest=True)
+    held = ExpertCache(net, [dataset], folder, CPU).encoded_batch(dataset, rows, ask)
     assert not folder.exists()
     made: list[tuple[int, ...]] = []
     mapped = np.memmap
@@ -223,25 +223,25 @@ def test_states_in_files(
 
     monkeypatch.setattr(expert_states, "IN_MEMORY_BYTES", 1)
     monkeypatch.setattr(np, "memmap", memmap)
-    kept = ExpertStates(net, [dataset], folder, CPU)
+    kept = ExpertCache(net, [dataset], folder, CPU)
     assert len(made) == 5
-    same(kept.encoded(dataset, rows, ask), held)
+    same(kept.encoded_batch(dataset, rows, ask), held)
     assert list(folder.iterdir()) == []
 
 
 def test_a_full_disk_is_said(
-    asked_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    question_store: FeatureStore, open_dataset: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = open_dataset(asked_store, "val", ANSWERS)
+    dataset = open_dataset(question_store, "val", ANSWERS)
     monkeypatch.setattr(expert_states, "IN_MEMORY_BYTES", 1)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"cannot keep [\d,]+ bytes of states in .*file/states"):
-        ExpertStates(model(), [dataset], tmp_path / "file" / "states", CPU)
+        ExpertCache(model(), [dataset], tmp_path / "file" / "states", CPU)
 
     def full(file: int, start: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StoreError, match=r"No space left"):
-        ExpertStates(model(), [dataset], tmp_path / "states", CPU)
+        ExpertCache(model(), [dataset], tmp_path / "states", CPU)
     assert list((tmp_path / "states").iterdir()) == []

@@ -6,24 +6,24 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from r2scp.pipelines.batches.prefetch import AHEAD, in_order, read_ahead, shuffled
+from r2scp.pipelines.batches.prefetch import PREFETCH_DEPTH, sequential_batches, prefetch, shuffled_batches
 
 PATIENCE = 30.0  # s; how long a test waits for what must happen before it fails
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 8), (1, 8), (8, 8), (61, 8), (61, 1), (5, 100)])
 def test_each_question_comes_once(count: int, batch_size: int) -> None:
-    batches = shuffled(count, batch_size, (1, 2))
+    batches = shuffled_batches(count, batch_size, (1, 2))
     assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(count))
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    assert [row for batch in in_order(count, batch_size) for row in batch] == list(range(count))
-    for batch in [*batches, *in_order(count, batch_size)]:
+    assert [row for batch in sequential_batches(count, batch_size) for row in batch] == list(range(count))
+    for batch in [*batches, *sequential_batches(count, batch_size)]:
         assert batch.dtype == np.int64
         assert 0 < len(batch) <= batch_size
 
 
 def test_the_seed_decides_the_order() -> None:
-    orders = [np.concatenate(shuffled(100, 7, seed)).tolist() for seed in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    orders = [np.concatenate(shuffled_batches(100, 7, seed)).tolist() for seed in ((1, 0), (1, 0), (1, 1), (2, 0))]
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in orders}) == 3
     assert orders[0] != sorted(orders[0])
@@ -32,8 +32,8 @@ def test_the_seed_decides_the_order() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 16, 17, 61])
 def test_workers_share_each_batch(count: int, world: int) -> None:
-    whole = shuffled(count, 8, (3,))
-    shares = [shuffled(count, 8, (3,), rank, world) for rank in range(world)]
+    whole = shuffled_batches(count, 8, (3,))
+    shares = [shuffled_batches(count, 8, (3,), rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1, "workers would wait for one another for ever"
     whole = [batch for batch in whole if len(batch) >= world]
     for batch, *parts in zip(whole, *shares, strict=True):
@@ -41,16 +41,16 @@ def test_workers_share_each_batch(count: int, world: int) -> None:
         assert min(lengths) >= 1
         assert max(lengths) - min(lengths) <= 1
         assert sorted(np.concatenate(parts).tolist()) == sorted(batch.tolist())
-    ordered = [np.concatenate([*in_order(count, 8, rank, world), []]) for rank in range(world)]
+    ordered = [np.concatenate([*sequential_batches(count, 8, rank, world), []]) for rank in range(world)]
     assert sorted(np.concatenate(ordered).tolist()) == list(range(count))
     assert max(map(len, ordered)) - min(map(len, ordered)) <= 1
 
 
 def test_what_is_made_comes_in_order() -> None:
-    made = list(read_ahead(lambda item: item * item, range(50)))
+    made = list(prefetch(lambda item: item * item, range(50)))
     assert made == [item * item for item in range(50)]
-    assert list(read_ahead(str, [])) == []
-    assert list(read_ahead(lambda item: None, range(3), ahead=1)) == [None] * 3
+    assert list(prefetch(str, [])) == []
+    assert list(prefetch(lambda item: None, range(3), ahead=1)) == [None] * 3
     assert reading() == []
 
 
@@ -59,7 +59,7 @@ def reading() -> list[threading.Thread]:
 
 
 def test_it_is_made_by_one_other_thread() -> None:
-    threads = set(read_ahead(lambda item: threading.current_thread(), range(5)))
+    threads = set(prefetch(lambda item: threading.current_thread(), range(5)))
     assert len(threads) == 1
     assert threads != {threading.current_thread()}
 
@@ -70,7 +70,7 @@ def test_what_goes_wrong_goes_wrong_in_its_place() -> None:
             raise LookupError("no such row")
         return item
 
-    stream = read_ahead(make, range(10))
+    stream = prefetch(make, range(10))
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(LookupError, match="no such row"):
         next(stream)
@@ -83,7 +83,7 @@ def test_items_may_go_wrong_too() -> None:
         yield 1
         raise LookupError("no more")
 
-    stream = read_ahead(str, items())
+    stream = prefetch(str, items())
     assert next(stream) == "1"
     with pytest.raises(LookupError, match="no more"):
         next(stream)
@@ -91,12 +91,12 @@ def test_items_may_go_wrong_too() -> None:
 
 def test_an_exception_can_be_a_result() -> None:
     error = ValueError("made, not raised")
-    assert list(read_ahead(lambda item: error, range(2))) == [error, error]
+    assert list(prefetch(lambda item: error, range(2))) == [error, error]
 
 
 @pytest.mark.parametrize("taken", [1, 4])
 def test_closing_early_ends_the_thread(taken: int) -> None:
-    stream = read_ahead(str, iter(int, 1))  # for ever
+    stream = prefetch(str, iter(int, 1))  # for ever
     for _ in range(taken):
         next(stream)
     [thread] = reading()
@@ -105,7 +105,7 @@ def test_closing_early_ends_the_thread(taken: int) -> None:
     assert reading() == []
 
 
-@pytest.mark.parametrize("ahead", [1, AHEAD, 5])
+@pytest.mark.parametrize("ahead", [1, PREFETCH_DEPTH, 5])
 def test_it_runs_ahead_and_not_too_far(ahead: int) -> None:
     """While item `at` is worked on, `ahead` wait and one more is in the making."""
     begun, counted = [], threading.Condition()
@@ -116,7 +116,7 @@ def test_it_runs_ahead_and_not_too_far(ahead: int) -> None:
             counted.notify_all()
         return item
 
-    stream = read_ahead(make, range(40), ahead)
+    stream = prefetch(make, range(40), ahead)
     for at in range(25):
         assert next(stream) == at
         with counted:
@@ -127,6 +127,6 @@ def test_it_runs_ahead_and_not_too_far(ahead: int) -> None:
 
 
 def test_nothing_is_made_before_it_is_asked_for() -> None:
-    stream = read_ahead(lambda item: pytest.fail("made"), range(3))
+    stream = prefetch(lambda item: pytest.fail("made"), range(3))
     assert reading() == []
     stream.close()

@@ -15,7 +15,7 @@ import pytest
 
 from r2scp.pipelines.corpora import readers as annotation_stream
 from r2scp.pipelines.corpora.readers import csv_lines, csv_records, json_rows
-from r2scp.pipelines.corpora.values import RejectReason, RowFault
+from r2scp.pipelines.corpora.values import RejectReason, InvalidRow
 from r2scp.store.errors import CorpusError
 
 EXPECTS = "a file of tests"
@@ -62,7 +62,7 @@ def test_json_lines_lose_only_the_line_that_is_broken(tmp_path):
     path = written(tmp_path / "rows.jsonl", '{"a": 1}\r\n\n{"a": 2,}\n  \n[3]\n{"a": "\u2028"}\n')
     rows = dict(json_rows(path, EXPECTS))
     assert [rows[1], rows[5], rows[6]] == [{"a": 1}, [3], {"a": "\u2028"}]
-    assert isinstance(rows[3], RowFault)
+    assert isinstance(rows[3], InvalidRow)
     assert rows[3].reason is RejectReason.NOT_JSON
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.corpora.values import RowFault, choices_of, inert, optional_id, split_in_name, text_of
+from r2scp.pipelines.corpora.values import InvalidRow, choices_of, excerpt, optional_id, split_from_name, text_of
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from r2scp.pipelines.corpora.values import RowFault, choices_of, inert, optional
     ],
 )  # fmt: skip
 def test_a_file_name_speaks_of_one_split_or_of_none(name, split):
-    assert split_in_name(Path("test/train") / name) == split
+    assert split_from_name(Path("test/train") / name) == split
 
 
 def test_text_is_one_line_without_anything_that_acts():
@@ -26,7 +26,7 @@ def test_text_is_one_line_without_anything_that_acts():
     assert text_of("Füße 音楽 🎸 \u200d", "x") == "Füße 音楽 🎸 \u200d"
     assert (text_of(3, "x"), text_of(0.5, "x")) == ("3", "0.5")
     for bad in ("a\x00b", "a\x1b[2J", "a\x7f", "lone \udc80", "x" * 5000, None, True, float("nan"), [], {}):
-        with pytest.raises(RowFault) as raised:
+        with pytest.raises(InvalidRow) as raised:
             text_of(bad, "x")
         assert raised.value.detail.isprintable()
 
@@ -36,7 +36,7 @@ def test_lists_come_as_json_as_text_or_not_at_all():
     assert choices_of("a | b|") == ("a", "b", None)
     assert choices_of(None) == choices_of("") == ()
     for bad in ({"a": 1}, '["a"', "[" * 100_000, [[1]], 7):
-        with pytest.raises(RowFault):
+        with pytest.raises(InvalidRow):
             choices_of(bad)
 
 
@@ -49,7 +49,7 @@ def test_ids_are_the_same_text_however_they_are_written():
     "foreign", ["\x1b]0;title\x07", "\u202egpj.exe", "a\nb\rc", "\udcff", "x" * 10_000, ["\x00"]]
 )
 def test_foreign_text_in_messages_is_short_and_printable(foreign):
-    shown = inert(foreign)
+    shown = excerpt(foreign)
     assert shown.isprintable()
     assert len(shown) <= 6 * 81
     json.dumps(shown).encode("ascii")

@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from r2scp.pipelines.decoding import decode as decode_module
-from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode, decode_fingerprint, tokens
+from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode, decode_fingerprint, token_count
 from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.store.errors import FailureReason, MediaError, UsageError
 from r2scp.store.schema import ModalityStatus
@@ -177,7 +177,7 @@ def test_short_clips(make: Make, seconds: float, expected: list[int]) -> None:
 def test_a_second_whose_middle_is_the_end_still_has_its_frame(make: Make) -> None:
     clip = decode(make("half.mp4", *counted(30, 2.5), *LOSSLESS))
     assert numbers(clip) == [15, 45, 74]
-    assert clip.visual.decoded == tokens(2.5) == 3
+    assert clip.visual.decoded == token_count(2.5) == 3
 
 
 def test_tokens_of_a_duration() -> None:
@@ -193,7 +193,7 @@ def test_tokens_of_a_duration() -> None:
         10.5: 11,
         362.767: 363,
     }
-    assert {d: tokens(d) for d in cases} == cases
+    assert {d: token_count(d) for d in cases} == cases
 
 
 def test_no_duration_in_the_header(make: Make) -> None:
@@ -278,7 +278,7 @@ def test_any_size_and_depth_comes_out_at_224(make: Make, size: str, pixels: str)
 
 def test_hdr_is_shown_as_sdr(make: Make) -> None:
     """A PQ signal of reference white (203 cd/m2, code 0.58) is bright grey, not the middling 0.58."""
-    if not find_program(None).maps_tones:
+    if not find_program(None).has_zscale:
         pytest.skip("this ffmpeg has no zscale")
     white = "color=black:s=64x64:r=5:d=1,format=yuv420p10le,geq=lum=572:cb=512:cr=512"
     tags = ["-color_trc", "smpte2084", "-color_primaries", "bt2020", "-colorspace", "bt2020nc"]
@@ -461,7 +461,7 @@ def test_real_videos_agree_with_the_independent_probe(shared_dir: Path, row: dic
     assert clip.errors == ""
     length = float(row["video_stream_duration_s"] or row["duration_s"])
     slack = 0.001 if row["video_stream_duration_s"] else 0.1  # the probe's own rounding
-    assert tokens(length - slack) <= len(clip.frames) <= tokens(length + slack)
+    assert token_count(length - slack) <= len(clip.frames) <= token_count(length + slack)
     assert clip.visual.decoded == len(clip.frames)
     if row["has_audio"] == "True":
         assert clip.audio.decoded == pytest.approx(float(row["audio_decoded_s"]), abs=0.08)

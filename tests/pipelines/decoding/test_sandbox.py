@@ -13,18 +13,18 @@ from collections.abc import Sequence
 import psutil
 import pytest
 
-from r2scp.pipelines.decoding.sandbox import Bounds, Finished, Stop, supervise
+from r2scp.pipelines.decoding.sandbox import Limits, RunResult, StopReason, supervise
 
 
 def run(
     script: str, *, seconds: float = 20.0, pipe_bytes: tuple[int, ...] = (), stderr_bytes: int = 4096
-) -> Finished:
+) -> RunResult:
     """Runs a shell script; `$1`, `$2`, ... are the numbers of its data pipes."""
 
     def compose(pipes: Sequence[int]) -> list[str]:
         return ["/bin/sh", "-c", script, "sh", *map(str, pipes)]
 
-    bounds = Bounds(
+    bounds = Limits(
         deadline=time.monotonic() + seconds,
         memory_bytes=1 << 30,
         pipe_bytes=pipe_bytes,
@@ -59,7 +59,7 @@ def test_of_endless_complaints_only_the_end_is_kept() -> None:
 
 def test_a_flood_is_stopped() -> None:
     done = run("exec cat /dev/zero >/dev/fd/$1", pipe_bytes=(1_000_000,))
-    assert done.stopped is Stop.FLOOD
+    assert done.stopped is StopReason.FLOOD
     assert done.returncode == -signal.SIGKILL
     assert 1_000_000 < len(done.pipes[0]) < 4_000_000
 
@@ -70,7 +70,7 @@ def test_a_hang_ends_at_the_deadline_with_all_descendants(closing: str) -> None:
     started = time.monotonic()
     done = run(script, seconds=0.5, pipe_bytes=(100,))
     assert time.monotonic() - started < 10
-    assert done.stopped is Stop.TIMEOUT
+    assert done.stopped is StopReason.TIMEOUT
     assert done.returncode == -signal.SIGKILL
     assert gone(int(done.pipes[0]))
 
@@ -94,7 +94,7 @@ def test_a_reckless_program_leaves_no_zombie_and_no_descriptor() -> None:
     before = len(os.listdir("/proc/self/fd"))
     for script in ("kill -SEGV $$", "exit 1", "exec cat /dev/zero >/dev/fd/$1"):
         run(script, pipe_bytes=(1000,))
-    bounds = Bounds(deadline=time.monotonic() + 9, memory_bytes=1 << 30, pipe_bytes=(1,), stderr_bytes=1)
+    bounds = Limits(deadline=time.monotonic() + 9, memory_bytes=1 << 30, pipe_bytes=(1,), stderr_bytes=1)
     with pytest.raises(FileNotFoundError):
         supervise(lambda pipes: ["/nowhere"], bounds)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from r2scp.pipelines.extraction.embed import key_of
-from r2scp.pipelines.recordings.retriever import Lacking, StandIns
+from r2scp.pipelines.recordings.retriever import RetrievalQuery, Retriever
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.search.bank import KEY_COLUMNS, OTHER, BankScope, Search
@@ -43,8 +43,8 @@ def test_no_source_of_a_recording_stands_in(
     barred = {rows[name]["source_id"] for name in same} | ({told} if told else set())
     key_D = np.array(rows["music-avqa/004"]["visual_key"], np.float32)
     how = Search(missing=Modality.AUDIO, retrieval=retrieval, n=12)
-    [found] = StandIns(own_store, EVERYTHING).find(
-        [Lacking(key_D=key_D, content_sha256=DIGEST, source_id=told)], how
+    [found] = Retriever(own_store, EVERYTHING).retrieve(
+        [RetrievalQuery(key_D=key_D, content_sha256=DIGEST, source_id=told)], how
     )
     assert [one.clip_id for one in found] == brute(own_store, key_D, how, barred)
     assert len(found) == how.n
@@ -56,31 +56,31 @@ def test_recordings_asked_about_together_get_what_each_gets_alone(
     rows = {row["clip_id"]: row for row in own_store.clips().to_pylist()}
     write(own_store, Table.CLIPS, [rows["avqa/009"] | {"content_sha256": DIGEST}])
     asked = [
-        Lacking(key_D=np.array(rows[name]["visual_key"], np.float32), content_sha256=digest, source_id=source)
+        RetrievalQuery(key_D=np.array(rows[name]["visual_key"], np.float32), content_sha256=digest, source_id=source)
         for name, digest, source in (
             ("avqa/009", DIGEST, "youtube3"),
             ("music-avqa/012", "b" * 64, ""),
             ("avqa/001", "c" * 64, "youtube0"),
         )
     ]
-    stand_ins = StandIns(own_store, EVERYTHING)
+    stand_ins = Retriever(own_store, EVERYTHING)
     how = Search(missing=Modality.AUDIO, retrieval=Retrieval.CROSS, n=5)
-    together = stand_ins.find(asked, how)
+    together = stand_ins.retrieve(asked, how)
     for one, found in zip(asked, together, strict=True):
-        [alone] = stand_ins.find([one], how)
+        [alone] = stand_ins.retrieve([one], how)
         assert [each.clip_id for each in found] == [each.clip_id for each in alone]
         assert len(found) == how.n
 
 
 @pytest.mark.parametrize("retrieval", list(Retrieval))
 def test_how_like_the_recording_a_clip_is_does_not_depend_on_the_search(
-    asked_store: FeatureStore, retrieval: Retrieval
+    question_store: FeatureStore, retrieval: Retrieval
 ) -> None:
-    rows = {row["clip_id"]: row for row in asked_store.clips().to_pylist()}
+    rows = {row["clip_id"]: row for row in question_store.clips().to_pylist()}
     key_D = np.array(rows["music-avqa/004"]["visual_key"], np.float32)
     how = Search(missing=Modality.AUDIO, retrieval=retrieval, n=99)
-    [found] = StandIns(asked_store, EVERYTHING).find([Lacking(key_D=key_D, content_sha256="b" * 64)], how)
-    alike = {one.clip_id: one.alike for one in found}
+    [found] = Retriever(question_store, EVERYTHING).retrieve([RetrievalQuery(key_D=key_D, content_sha256="b" * 64)], how)
+    alike = {one.clip_id: one.similarity for one in found}
     assert alike["music-avqa/004"] == pytest.approx(1, abs=1e-5)
     for clip_id, value in alike.items():
         if rows[clip_id]["visual"] is None:

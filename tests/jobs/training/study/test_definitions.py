@@ -22,12 +22,12 @@ from r2scp.jobs.training.config import (
 )
 from r2scp.jobs.training.data import Opened
 from r2scp.jobs.training.run import TrainPlan
-from r2scp.jobs.training.stages import ExpertsStage, Worker
+from r2scp.jobs.training.stages import ExpertsStage, ExpertsObjective, Worker
 from r2scp.jobs.training.study.definitions import STUDIES, Study, study_of
 from r2scp.model.config import ModelConfig
-from r2scp.model.losses import LossConfig, StageOne
+from r2scp.model.losses import LossConfig
 from r2scp.model.r2scp import R2SCP
-from r2scp.pipelines.batches.dataset import NOTHING
+from r2scp.pipelines.batches.dataset import NO_MODALITY
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
@@ -150,12 +150,12 @@ def first_steps(quick_plan: Callable[..., TrainPlan], learnable_store: FeatureSt
         stage = ExpertsStage(config, model, data, data, Worker())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=1e-2, weight_decay=config.weight_decay)
-        assert isinstance(stage.module, StageOne)
+        assert isinstance(stage.module, ExpertsObjective)
         losses = []
         for step in range(3):
             torch.manual_seed(step)
-            batch = stage.prepare(np.arange(8 * step, 8 * step + 8), NOTHING)
-            loss = stage.learn(stage.module, batch, NOTHING, step).loss.total
+            batch = stage.prepare(np.arange(8 * step, 8 * step + 8), NO_MODALITY)
+            loss = stage.learn(stage.module, batch, NO_MODALITY, step).loss.total
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

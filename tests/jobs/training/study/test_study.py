@@ -60,10 +60,10 @@ def means_of(store: FeatureStore, folder: Path, **changes: Any) -> StudyMeans:
 
 
 @pytest.fixture(scope="module")
-def studied(judged: Judged, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Studied:
+def studied(evaluated_run: Judged, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Studied:
     """`strategy` with two seeds, undisturbed; what it gave. Only to be read."""
     told: list[str] = []
-    means = means_of(judged[0], tmp_path_factory.mktemp("studied"), told=told.append)
+    means = means_of(evaluated_run[0], tmp_path_factory.mktemp("studied"), told=told.append)
     report = run_study("strategy", study_of("strategy", means.plan.config, ()), means)
     assert len([line for line in told if line.startswith("stage I: ")]) == 2
     assert (
@@ -93,7 +93,7 @@ def test_stage_one_is_trained_once_for_each_seed(studied: Studied) -> None:
     assert named == {path.relative_to(means.folder).as_posix() for path in [*experts, *runs]}
 
 
-def test_numbers_are_those_of_the_runs(studied: Studied, judged: Judged) -> None:
+def test_numbers_are_those_of_the_runs(studied: Studied, evaluated_run: Judged) -> None:
     means, report = studied
     assert json.loads((means.folder / "strategy.json").read_text()) == report
     reached: dict[str, np.ndarray] = {}
@@ -101,7 +101,7 @@ def test_numbers_are_those_of_the_runs(studied: Studied, judged: Judged) -> None
         folders = [means.folder / run for run in row["runs"]]
         assert [find(folder).config.seed for folder in folders] == list(SEEDS)
         assert row["validation"] == [find(folder).metrics["mean"] for folder in folders]
-        said = [run_evaluate(judged[0], folder, EvaluateMeans()) for folder in folders]
+        said = [run_evaluate(evaluated_run[0], folder, EvaluateMeans()) for folder in folders]
         reached[variant] = np.array(
             [
                 [one["conditions"][name]["accuracy"] for name in ("A", "V", "AV")] + [one["average"]]
@@ -142,7 +142,7 @@ def test_the_markdown_table_holds_the_same_numbers(studied: Studied) -> None:
 
 
 def test_another_study_trains_nothing_that_is_there(
-    studied: Studied, judged: Judged, monkeypatch: pytest.MonkeyPatch
+    studied: Studied, evaluated_run: Judged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     means = studied[0]
     before = files(means.folder)
@@ -170,7 +170,7 @@ def test_another_study_trains_nothing_that_is_there(
                 assert sum(shares) == pytest.approx(1, abs=1e-5)
 
 
-def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, judged: Judged) -> None:
+def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, evaluated_run: Judged) -> None:
     means = studied[0]
     before = files(means.folder)
     study = Study(title="Rates", asks="?", variants={FULL: means.plan.config}, against=FULL, rates=True)
@@ -179,7 +179,7 @@ def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, judged
     runs = [means.folder / run for run in report["variants"][FULL]["runs"]]
     kept = {run / "evaluation-test-rates.json" for run in runs}
     assert {path for path in new if path.name not in ("rates.json", "lock")} == kept
-    said = [run_evaluate(judged[0], run, EvaluateMeans(rates=MISSING_RATES))["missing_rates"] for run in runs]
+    said = [run_evaluate(evaluated_run[0], run, EvaluateMeans(rates=MISSING_RATES))["missing_rates"] for run in runs]
     told = report["variants"][FULL]["accuracy"]
     assert list(told) == [*MEASURES, *said[0]]
     assert len(said[0]) == 6
@@ -188,9 +188,9 @@ def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, judged
 
 
 @pytest.fixture
-def words(judged: Judged, tmp_path: Path) -> list[str]:
+def words(evaluated_run: Judged, tmp_path: Path) -> list[str]:
     """Of the command that gives `studied`, in a folder of its own."""
-    found = ["study", "strategy", "--store", judged[0].uri, "--folder", str(tmp_path), "--seeds", "2"]
+    found = ["study", "strategy", "--store", evaluated_run[0].uri, "--folder", str(tmp_path), "--seeds", "2"]
     found += ["--first-seed", str(SEEDS[0]), "--num-workers", "2", "--device", "cpu", "--json"]
     return [*found, *(word for setting in SETTINGS for word in ("--set", setting))]
 
@@ -250,8 +250,8 @@ def test_a_killed_study_goes_on(
     assert (tmp_path / "strategy.md").read_text() == report["markdown"] == markdown(studied[1])
 
 
-def test_one_training_that_fails_leaves_the_others(judged: Judged, tmp_path: Path) -> None:
-    means = means_of(judged[0], tmp_path, seeds=(4,))
+def test_one_training_that_fails_leaves_the_others(evaluated_run: Judged, tmp_path: Path) -> None:
+    means = means_of(evaluated_run[0], tmp_path, seeds=(4,))
     base = means.plan.config
     broken = replace(base, stage_two=replace(base.stage_two, lr=1e30, warmup_steps=0))
     study = Study(title="One breaks", asks="?", variants={"broken": broken, FULL: base}, against=FULL)
@@ -269,8 +269,8 @@ def test_one_training_that_fails_leaves_the_others(judged: Judged, tmp_path: Pat
     assert files(done[0]) == before
 
 
-def test_what_the_store_lacks_is_said_before_anything_is_trained(judged: Judged, tmp_path: Path) -> None:
-    means = means_of(judged[0], tmp_path / "studies")
+def test_what_the_store_lacks_is_said_before_anything_is_trained(evaluated_run: Judged, tmp_path: Path) -> None:
+    means = means_of(evaluated_run[0], tmp_path / "studies")
     strategy = study_of("strategy", means.plan.config, ())
     with pytest.raises(StoreError, match=r"no question .*weather"):
         run_study("strategy", strategy, replace(means, split="weather"))
@@ -290,9 +290,9 @@ def test_what_the_store_lacks_is_said_before_anything_is_trained(judged: Judged,
     ],
 )
 def test_the_index_that_is_asked_for_is_the_one_that_helps(
-    judged: Judged, copy: Callable, retrieval: Retrieval, settings: dict[str, Any]
+    evaluated_run: Judged, copy: Callable, retrieval: Retrieval, settings: dict[str, Any]
 ) -> None:
-    store = copy(judged[0])
+    store = copy(evaluated_run[0])
     base = means_of(store, Path("unused")).plan.config
     config = replace(base, retrieval=retrieval, index=IndexSettings(**settings))
     with pytest.raises(StoreError, match="lacks neighbours") as lacking:
@@ -304,11 +304,11 @@ def test_the_index_that_is_asked_for_is_the_one_that_helps(
     assert Contents(store=store, pins=Pins.latest(store)).key(config)
 
 
-def test_trainings_are_named_by_settings_and_data(judged: Judged, copy: Callable, write: Callable) -> None:
+def test_trainings_are_named_by_settings_and_data(evaluated_run: Judged, copy: Callable, write: Callable) -> None:
     def key(store: FeatureStore, config: TrainConfig) -> str:
         return Contents(store=store, pins=Pins.latest(store)).key(config)
 
-    store, moved = judged[0], copy(judged[0])
+    store, moved = evaluated_run[0], copy(evaluated_run[0])
     config = means_of(store, Path("unused")).plan.config
     known = key(store, config)
     assert key(store, replace(config)) == known
