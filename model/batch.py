@@ -23,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-TensorDataclass = TypeVar("Held", bound="DataclassInstance")
+TensorDataclass = TypeVar("TensorDataclass", bound="DataclassInstance")
 
 AUDIO, VISUAL, TEXT = 0, 1, 2  # columns of present_BM (the first two) and of router_BS
 SOURCES = ("audio", "visual", "text")

@@ -258,7 +258,7 @@ class R2SCP(nn.Module):
             common = encoded.common[column]
             assert common is not None
             missing, purification = self.purifier(missing, available, common, encoded.words)
-            purification = purification.only(rows_B)
+            purification = purification.keep_rows(rows_B)
         return _Recovery(where_rows(rows_B, missing, tokens), rows_B, fallback_B, purification)
 
     def _missing_tokens(self, encoded: Encoded, column: int, rows_B: Tensor) -> tuple[Tokens, Tensor]:
@@ -282,7 +282,7 @@ class R2SCP(nn.Module):
         if common is None or not bool(rows_B.any()):
             return found
         tokens, purification = self.purifier(own[column], own[1 - column], common, encoded.words)
-        purification = purification.only(rows_B)
+        purification = purification.keep_rows(rows_B)
         if found.purification is not None:
             purification = purification.merge(rows_B, found.purification)
         return replace(found, tokens=where_rows(rows_B, tokens, found.tokens), purification=purification)

@@ -179,7 +179,7 @@ def _without(
     if dataset.count_rows() == 0:
         return [], []
     for chunk in _chunks(ids, IDS_PER_PREDICATE):
-        scanner = dataset.scanner(columns=[key], filter=_is_in(key, chunk), with_row_address=True)
+        scanner = dataset.scanner(columns=[key], filter=sql_in(key, chunk), with_row_address=True)
         found = scanner.to_table()
         for value, address in zip(found[key].to_pylist(), found["_rowaddr"].to_pylist(), strict=True):
             hit.setdefault(address >> 32, []).append(value)
@@ -190,17 +190,18 @@ def _without(
         if fragment.count_rows() == len(values):
             removed.append(fragment_id)
         else:
-            updated.append(fragment.delete(_is_in(key, values)))
+            updated.append(fragment.delete(sql_in(key, values)))
     return removed, updated
-
-
-def _is_in(column: str, values: Iterable[str]) -> str:
-    return f"{column} IN ({', '.join(sql_literal(value) for value in values)})"
 
 
 def sql_literal(text: str) -> str:
     """`text` as an SQL string literal: whatever it holds, it stays a string."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def sql_in(column: str, values: Iterable[str]) -> str:
+    """The SQL condition that a column has one of some values, of which there must be at least one."""
+    return f"{column} IN ({', '.join(map(sql_literal, values))})"
 
 
 def _chunks(values: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -23,11 +23,11 @@ import lance
 import pyarrow as pa
 
 from r2scp.store import schema
-from r2scp.store.commits import Staged, TableAddress, commit, lance_errors, sql_literal, stage
+from r2scp.store.commits import Staged, TableAddress, commit, lance_errors, sql_in, sql_literal, stage
 from r2scp.store.errors import TRANSIENT_REASONS, FingerprintMismatch, StoreError
 from r2scp.store.lease import LEASE_SCHEMA, Lease, put_row
 from r2scp.store.schema import LATER_TABLES, PRIMARY_KEY, SCHEMA_VERSION, SNAPSHOT_TABLES, Table
-from r2scp.store.snapshots import Snapshot, name_moment, protect, publish, read_snapshots, rollback
+from r2scp.store.snapshots import Snapshot, name_versions, protect, publish, read_snapshots, rollback
 
 REDESCRIBED_AT_ONCE = 512  # rows in memory, features included
 
@@ -41,7 +41,7 @@ ENCODERS_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class InputRecord:
     """What the store remembers of one input: enough to tell whether it must be read again."""
 
     bytes: int
@@ -50,11 +50,11 @@ class Known:
     decode_fingerprint: str
     failure: str = ""  # a FailureReason, "" where it was stored
     attempts: int = 0
-    described: tuple[object, ...] | None = None  # values of DESCRIBED, None where it was not stored
+    metadata: tuple[object, ...] | None = None  # values of METADATA_COLUMNS, None where it was not stored
 
 
 #: Columns of `clips` that come from the annotations and the disk, not from the file's content.
-DESCRIBED = ("split", "labels", "uri", "source_id")
+METADATA_COLUMNS = ("split", "labels", "uri", "source_id")
 
 
 class FeatureStore:
@@ -184,19 +184,19 @@ class FeatureStore:
         """Rows of `failures`: what could not be stored, and why."""
         return self._read(Table.FAILURES, None, where, None)
 
-    def known(self, corpus: str) -> dict[str, Known]:
+    def input_records(self, corpus: str) -> dict[str, InputRecord]:
         """clip_id -> what the store remembers, of one corpus; the newer of a clip's row and its failure."""
         columns = ["clip_id", "bytes", "mtime_ns", "content_sha256", "decode_fingerprint"]
         where = f"corpus = {sql_literal(corpus)}"
         known, stored_at = {}, {}
-        for row in _rows(self.dataset(Table.CLIPS), [*columns, *DESCRIBED, "ingested_at"], where):
+        for row in _rows(self.dataset(Table.CLIPS), [*columns, *METADATA_COLUMNS, "ingested_at"], where):
             clip_id = row.pop("clip_id")
             stored_at[clip_id] = row.pop("ingested_at")
-            known[clip_id] = Known(described=describe({name: row.pop(name) for name in DESCRIBED}), **row)
+            known[clip_id] = InputRecord(metadata=metadata_of({name: row.pop(name) for name in METADATA_COLUMNS}), **row)
         for row in _rows(self.dataset(Table.FAILURES), [*columns, "reason", "attempts", "at"], where):
             clip_id, at = row.pop("clip_id"), row.pop("at")
             if clip_id not in stored_at or at > stored_at[clip_id]:
-                known[clip_id] = Known(failure=row.pop("reason"), **row)
+                known[clip_id] = InputRecord(failure=row.pop("reason"), **row)
         return known
 
     def missing(self, clip_ids: Iterable[str]) -> list[str]:
@@ -249,13 +249,13 @@ class FeatureStore:
 
     def name_snapshot(self, name: str) -> Snapshot:
         """Give the present moment a name and keep it from being cleaned away. Raises `UsageError`."""
-        named = name_moment(self.address(Table.SNAPSHOTS), name, self.read_together())
+        named = name_versions(self.address(Table.SNAPSHOTS), name, self.snapshot_versions())
         self.protect()
         return named
 
     def publish(self, run_id: str) -> Snapshot:
         """Let the latest versions serve; what served is `previous`. For the holder of the lease only."""
-        published = publish(self.address(Table.SNAPSHOTS), self.read_together(), run_id)
+        published = publish(self.address(Table.SNAPSHOTS), self.snapshot_versions(), run_id)
         self.protect()
         return published
 
@@ -265,7 +265,7 @@ class FeatureStore:
         self.protect()
         return published
 
-    def read_together(self) -> dict[Table, int]:
+    def snapshot_versions(self) -> dict[Table, int]:
         """The versions of the tables that a snapshot names."""
         return {table: self.dataset(table).version for table in SNAPSHOT_TABLES if table in self.tables()}
 
@@ -319,20 +319,20 @@ class FeatureStore:
                 stale_clips.append(row["clip_id"])
         return stale_clips, stale_failures
 
-    def redescribe(self, rows: Sequence[Mapping[str, object]], properties: Mapping[str, str]) -> None:
-        """Give clips other values of DESCRIBED, in one new version; their features stay as they are.
+    def update_metadata(self, rows: Sequence[Mapping[str, object]], properties: Mapping[str, str]) -> None:
+        """Give clips other values of METADATA_COLUMNS, in one new version; their features stay as they are.
 
-        Each of `rows` has `clip_id` and the columns of DESCRIBED.
+        Each of `rows` has `clip_id` and the columns of METADATA_COLUMNS.
         """
         if not rows:
             return
-        described = {row["clip_id"]: row for row in rows}
+        metadata = {row["clip_id"]: row for row in rows}
         staged = []
         for start in range(0, len(rows), REDESCRIBED_AT_ONCE):
             ids = [str(row["clip_id"]) for row in rows[start : start + REDESCRIBED_AT_ONCE]]
-            table = self.clips(where=f"clip_id IN ({', '.join(map(sql_literal, ids))})")
-            for name in DESCRIBED:
-                values = [described[clip_id][name] for clip_id in table["clip_id"].to_pylist()]
+            table = self.clips(where=sql_in("clip_id", ids))
+            for name in METADATA_COLUMNS:
+                values = [metadata[clip_id][name] for clip_id in table["clip_id"].to_pylist()]
                 at, field = table.schema.get_field_index(name), table.schema.field(name)
                 table = table.set_column(at, field, pa.array(values, field.type))
             staged.append(self.stage(Table.CLIPS, table))
@@ -373,9 +373,9 @@ class FeatureStore:
             ) from error
 
 
-def describe(row: Mapping[str, object]) -> tuple[object, ...]:
-    """The values of DESCRIBED in one row, comparable."""
-    values = (row[name] for name in DESCRIBED)
+def metadata_of(row: Mapping[str, object]) -> tuple[object, ...]:
+    """The values of METADATA_COLUMNS in one row, comparable."""
+    values = (row[name] for name in METADATA_COLUMNS)
     return tuple(tuple(value) if isinstance(value, list | tuple) else value for value in values)
 
 

@@ -14,7 +14,7 @@ ASK_AGAIN_S = 2.0  # whether another writer is done
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intent:
+class RunSpec:
     """Who wants to write, and with what in mind. `account` gives the counts when all is over."""
 
     kind: str
@@ -26,7 +26,7 @@ class Intent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writer:
+class ActiveRun:
     """The right to write, for as long as the run lasts. Call `lease.require()` before each commit."""
 
     run_id: str
@@ -34,23 +34,23 @@ class Writer:
 
 
 @contextmanager
-def writing(store: FeatureStore, intent: Intent) -> Iterator[Writer]:
+def recorded_run(store: FeatureStore, spec: RunSpec) -> Iterator[ActiveRun]:
     """Hold the lease and keep a row in `runs`. Raises `LeaseHeld` where another writer is at work."""
-    run_id = new_run_id(intent.kind)
+    run_id = new_run_id(spec.kind)
     row: dict[str, object] = {
         "run_id": run_id,
-        "kind": intent.kind,
-        "config": json.dumps(intent.config, default=str),
+        "kind": spec.kind,
+        "config": json.dumps(spec.config, default=str),
         "status": "running",
         "started_at": now(),
     }
-    with _lease(store, intent).hold_acquired() as lease:
+    with _lease(store, spec).hold_acquired() as lease:
         store.interrupt_runs()
         row["versions_before"] = json.dumps(store.versions())
         store.record_run(row)
         status = "interrupted"
         try:
-            yield Writer(run_id=run_id, lease=lease)
+            yield ActiveRun(run_id=run_id, lease=lease)
             status = "done"
         except GateFailed:
             status = "refused"
@@ -59,24 +59,24 @@ def writing(store: FeatureStore, intent: Intent) -> Iterator[Writer]:
             status = "failed"
             raise
         finally:
-            counts, versions = json.dumps(intent.account(), default=str), json.dumps(store.versions())
+            counts, versions = json.dumps(spec.account(), default=str), json.dumps(store.versions())
             ended = {"status": status, "ended_at": now(), "counts": counts, "versions_after": versions}
             store.record_run(row | ended)
 
 
-def _lease(store: FeatureStore, intent: Intent) -> Lease:
+def _lease(store: FeatureStore, spec: RunSpec) -> Lease:
     """The lease, acquired; waits for another writer as long as is allowed."""
-    until = time.monotonic() + intent.wait_s
+    until = time.monotonic() + spec.wait_s
     waited = False
     while True:
-        lease = store.lease(intent.purpose)
+        lease = store.lease(spec.purpose)
         try:
             lease.acquire()
         except LeaseHeld as held:
             if time.monotonic() >= until:
                 raise
             if not waited:
-                intent.told(f"waiting up to {intent.wait_s:.0f} s: {held}")
+                spec.told(f"waiting up to {spec.wait_s:.0f} s: {held}")
             waited = True
             time.sleep(ASK_AGAIN_S)
             continue

@@ -23,8 +23,31 @@ class Modality(StrEnum):
     VISUAL = "visual"
 
 
-#: What people call them.
+#: Modalities in plain words.
 MODALITY_NAMES: dict[str, str] = {Modality.AUDIO: "sound", Modality.VISUAL: "picture"}
+
+
+class Condition(StrEnum):
+    """What a model gets to see of a clip: sound, picture or both. The values are keys of evaluation files."""
+
+    A = "A"
+    V = "V"
+    AV = "AV"
+
+    @property
+    def missing(self) -> Modality | None:
+        """The modality that is taken away."""
+        return {Condition.A: Modality.VISUAL, Condition.V: Modality.AUDIO}.get(self)
+
+    @property
+    def heading(self) -> str:
+        """For tables and figures."""
+        return {Condition.A: "A: sound only", Condition.V: "V: picture only", Condition.AV: "AV: both"}[self]
+
+    @classmethod
+    def without(cls, modality: Modality) -> "Condition":
+        """The condition in which a modality is missing everywhere."""
+        return next(condition for condition in cls if condition.missing is modality)
 
 
 class ModalityStatus(StrEnum):

@@ -89,7 +89,7 @@ def rollback(address: TableAddress) -> Snapshot:
     return read_snapshots(address)[SERVING]
 
 
-def name_moment(address: TableAddress, name: str, versions: Mapping[Table, int]) -> Snapshot:
+def name_versions(address: TableAddress, name: str, versions: Mapping[Table, int]) -> Snapshot:
     """Give `versions` a name of one's own; a name that is there moves. Raises `UsageError`."""
     if not NAME.fullmatch(name) or name in (SERVING, PREVIOUS):
         raise UsageError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.machine import cores
 from benchmarks.training.store import DIM, SECONDS
-from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.data import TrainingData
 from r2scp.model.batch import Batch, Neighbours
 from r2scp.pipelines.batches.dataset import Dataset
 from r2scp.pipelines.batches.examples import MODALITIES
@@ -50,7 +50,7 @@ class Arrays:
     far_RN: tuple[np.ndarray, np.ndarray]
 
     @classmethod
-    def read(cls, opened: Opened, dataset: Dataset, folder: Path) -> "Arrays":
+    def read(cls, opened: TrainingData, dataset: Dataset, folder: Path) -> "Arrays":
         """From the store; sequences go into files of `folder` unless they are there."""
         texts = np.unique(dataset.text_B, return_index=True)[1]
         words, mask = dataset.words(texts)
@@ -146,7 +146,7 @@ def cool(paths: Sequence[Path], arrays: Arrays) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _file(opened: Opened, folder: Path, name: str) -> np.ndarray:
+def _file(opened: TrainingData, folder: Path, name: str) -> np.ndarray:
     path = folder / f"{name}.npy"
     if not path.exists():
         new = path.with_suffix(".new")

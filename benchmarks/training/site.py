@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.training.peers import Arrays
 from benchmarks.training.store import ANSWERS, Scale, fill
 from r2scp.jobs.training.config import paper_music_avqa
-from r2scp.jobs.training.data import Opened, answers_of, complete
+from r2scp.jobs.training.data import TrainingData, answers_of, complete
 from r2scp.pipelines.batches.dataset import Dataset
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.batches.prefetch import shuffled_batches
@@ -24,7 +24,7 @@ class Site:
 
     folder: Path
     store: FeatureStore
-    opened: Opened
+    opened: TrainingData
     dataset: Dataset
     arrays: Arrays
     order: list[np.ndarray]
@@ -34,10 +34,10 @@ class Site:
         return open_dataset(self.store)[1]
 
 
-def open_dataset(store: FeatureStore, cache_bytes: int = CACHE_BYTES) -> tuple[Opened, Dataset]:
+def open_dataset(store: FeatureStore, cache_bytes: int = CACHE_BYTES) -> tuple[TrainingData, Dataset]:
     """The train split under the preset `paper_music_avqa`."""
     pins, config = Pins.latest(store), paper_music_avqa(store.dim, ANSWERS)
-    opened = Opened.read(store, pins, config, answers_of(store, pins, config), cache_bytes)
+    opened = TrainingData.read(store, pins, config, answers_of(store, pins, config), cache_bytes)
     return opened, opened.dataset(complete(opened.learning()[0]))
 
 

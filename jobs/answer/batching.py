@@ -1,7 +1,7 @@
-"""Questions as they come, each with its recording decoded ahead, given on in what lots are ready.
+"""Requests in batches, with their recordings decoded ahead.
 
-A lot never waits for a question that is still to come or to be decoded, only for its own first one: so a
-caller who asks one at a time is answered one at a time, and one who asks quickly is answered at full speed.
+A batch waits only for its first request, never for one that has not arrived or is not decoded yet. So a
+caller who sends one request at a time gets one answer at a time, and one who sends many is answered at full speed.
 """
 
 import queue
@@ -12,22 +12,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
-from r2scp.jobs.answer.records import Ask, Refused
+from r2scp.jobs.answer.records import Rejected, Request
 from r2scp.pipelines.recordings.recording import Recording, file_identity
 from r2scp.store.errors import TRANSIENT_REASONS, MediaError
 
-AHEAD = 2  # recordings decoded, or being decoded, ahead of the lot at work, for each worker
-REMEMBERED = 256  # recordings whose tokens are kept for further questions: 126 MB of 60 s each at D = 1024
-REMEMBERED_BYTES = 256 << 20  # of them at most: an hour takes 29 MB
-LOOK_UP_S = 0.1  # how often a full queue looks whether it is still wanted
+PREFETCH = 2  # recordings decoded ahead, per worker
+CACHED_RECORDINGS = 256  # kept for further questions: 126 MB of 60 s each at D = 1024
+CACHE_BYTES = 256 << 20  # an hour takes 29 MB
+POLL_S = 0.1  # between checks whether the reader of a full queue has gone
 
 Key = tuple[object, ...]
 
 
-class InFlight(NamedTuple):
-    """A question and its recording, to come; a question that was refused has none."""
+class PendingRequest(NamedTuple):
+    """A request and its recording, to be decoded; None for a rejected request."""
 
-    ask: Ask | Refused
+    request: Request | Rejected
     recording: Future[Recording] | None
 
     @property
@@ -35,105 +35,114 @@ class InFlight(NamedTuple):
         return self.recording is None or self.recording.done()
 
 
-def in_lots(
-    asked: Iterable[Ask | Refused], read: Callable[[Ask], Recording], workers: int, most: int
-) -> Iterator[list[InFlight]]:
-    """All that is asked, in order, at most `most` at a time; the first of a lot is always ready.
+def in_batches(
+    requests: Iterable[Request | Rejected],
+    read: Callable[[Request], Recording],
+    workers: int,
+    batch_size: int,
+) -> Iterator[list[PendingRequest]]:
+    """All requests, in order, at most `batch_size` at a time; the first of a batch is always ready.
 
-    What `asked` raises is raised here, behind what came before. `asked` is read by a thread of its own.
+    `requests` is read by a thread of its own. What it raises is raised here, after the requests before it.
     """
-    waiting: queue.Queue[InFlight | BaseException | None] = queue.Queue(maxsize=max(1, AHEAD * workers))
+    pending: queue.Queue[PendingRequest | BaseException | None] = queue.Queue(
+        maxsize=max(1, PREFETCH * workers)
+    )
     stop = threading.Event()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    feeder = _Feeder(waiting, stop, pool, read)
-    threading.Thread(target=feeder.feed, args=(asked,), name="asked", daemon=True).start()
+    feeder = _Feeder(pending, stop, pool, read)
+    threading.Thread(target=feeder.feed, args=(requests,), name="requests", daemon=True).start()
     try:
-        yield from _lots(waiting, most)
+        yield from _batches(pending, batch_size)
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _lots(waiting: "queue.Queue[InFlight | BaseException | None]", most: int) -> Iterator[list[InFlight]]:
-    held = waiting.get()
-    while isinstance(held, InFlight):
-        lot, held_back = [held], False
-        if held.recording is not None:
-            held.recording.exception()  # waits until it is done
-        while len(lot) < most and not held_back:
+def _batches(
+    pending: "queue.Queue[PendingRequest | BaseException | None]", batch_size: int
+) -> Iterator[list[PendingRequest]]:
+    item = pending.get()
+    while isinstance(item, PendingRequest):
+        batch, carried = [item], False  # `carried`: `item` belongs to the next batch
+        if item.recording is not None:
+            item.recording.exception()  # waits until it is done
+        while len(batch) < batch_size and not carried:
             try:
-                held = waiting.get_nowait()
+                item = pending.get_nowait()
             except queue.Empty:
                 break
-            held_back = not isinstance(held, InFlight) or not held.ready
-            if isinstance(held, InFlight) and held.ready:
-                lot.append(held)
-        yield lot
-        if not held_back:
-            held = waiting.get()
-    if isinstance(held, BaseException):
-        raise held
+            carried = not isinstance(item, PendingRequest) or not item.ready
+            if isinstance(item, PendingRequest) and item.ready:
+                batch.append(item)
+        yield batch
+        if not carried:
+            item = pending.get()
+    if isinstance(item, BaseException):
+        raise item
 
 
 class _Feeder:
-    """Starts decoding what is asked about, unless it is known."""
+    """Starts decoding the recordings of requests, unless they are cached."""
 
     def __init__(
         self,
-        waiting: "queue.Queue[InFlight | BaseException | None]",
+        pending: "queue.Queue[PendingRequest | BaseException | None]",
         stop: threading.Event,
         pool: ThreadPoolExecutor,
-        read: Callable[[Ask], Recording],
+        read: Callable[[Request], Recording],
     ) -> None:
-        self._waiting, self._stop, self._pool, self._read = waiting, stop, pool, read
-        self._known: OrderedDict[Key, Future[Recording]] = OrderedDict()
+        self._pending, self._stop, self._pool, self._read = pending, stop, pool, read
+        self._cache: OrderedDict[Key, Future[Recording]] = OrderedDict()
 
-    def feed(self, asked: Iterable[Ask | Refused]) -> None:
-        """Until the end of what is asked, or until nobody wants it any more."""
+    def feed(self, requests: Iterable[Request | Rejected]) -> None:
+        """Until the requests end or the reader has gone."""
         try:
-            for ask in asked:
+            for request in requests:
                 if self._stop.is_set():
                     return
-                self._offer(InFlight(ask, None if isinstance(ask, Refused) else self._start(ask)))
+                self._offer(
+                    PendingRequest(request, None if isinstance(request, Rejected) else self._decode(request))
+                )
         except BaseException as error:
             self._offer(error)
         else:
             self._offer(None)
 
-    def _start(self, ask: Ask) -> Future[Recording]:
-        key = _identity(ask)
-        found = self._known.get(key) if key else None
-        if found is None or _passing(found):
-            found = self._pool.submit(self._read, ask)
+    def _decode(self, request: Request) -> Future[Recording]:
+        key = _identity(request)
+        recording = self._cache.get(key) if key else None
+        if recording is None or _failed_transiently(recording):
+            recording = self._pool.submit(self._read, request)
         if key:
-            self._known[key] = found
-            self._known.move_to_end(key)
-            while len(self._known) > 1 and (
-                len(self._known) > REMEMBERED or sum(map(_bytes, self._known.values())) > REMEMBERED_BYTES
+            self._cache[key] = recording
+            self._cache.move_to_end(key)
+            while len(self._cache) > 1 and (
+                len(self._cache) > CACHED_RECORDINGS or sum(map(_bytes, self._cache.values())) > CACHE_BYTES
             ):
-                self._known.popitem(last=False)
-        return found
+                self._cache.popitem(last=False)
+        return recording
 
-    def _offer(self, one: InFlight | BaseException | None) -> None:
+    def _offer(self, item: PendingRequest | BaseException | None) -> None:
         while not self._stop.is_set():
             with suppress(queue.Full):
-                self._waiting.put(one, timeout=LOOK_UP_S)
+                self._pending.put(item, timeout=POLL_S)
                 return
 
 
 def _bytes(recording: Future[Recording]) -> int:
-    """What is held of a recording; 0 while it is decoded."""
+    """Size of a decoded recording; 0 while it is being decoded."""
     done = recording.done() and not recording.cancelled() and recording.exception() is None
     return recording.result().bytes if done else 0
 
 
-def _passing(recording: Future[Recording]) -> bool:
-    """Whether it failed for a reason that may have gone away by now."""
+def _failed_transiently(recording: Future[Recording]) -> bool:
+    """Whether decoding failed for a reason that may not apply to another try."""
     error = recording.exception() if recording.done() and not recording.cancelled() else None
     return error is not None and (not isinstance(error, MediaError) or error.reason in TRANSIENT_REASONS)
 
 
-def _identity(ask: Ask) -> Key | None:
-    """What tells one recording, as it is asked about, from another; None where the file cannot be seen."""
-    found = file_identity(ask.video)
-    return None if found is None else (*found, ask.missing)
+def _identity(request: Request) -> Key | None:
+    """Cache key of a recording; None if the file cannot be accessed."""
+    identity = file_identity(request.video)
+    return None if identity is None else (*identity, request.missing)

@@ -15,14 +15,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from r2scp.jobs.answer.answerer import Answerer, AnswerMeans
-from r2scp.jobs.answer.jsonl import asked_lines
+from r2scp.jobs.answer.answerer import Answerer, AnswerOptions
+from r2scp.jobs.answer.jsonl import read_requests
 from r2scp.jobs.answer.page import answer_page
-from r2scp.jobs.answer.records import Answered, Ask, Refused
+from r2scp.jobs.answer.records import Result, Request, Rejected
 from r2scp.jobs.console import absolute, default_workers, printable, log
 from r2scp.jobs.html.thumbnails import Previews
 from r2scp.jobs.ingest.extract_command import ALL_FAILED
-from r2scp.jobs.training.checkpoints import find
+from r2scp.jobs.training.checkpoints import read_checkpoint
 from r2scp.jobs.training.evaluation_table import grid
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import MediaError, R2SCPError, UsageError
@@ -41,7 +41,7 @@ class Wanted:
     html: Path | None
     top: int
 
-    def require(self, ask: Ask, batch: bool) -> None:
+    def require(self, ask: Request, batch: bool) -> None:
         """Raises `UsageError` for what does not go together."""
         given = ask.video or ask.question or ask.choices or ask.missing != "auto"
         if batch and (given or self.html or self.explain):
@@ -64,9 +64,9 @@ class Means(NamedTuple):
     num_workers: int | None
     ffmpeg: str | None
 
-    def read(self) -> AnswerMeans:
+    def read(self) -> AnswerOptions:
         """As `AnswerMeans`."""
-        return AnswerMeans(
+        return AnswerOptions(
             encoder=self.encoder,
             weights=self.weights,
             device=self.device,
@@ -80,13 +80,13 @@ def open_answerer(
     run: Path, store: str | None, fingerprint: str | None, storage_options: dict[str, str], means: Means
 ) -> Answerer:
     """A model with the store that is named, or the one that it was trained on."""
-    checkpoint = find(absolute(run))
+    checkpoint = read_checkpoint(absolute(run))
     uri = store or str(checkpoint.store.get("uri", ""))
     wanted = fingerprint or (None if store else str(checkpoint.store["fingerprint"]))
     return Answerer.open(FeatureStore.open(uri, wanted, storage_options), absolute(run), means.read())
 
 
-def answer_one(answerer: Answerer, ask: Ask, wanted: Wanted) -> None:
+def answer_one(answerer: Answerer, ask: Request, wanted: Wanted) -> None:
     """Answer one question and show it."""
     try:
         answered = answerer.ask(ask)
@@ -103,14 +103,14 @@ def answer_one(answerer: Answerer, ask: Ask, wanted: Wanted) -> None:
         Console().print(told(answered, wanted), soft_wrap=True)
 
 
-def answer_lines(answerer: Answerer, top: int) -> None:
+def answer_batch(answerer: Answerer, top: int) -> None:
     """Answer the JSON lines of standard input with JSON lines, in their order; exit 3 where none could be."""
     if sys.stdin is None or sys.stdout is None:
         raise UsageError("--batch needs standard input and output; one of them is closed")
     counts: Counter[str] = Counter()
     started = time.monotonic()
-    for answered in answerer.answers(asked_lines(sys.stdin.fileno())):
-        counts["" if isinstance(answered, Answered) else answered.reason] += 1
+    for answered in answerer.answers(read_requests(sys.stdin.fileno())):
+        counts["" if isinstance(answered, Result) else answered.reason] += 1
         if not _put(_line(answered, top)):
             break
     seconds = time.monotonic() - started
@@ -133,7 +133,7 @@ def _put(line: str) -> bool:
     return True
 
 
-def told(answered: Answered, wanted: Wanted) -> Group:
+def told(answered: Result, wanted: Wanted) -> Group:
     """An answer for a terminal."""
     parts: list[RenderableType] = [
         Text(printable(answered.question), style="bold"),
@@ -147,13 +147,13 @@ def told(answered: Answered, wanted: Wanted) -> Group:
     return Group(*parts)
 
 
-def _line(answered: Answered | Refused, top: int) -> str:
-    if isinstance(answered, Answered) and top:
+def _line(answered: Result | Rejected, top: int) -> str:
+    if isinstance(answered, Result) and top:
         answered = replace(answered, answers=answered.answers[:top])
     return json.dumps(answered.to_json()) + "\n"
 
 
-def _answers(answered: Answered, top: int) -> Grid:
+def _answers(answered: Result, top: int) -> Grid:
     made = grid("", ("answer", "probability", ""))
     made.title = None
     for one in answered.answers[: top or None]:
@@ -164,7 +164,7 @@ def _answers(answered: Answered, top: int) -> Grid:
     return made
 
 
-def _evidence(answered: Answered) -> Iterator[RenderableType]:
+def _evidence(answered: Result) -> Iterator[RenderableType]:
     for at, found in enumerate(answered.neighbours, start=1):
         if at == 1:
             yield Text(

@@ -1,4 +1,4 @@
-"""What an answer rests on, from what the model gave: `Answered` from one row of an `Answer`."""
+"""The evidence of an answer: `Result` from one row of the model's `Answer`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from r2scp.jobs.answer.records import Answered, Ask, Candidate, Neighbour, Second, Stream
+from r2scp.jobs.answer.records import Candidate, Neighbour, RecoveredSecond, Request, Result, Stream
 from r2scp.jobs.ingest.weights import DEMO_WEIGHTS
 from r2scp.jobs.training.checkpoints import Checkpoint
 from r2scp.model.batch import SOURCES, Answer
@@ -17,12 +17,13 @@ from r2scp.pipelines.recordings.recording import Recording
 from r2scp.pipelines.recordings.retriever import RetrievedClip, Retriever
 from r2scp.store.schema import MODALITY_NAMES, Modality, ModalityStatus, Table
 
-ALIKE = 0.999  # cosine of what both have, above which a clip may be the recording itself, coded otherwise
+# cosine of the available modality above which a clip may be the same recording, encoded differently
+SAME_RECORDING = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
-    """What all answers of one `Answerer` have in common."""
+class SharedFacts:
+    """What all results of one `Answerer` have in common."""
 
     classes: list[str] | None
     encoder: str  # fingerprint
@@ -30,20 +31,24 @@ class Shared:
     model: dict[str, object]
     store: dict[str, object]
     notes: list[str]
-    notes_missing: list[str]  # where something is missing
+    notes_missing: list[str]  # only if a modality is missing
 
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, model: R2SCP, encoder: EncoderSpec, bank: Retriever, snapshot: str
-    ) -> "Shared":
-        """What a careful reader should know of model, encoder and bank."""
+    ) -> "SharedFacts":
+        """Facts and caveats of model, encoder and bank."""
         notes, missing = [], []
         if Path(encoder.source).name == DEMO_WEIGHTS:
-            notes.append("imagebind-demo knows generated clips only; of anything else it says little")
+            notes.append(
+                "imagebind-demo knows generated clips only; results on real videos are not meaningful"
+            )
         if not checkpoint.config.index.leak_guard:
-            notes.append("the model was trained without the leak guard; here it is on")
+            notes.append("the model was trained without the leak guard; it is on here")
         if not model.recovers:
-            missing.append("this model recovers nothing: it answers from what is there")
+            missing.append(
+                "this model does not recover missing modalities: it answers from the available one"
+            )
         config = checkpoint.config
         return cls(
             classes=checkpoint.answers,
@@ -76,42 +81,40 @@ class Shared:
         )
 
 
-def evidence(
-    shared: Shared, ask: Ask, recording: Recording, stand_ins: Sequence[RetrievedClip], answer: Answer, row: int
-) -> Answered:
-    """The answer to one question, which is row `row` of what the model gave."""
+def build_result(
+    shared: SharedFacts,
+    request: Request,
+    recording: Recording,
+    clips: Sequence[RetrievedClip],
+    answer: Answer,
+    row: int,
+) -> Result:
+    """The result of one request, from row `row` of the model's output."""
     missing = next((modality for modality in MODALITIES if modality in recording.unusable), None)
     streams = {modality: _stream(recording, modality) for modality in Modality}
     notes = shared.notes + (shared.notes_missing if missing else [])
     fallback = bool(answer.evidence.fallback_BM[row].any())
     recovered = bool(answer.evidence.recovered_BM[row].any())
-    if any(found.similarity >= ALIKE for found in stand_ins):
-        notes = [
-            *notes,
-            "a clip that stood in is so like this recording that it may be the same; no test of recovery",
-        ]
+    if any(clip.similarity >= SAME_RECORDING for clip in clips):
+        notes = [*notes, "a retrieved clip may be this very recording; its answer is no test of recovery"]
     if fallback:
         notes = [
             *notes,
-            "the bank held no clip that could stand in: what is there served for what is missing",
+            "no clip of the memory bank could be retrieved; the available modality was used instead",
         ]
-    return Answered(
-        id=ask.id,
-        video=ask.video,
-        question=ask.question,
-        answers=_candidates(answer.logits_BK[row], shared.classes or list(ask.choices)),
+    return Result(
+        id=request.id,
+        video=request.video,
+        question=request.question,
+        answers=_candidates(answer.logits_BK[row], shared.classes or list(request.choices)),
         missing=missing,
         audio=streams[Modality.AUDIO],
         visual=streams[Modality.VISUAL],
         duration_s=recording.duration_s,
         content_sha256=recording.content_sha256,
-        recovery="fallback"
-        if fallback
-        else "neighbours"
-        if stand_ins and recovered
-        else _other(missing, recovered),
-        neighbours=[_neighbour(shared, found) for found in stand_ins],
-        recovered=_seconds(answer, row, missing, stand_ins, recording) if missing and recovered else [],
+        recovery=_recovery(missing, recovered, fallback, bool(clips)),
+        neighbours=[_neighbour(shared, clip) for clip in clips],
+        recovered=_seconds(answer, row, missing, clips, recording) if missing and recovered else [],
         router=dict(zip(SOURCES, answer.evidence.router_BS[row].float().tolist(), strict=True)),
         model=shared.model,
         store=shared.store,
@@ -120,23 +123,26 @@ def evidence(
     )
 
 
-def _other(missing: Modality | None, recovered: bool) -> str:
+def _recovery(missing: Modality | None, recovered: bool, fallback: bool, retrieved: bool) -> str:
+    if fallback:
+        return "fallback"
     if missing is None:
         return "none"
-    return "common" if recovered else "dropped"
+    if not recovered:
+        return "dropped"
+    return "neighbours" if retrieved else "common"
 
 
 def _candidates(logits_K: torch.Tensor, names: Sequence[str]) -> list[Candidate]:
-    """The best first; of equal logits the one that is named first. Choices that are missing are left out,
-    and so is what other questions of the batch have more of them."""
+    """Best first, ties in the order of `names`. Empty choices and the batch's padding are left out."""
     logits_K = logits_K[: len(names)].float()
     probabilities = logits_K.softmax(dim=0).tolist()
-    found = [
+    candidates = [
         Candidate(answer=name, probability=probability, logit=logit)
         for name, probability, logit in zip(names, probabilities, logits_K.tolist(), strict=True)
         if name
     ]
-    return sorted(found, key=lambda one: -one.logit)
+    return sorted(candidates, key=lambda candidate: -candidate.logit)
 
 
 def _stream(recording: Recording, modality: Modality) -> Stream:
@@ -144,9 +150,7 @@ def _stream(recording: Recording, modality: Modality) -> Stream:
     why = recording.unusable.get(modality, "")
     if not why and report.status is ModalityStatus.PARTIAL:
         unit = "s" if modality is Modality.AUDIO else "frames"
-        why = (
-            f"{report.decoded:.4g} of {report.expected:.4g} {unit} could be decoded and were used as they are"
-        )
+        why = f"only {report.decoded:.4g} of {report.expected:.4g} {unit} could be decoded; they were used"
     return Stream(
         status=report.status.value,
         expected=report.expected,
@@ -156,36 +160,39 @@ def _stream(recording: Recording, modality: Modality) -> Stream:
     )
 
 
-def _neighbour(shared: Shared, found: RetrievedClip) -> Neighbour:
+def _neighbour(shared: SharedFacts, clip: RetrievedClip) -> Neighbour:
     return Neighbour(
-        clip_id=found.clip_id,
-        file=str(found.metadata["uri"] or ""),
-        second=found.second,
-        score=found.score,
-        labels=found.labels,
-        split=str(found.metadata["split"] or ""),
-        source_id=str(found.metadata["source_id"] or ""),
-        content_sha256=str(found.metadata["content_sha256"] or ""),
+        clip_id=clip.clip_id,
+        file=str(clip.metadata["uri"] or ""),
+        second=clip.second,
+        score=clip.score,
+        labels=clip.labels,
+        split=str(clip.metadata["split"] or ""),
+        source_id=str(clip.metadata["source_id"] or ""),
+        content_sha256=str(clip.metadata["content_sha256"] or ""),
         encoder=shared.encoder,
         clips_version=shared.clips_version,
     )
 
 
 def _seconds(
-    answer: Answer, row: int, missing: Modality, stand_ins: Sequence[RetrievedClip], recording: Recording
-) -> list[Second]:
-    """What became of each second that stood in."""
-    length = max((len(found.tokens_TD) for found in stand_ins), default=0)
-    length = length or max(map(len, recording.tokens.values()))  # of what is there, which then served
+    answer: Answer, row: int, missing: Modality, clips: Sequence[RetrievedClip], recording: Recording
+) -> list[RecoveredSecond]:
+    """What purification did to each recovered second."""
+    length = max((len(clip.tokens_TD) for clip in clips), default=0)
+    # without retrieved clips the available modality was used instead
+    length = length or max(map(len, recording.tokens.values()))
     purified = answer.evidence.purified[MODALITIES.index(missing)]
     if purified is None:
-        return [Second(second=t, dissonance=None, purged=False, replaced_by=None) for t in range(length)]
+        return [
+            RecoveredSecond(second=t, dissonance=None, purged=False, replaced_by=None) for t in range(length)
+        ]
     dissonance, noise, source = (
         part[row, :length].tolist()
         for part in (purified.dissonance_BL, purified.noise_BL, purified.source_BL)
     )
     return [
-        Second(
+        RecoveredSecond(
             second=t, dissonance=dissonance[t], purged=noise[t], replaced_by=source[t] if noise[t] else None
         )
         for t in range(length)

@@ -1,22 +1,22 @@
-"""Answers with their evidence as a page: what was answered, what was missing, which clips stood in for it.
+"""Answers with their evidence as an HTML page: the answer, what was missing, and the retrieved clips.
 
->>> html = answer_page(answered)
->>> cards = [card_of(each, shown(each, previews)) for each in several]   # for `parts.answer_card`
+>>> html = answer_page(result)
+>>> cards = [answer_card(result, load_media(result, previews)) for result in results]  # for `parts.answer_card`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from r2scp.jobs.answer.records import Answered, Neighbour, Second, Stream
+from r2scp.jobs.answer.records import Result, Neighbour, RecoveredSecond, Stream
 from r2scp.jobs.html.render import decimal, page
 from r2scp.jobs.html.thumbnails import Preview, Previews
 from r2scp.store.schema import MODALITY_NAMES, Modality
 
-ANSWERS = 5  # the best ones, named
-STILLS = 6  # of the recording, spread over it
-SECONDS = 300  # of a time line; a longer recording's rest is counted
-LABELS = 12  # of one neighbour
-LONGEST = 400  # characters of a text from outside on a page; --json has all
+SHOWN_ANSWERS = 5
+MAX_STILLS = 6  # spread over the recording
+MAX_SECONDS = 300  # of a timeline; the rest is counted
+MAX_LABELS = 12  # per retrieved clip
+MAX_TEXT = 400  # characters of outside text on a page; --json has all
 STREAM_COLUMNS = (
     {"text": "stream"},
     {"text": "status"},
@@ -26,7 +26,7 @@ STREAM_COLUMNS = (
 )
 NEIGHBOUR_COLUMNS = (
     {"text": "clip"},
-    {"text": "second", "numeric": True, "hint": "The one most like the recording"},
+    {"text": "second", "numeric": True, "hint": "The most similar to the recording"},
     {"text": "score", "numeric": True, "hint": "Cosine of the two keys"},
     {"text": "labels"},
     {"text": "split"},
@@ -36,114 +36,117 @@ NEIGHBOUR_COLUMNS = (
     {"text": "version of clips", "numeric": True},
     {"text": "file"},
 )
-SPOKEN = ((None, ""), (True, "yes"), (False, "no"))
+BOOLEAN_WORDS = ((None, ""), (True, "yes"), (False, "no"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
-    """What there is to look at for one answer."""
+class Media:
+    """Pictures and waveforms of one result."""
 
     recording: Preview
-    neighbours: tuple[Preview, ...]  # in the answer's order
+    neighbours: tuple[Preview, ...]  # in the result's order
 
 
-def shown(answered: Answered, previews: Previews | None = None) -> Shown:
-    """Pictures and sound shapes of the recording and of each neighbour, of the very files that were read.
+def load_media(result: Result, previews: Previews | None = None) -> Media:
+    """Pictures and waveforms of the recording and the retrieved clips, if their files are unchanged.
 
-    Hand the same `previews` to several answers, and a clip that they share is decoded once.
+    With the same `previews` for several results, a clip that they share is decoded once.
     """
     previews = previews or Previews()
-    seconds = stills(answered.visual.decoded)
-    return Shown(
-        recording=previews.preview(answered.video, seconds, answered.content_sha256),
+    seconds = stills(result.visual.decoded)
+    return Media(
+        recording=previews.preview(result.video, seconds, result.content_sha256),
         neighbours=tuple(
-            previews.preview(each.file, (each.second,), each.content_sha256) for each in answered.neighbours
+            previews.preview(clip.file, (clip.second,), clip.content_sha256) for clip in result.neighbours
         ),
     )
 
 
 def stills(frames: float) -> list[int]:
-    """At most STILLS seconds in the middle of as many equal parts."""
-    there = int(frames)
-    return (
-        [(2 * at + 1) * there // (2 * STILLS) for at in range(STILLS)] if there > STILLS else [*range(there)]
-    )
+    """Up to MAX_STILLS seconds, the middles of equal parts."""
+    count = int(frames)
+    if count <= MAX_STILLS:
+        return [*range(count)]
+    return [(2 * at + 1) * count // (2 * MAX_STILLS) for at in range(MAX_STILLS)]
 
 
-def answer_page(answered: Answered | Sequence[Answered], previews: Previews | None = None) -> str:
-    """One HTML file of one answer or several."""
-    several = [answered] if isinstance(answered, Answered) else list(answered)
+def answer_page(result: Result | Sequence[Result], previews: Previews | None = None) -> str:
+    """One HTML file with one or more results."""
+    results = [result] if isinstance(result, Result) else list(result)
     previews = previews or Previews()
-    cards = [card_of(each, shown(each, previews)) for each in several]
-    alone = len(several) == 1
-    title = several[0].question if alone else "Answers and what they rest on"
-    lede = f"{len(several)} questions."
-    if alone:
-        lede = f"{_cut(several[0].video)} · {decimal(several[0].duration_s, 1)} s"
-    return page("answer.html", {"title": _cut(title) or "A question", "lede": lede, "cards": cards})
+    cards = [answer_card(each, load_media(each, previews)) for each in results]
+    title, lede = "Answers and their evidence", f"{len(results)} questions."
+    if len(results) == 1:
+        title = results[0].question
+        lede = f"{_shorten_text(results[0].video)} · {decimal(results[0].duration_s, 1)} s"
+    return page("answer.html", {"title": _shorten_text(title) or "A question", "lede": lede, "cards": cards})
 
 
-def card_of(answered: Answered, seen: Shown) -> dict[str, object]:
-    """What `parts.answer_card` draws."""
-    rest = answered.answers[ANSWERS:]
-    stills_ = sorted(seen.recording.pictures)
+def answer_card(result: Result, media: Media) -> dict[str, object]:
+    """The values of `parts.answer_card`."""
+    rest = result.answers[SHOWN_ANSWERS:]
     return {
-        "answered": _brief(answered.to_json()),
-        "preview": seen.recording,
-        "stills": stills_,
-        "absences": _absences(answered, seen.recording),
-        "shown_answers": ANSWERS,
+        "answered": _shorten(result.to_json()),
+        "preview": media.recording,
+        "stills": sorted(media.recording.pictures),
+        "absences": _unused_streams(result, media.recording),
+        "shown_answers": SHOWN_ANSWERS,
         "other_answers": len(rest),
-        "other_share": sum(each.probability for each in rest),
-        "finding": _cut(answered.finding()) or "Sound and picture are both there; nothing had to stand in.",
+        "other_share": sum(candidate.probability for candidate in rest),
+        "finding": _shorten_text(answered.finding())
+        or "Sound and picture are both there; nothing had to stand in.",
         "neighbours": [
-            (_brief(asdict(each) | {"labels": _few(each.labels)}), preview)
-            for each, preview in zip(answered.neighbours, seen.neighbours, strict=True)
+            (_shorten(asdict(clip) | {"labels": _first_labels(clip.labels)}), preview)
+            for clip, preview in zip(result.neighbours, media.neighbours, strict=True)
         ],
-        "neighbours_heading": _heading(answered),
+        "neighbours_heading": _heading(result),
         "neighbour_columns": NEIGHBOUR_COLUMNS,
-        "neighbour_rows": [_neighbour(each) for each in answered.neighbours],
-        "timeline": [_second(each, _highest(answered.recovered)) for each in answered.recovered[:SECONDS]],
-        "timeline_rest": max(0, len(answered.recovered) - SECONDS),
-        "timeline_words": _timeline_words(answered),
+        "neighbour_rows": [_neighbour(clip) for clip in result.neighbours],
+        "timeline": _timeline(result),
+        "timeline_rest": max(0, len(result.recovered) - MAX_SECONDS),
+        "timeline_words": _timeline_caption(result),
         "stream_columns": STREAM_COLUMNS,
-        "streams": [_stream(name, stream) for name, stream in _streams(answered)],
-        "provenance": [*_flat("model", answered.model), *_flat("store", answered.store), *_asked(answered)],
+        "streams": [_stream(name, stream) for name, stream in _streams(result)],
+        "provenance": [*_flat("model", result.model), *_flat("store", result.store), *_request_facts(result)],
     }
 
 
 def _neighbour(each: Neighbour) -> list[object]:
     score = {"text": decimal(each.score, 3), "value": each.score}
-    origin = map(_cut, (each.split, each.source_id, each.content_sha256, each.encoder))
-    labels = _cut(", ".join(_few(each.labels)))
-    return [_cut(each.clip_id), each.second, score, labels, *origin, each.clips_version, _cut(each.file)]
+    origin = map(_shorten_text, (each.split, each.source_id, each.content_sha256, each.encoder))
+    labels = _shorten_text(", ".join(_first_labels(each.labels)))
+    return [
+        _shorten_text(each.clip_id),
+        each.second,
+        score,
+        labels,
+        *origin,
+        each.clips_version,
+        _shorten_text(each.file),
+    ]
 
 
-def _heading(answered: Answered) -> str:
+def _heading(answered: Result) -> str:
     gone = MODALITY_NAMES[Modality(answered.missing)] if answered.missing else "features"
     return f"Clips whose {gone} stood in"
 
 
-def _absences(answered: Answered, seen: Preview) -> list[str]:
+def _unused_streams(answered: Result, seen: Preview) -> list[str]:
     """Why a stream of the recording is not to be seen or heard below its heading, or was not used."""
     lines = []
     for name, stream in _streams(answered):
         there = seen.peaks if name is Modality.AUDIO else seen.pictures
         word = MODALITY_NAMES[name]
         if not there and not seen.fault:
-            lines.append(_cut(f"No {word}: {stream.status}."))
+            lines.append(_shorten_text(f"No {word}: {stream.status}."))
         elif not stream.used:
             why = f": {stream.why.rstrip('.')}" if stream.why else ""
-            lines.append(_cut(f"Its {word} was not used{why}."))
+            lines.append(_shorten_text(f"Its {word} was not used{why}."))
     return lines
 
 
-def _streams(answered: Answered) -> tuple[tuple[Modality, Stream], ...]:
+def _streams(answered: Result) -> tuple[tuple[Modality, Stream], ...]:
     return (Modality.AUDIO, answered.audio), (Modality.VISUAL, answered.visual)
-
-
-def _stream_of(answered: Answered, modality: str) -> Stream:
-    return answered.audio if modality == Modality.AUDIO else answered.visual
 
 
 def _stream(name: Modality, stream: Stream) -> list[object]:
@@ -151,18 +154,18 @@ def _stream(name: Modality, stream: Stream) -> list[object]:
     places = 1 if name is Modality.AUDIO else 0
     return [
         MODALITY_NAMES[name],
-        _cut(stream.status),
+        _shorten_text(stream.status),
         f"{decimal(stream.decoded, places)} {unit}",
         f"{decimal(stream.expected, places)} {unit}",
-        {"text": "yes" if stream.used else "no", "minor": _cut(stream.why) or None},
+        {"text": "yes" if stream.used else "no", "minor": _shorten_text(stream.why) or None},
     ]
 
 
-def _highest(recovered: Sequence[Second]) -> float:
+def _highest(recovered: Sequence[RecoveredSecond]) -> float:
     return max((each.dissonance for each in recovered if each.dissonance is not None), default=0.0) or 1.0
 
 
-def _second(each: Second, highest: float) -> dict[str, object]:
+def _second(each: RecoveredSecond, highest: float) -> dict[str, object]:
     delta = decimal(each.dissonance, 2)
     words = "not purified" if each.dissonance is None else f"dissonance {delta}"
     if each.purged:
@@ -179,7 +182,7 @@ def _second(each: Second, highest: float) -> dict[str, object]:
     }
 
 
-def _timeline_words(answered: Answered) -> str:
+def _timeline_words(answered: Result) -> str:
     gone = MODALITY_NAMES[Modality(answered.missing)] if answered.missing else "stream"
     there = {"sound": "picture", "picture": "sound"}.get(gone, "other stream")
     if all(each.dissonance is None for each in answered.recovered):
@@ -192,10 +195,10 @@ def _timeline_words(answered: Answered) -> str:
     )
 
 
-def _asked(answered: Answered) -> Iterator[tuple[str, object]]:
-    yield "recording's SHA-256", _cut(answered.content_sha256)
+def _asked(answered: Result) -> Iterator[tuple[str, object]]:
+    yield "recording's SHA-256", _shorten_text(answered.content_sha256)
     if answered.id:
-        yield "asked as", _cut(answered.id)
+        yield "asked as", _shorten_text(answered.id)
 
 
 def _flat(name: str, values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
@@ -206,24 +209,24 @@ def _flat(name: str, values: Mapping[str, object]) -> Iterator[tuple[str, object
         elif isinstance(value, list | tuple):
             text = ", ".join(map(str, value))
         else:
-            text = next((word for known, word in SPOKEN if value is known), str(value))
-        yield _cut(f"{name}: {key.replace('_', ' ')}"), _cut(text) or None
+            text = next((word for known, word in BOOLEAN_WORDS if value is known), str(value))
+        yield _shorten_text(f"{name}: {key.replace('_', ' ')}"), _shorten_text(text) or None
 
 
-def _few(labels: Sequence[str]) -> list[str]:
+def _first_labels(labels: Sequence[str]) -> list[str]:
     return [*labels[:LABELS], *([f"and {len(labels) - LABELS} more"] if len(labels) > LABELS else [])]
 
 
-def _brief(value: object) -> object:
+def _shorten(value: object) -> object:
     """The same values, texts cut to LONGEST."""
     if isinstance(value, str):
-        return _cut(value)
+        return _shorten_text(value)
     if isinstance(value, Mapping):
-        return {_cut(str(key)): _brief(one) for key, one in value.items()}
+        return {_shorten_text(str(key)): _shorten(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_brief(one) for one in value]
+        return [_shorten(one) for one in value]
     return value
 
 
-def _cut(text: str) -> str:
+def _shorten_text(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -1,7 +1,7 @@
-"""What is asked, and what comes back: an answer with all that it rests on, or why there is none.
+"""Requests and results: an answer with its evidence, or the reason why there is none.
 
-Plain values alone: `to_json` is what `answer --json` prints, and enough to compute the same logits again from
-the store (the neighbours' ids and the version of `clips` say which tokens stood in).
+Plain values only. `to_json` is what `answer --json` prints; it is enough to compute the same logits again
+from the store, since the ids of the retrieved clips and the version of `clips` identify the tokens that were used.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -11,12 +11,13 @@ from r2scp.store.schema import MODALITY_NAMES, Modality
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class Request:
     """One question about one file.
 
-    `missing`: `audio` or `visual` takes that away, `none` lets silence and blank pictures pass for sound and
-    picture, `auto` finds out. `choices`: for models that choose among them. `source_id`: of the recording;
-    no clip of it stands in, nor of the source of the same file in the store. `id` comes back.
+    `missing`: `audio` or `visual` ignores that stream, `none` accepts silence and blank pictures as they are,
+    `auto` detects what is missing. `choices`: only for models trained on multiple choice. `source_id`: source
+    video of the recording; clips of it are never retrieved, nor clips of the same file's source in the store.
+    `id` is returned unchanged.
     """
 
     video: str
@@ -28,8 +29,8 @@ class Ask:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
-    """A question that cannot be answered. `reason`: a `FailureReason`, or `usage`."""
+class Rejected:
+    """A request that cannot be answered. `reason`: a `FailureReason`, or `usage`."""
 
     reason: str
     message: str
@@ -38,15 +39,15 @@ class Refused:
     question: str = ""
 
     @classmethod
-    def of(cls, ask: Ask, error: R2SCPError) -> "Refused":
-        """What an error says of a question."""
+    def of(cls, request: Request, error: R2SCPError) -> "Rejected":
+        """The request with its error."""
         media = isinstance(error, MediaError)
         return cls(
             reason=error.reason.value if media else "usage",
             message=error.detail if media else str(error),
-            id=ask.id,
-            video=ask.video,
-            question=ask.question,
+            id=request.id,
+            video=request.video,
+            question=request.question,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -57,7 +58,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One answer that the model knows, or one of the question's choices."""
+    """One of the model's answer classes, or one of the question's choices."""
 
     answer: str
     probability: float  # softmax of the logits; not calibrated
@@ -71,17 +72,17 @@ class Stream:
     status: str  # a ModalityStatus
     expected: float
     decoded: float
-    used: bool  # whether the model saw it
-    why: str  # why it was not used, or was although it is not whole; "" where all is well
+    used: bool  # by the model
+    why: str  # why it was not used, or is incomplete; "" if all is well
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbour:
-    """One clip of the memory bank whose missing modality stood in."""
+    """A clip retrieved from the memory bank in place of the missing modality."""
 
     clip_id: str
-    file: str  # where it was when it was stored
-    second: int  # of the clip: the one most like the recording, by the key that was compared
+    file: str  # path when it was extracted
+    second: int  # of the clip, the most similar to the recording's key
     score: float  # cosine of the two keys, in [-1, 1]
     labels: list[str]
     split: str
@@ -92,36 +93,36 @@ class Neighbour:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Second:
-    """One second of the modality that was recovered."""
+class RecoveredSecond:
+    """One second of the recovered modality."""
 
     second: int
-    dissonance: float | None  # δ of eq. 3, in [0, 2]; None where nothing was purified
+    dissonance: float | None  # δ of eq. 3, in [0, 2]; None without purification
     purged: bool
-    replaced_by: int | None  # second of the modality that is there, whose guided token took its place
+    replaced_by: int | None  # second of the available modality whose guided token replaced it
 
 
-#: By recovery, what was done about a missing modality.
-_DONE = {
-    "neighbours": "the {gone} of {count} of the memory bank stood in",
-    "fallback": "the memory bank held no clip that could stand in; what is there served for the {gone} too",
-    "common": "this model does not retrieve; what is there served for the {gone} too",
-    "dropped": "this model recovers nothing; it answered without",
+# by recovery
+_RECOVERY_TEXT = {
+    "neighbours": "the {missing} of {count} from the memory bank was used instead",
+    "fallback": "no clip of the memory bank could be retrieved; the available modality was used instead",
+    "common": "this model does not retrieve; the available modality was used instead",
+    "dropped": "this model does not recover missing modalities; it answered without it",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
+class Result:
     """The answer and its evidence.
 
-    `recovery`: `neighbours`; `fallback`, from the recording's other modality, where the bank had no clip;
-    `common`, from that too, where this model does not retrieve; `dropped`, where it recovers nothing; `none`,
-    where nothing was missing.
+    `recovery`: `neighbours`, retrieved clips; `fallback`, the recording's other modality because the bank had
+    no clip; `common`, the other modality because this model does not retrieve; `dropped`, no recovery;
+    `none`, nothing was missing.
     """
 
     video: str
     question: str
-    answers: list[Candidate]  # all there are, the best first
+    answers: list[Candidate]  # all, best first
     missing: str | None  # a Modality
     audio: Stream
     visual: Stream
@@ -129,21 +130,22 @@ class Answered:
     content_sha256: str
     recovery: str
     neighbours: list[Neighbour]
-    recovered: list[Second]
-    router: dict[str, float]  # weight of audio, visual, text; 0 where it was neither there nor recovered
-    model: dict[str, object]  # run, checkpoint, its hash and step, code
+    recovered: list[RecoveredSecond]
+    router: dict[str, float]  # weights of audio, visual, text; 0 if neither available nor recovered
+    model: dict[str, object]  # run, checkpoint hash, stage and step, code version
     store: dict[str, object]  # uri, snapshot, versions, encoder, retrieval, bank
-    notes: list[str] = field(default_factory=list)  # what a careful reader should know
-    id: str = ""  # the asker's own
+    notes: list[str] = field(default_factory=list)  # caveats
+    id: str = ""  # of the request
 
     def finding(self) -> str:
-        """What is missing, why, and what was done about it, in one sentence; "" where nothing is."""
+        """What is missing, why, and how it was recovered, in one sentence; "" if nothing is missing."""
         if self.missing is None:
             return ""
-        gone, stream = MODALITY_NAMES[Modality(self.missing)], self.audio if self.missing == "audio" else self.visual
-        clips = f"{len(self.neighbours)} clip{'s'[: len(self.neighbours) != 1]}"
-        done = _DONE.get(self.recovery, "").format(gone=gone, count=clips)
-        return f"The {gone} is missing ({stream.why}){': ' if done else ''}{done}."
+        name = MODALITY_NAMES[Modality(self.missing)]
+        stream = self.audio if self.missing == "audio" else self.visual
+        count = f"{len(self.neighbours)} clip{'s'[: len(self.neighbours) != 1]}"
+        recovery = _RECOVERY_TEXT.get(self.recovery, "").format(missing=name, count=count)
+        return f"The {name} is missing ({stream.why}){': ' if recovery else ''}{recovery}."
 
     def to_json(self) -> dict[str, object]:
         """Plain values, ready for JSON."""

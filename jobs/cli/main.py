@@ -95,15 +95,15 @@ def extract(
     with exit_on_error():
         from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
         from r2scp.jobs.ingest.extract import Destination, Source
-        from r2scp.jobs.ingest.extract_command import finish, resources, run_with_progress
+        from r2scp.jobs.ingest.extract_command import exit_if_all_failed, build_resources, run_with_progress
 
         paths = tuple(annotations or ())
         source = Source(corpus, root, paths, split, limit, retry_failed, name=name)
         spec = encoder_spec(encoder, weights, pick_device(device))
-        means = resources(num_workers, gpus_per_actor, ray_address, wheel, ffmpeg)
+        means = build_resources(num_workers, gpus_per_actor, ray_address, wheel, ffmpeg)
         report = run_with_progress(source, Destination(store, storage_options(storage_option)), spec, means)
         print_result(report.to_json(), as_json)
-        finish(report)
+        exit_if_all_failed(report)
 
 
 @app.command()
@@ -159,13 +159,13 @@ def train(
 ) -> None:
     """Train both stages from the store: experts first, then purification, router and heads."""
     with exit_on_error():
-        from r2scp.jobs.training.command import Wanted, train_means, train_with_progress
+        from r2scp.jobs.training.command import TrainRequest, train_options, train_with_progress
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
         opened = opened.at(at) if at else opened
-        wanted = Wanted(preset=preset, settings=tuple(change or ()), seed=seed, with_baselines=baselines)
-        means = train_means(num_workers, device, ray_address)
+        wanted = TrainRequest(preset=preset, settings=tuple(change or ()), seed=seed, with_baselines=baselines)
+        means = train_options(num_workers, device, ray_address)
         print_result(train_with_progress(opened, run, wanted, means), as_json)
 
 
@@ -189,12 +189,12 @@ def evaluate(
     with exit_on_error():
         from r2scp.jobs.ingest.encoders import pick_device
         from r2scp.jobs.training.command import evaluate_with_progress
-        from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans
+        from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateOptions
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
         rates = MISSING_RATES if missing_rates else ()
-        means = EvaluateMeans(split=split, latest=latest, rates=rates, device=pick_device(device))
+        means = EvaluateOptions(split=split, latest=latest, rates=rates, device=pick_device(device))
         report = evaluate_with_progress(opened, run, means, as_json)
         if as_json:
             print_result(report, as_json)
@@ -239,15 +239,15 @@ def answer(
 ) -> None:
     """Answer a question about a recording of which sound or picture may be missing, and say why so."""
     with exit_on_error("what was answered is written; files that are being decoded come to their end"):
-        from r2scp.jobs.answer.command import Means, Wanted, answer_lines, answer_one, open_answerer
-        from r2scp.jobs.answer.records import Ask
+        from r2scp.jobs.answer.command import Means, TrainRequest, answer_batch, answer_one, open_answerer
+        from r2scp.jobs.answer.records import Request
 
         means = Means(encoder, weights, device, at, num_workers, ffmpeg)
-        wanted = Wanted(explain=explain, as_json=as_json, html=html, top=top)
-        ask = Ask(video=video, question=question, missing=missing, choices=tuple(choice or ()))
+        wanted = TrainRequest(explain=explain, as_json=as_json, html=html, top=top)
+        ask = Request(video=video, question=question, missing=missing, choices=tuple(choice or ()))
         wanted.require(ask, batch)
         answerer = open_answerer(run, store, fingerprint, storage_options(storage_option), means)
-        answer_lines(answerer, top) if batch else answer_one(answerer, ask, wanted)
+        answer_batch(answerer, top) if batch else answer_one(answerer, ask, wanted)
 
 
 @app.command()
@@ -269,9 +269,9 @@ def report(
 ) -> None:
     """One page of a run, or several: accuracy, training, retrieval, answered questions, the store."""
     with exit_on_error():
-        from r2scp.jobs.report.run import ReportWanted, brief, report_with_progress
+        from r2scp.jobs.report.run import ReportRequest, report_with_progress, summary
 
-        wanted = ReportWanted(
+        request = ReportRequest(
             runs=tuple(runs),
             store=store,
             fingerprint=fingerprint,
@@ -282,8 +282,8 @@ def report(
             gallery=gallery,
             weights=weights,
         )
-        made = report_with_progress(wanted, device)
-        print_result(made if as_json else brief(made), as_json)
+        page = report_with_progress(request, device)
+        print_result(page if as_json else summary(page), as_json)
 
 
 @app.command()
@@ -316,13 +316,13 @@ def study(
 ) -> None:
     """Train variants of the method with several seeds and compare them; goes on where it stopped."""
     with exit_on_error():
-        from r2scp.jobs.training.command import Wanted
+        from r2scp.jobs.training.command import TrainRequest
         from r2scp.jobs.training.study.command import Machines, show, study_with_progress
         from r2scp.store.feature_store import FeatureStore
 
         opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
         opened = opened.at(at) if at else opened
-        wanted = Wanted(preset=preset, settings=tuple(change or ()), seed=first_seed)
+        wanted = TrainRequest(preset=preset, settings=tuple(change or ()), seed=first_seed)
         machines = Machines(
             num_workers=num_workers,
             gpus_per_training=gpus_per_training,

@@ -10,10 +10,10 @@ from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
 from r2scp.jobs.ingest.extract import Destination, Source
 from r2scp.jobs.ingest.extract_command import run_with_progress
 from r2scp.jobs.ingest.index_command import Scope, index_with_progress
-from r2scp.jobs.report.builder import ReportWanted
+from r2scp.jobs.report.builder import ReportRequest
 from r2scp.jobs.report.run import report_with_progress
-from r2scp.jobs.training.command import Wanted, evaluate_with_progress, train_means, train_with_progress
-from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans
+from r2scp.jobs.training.command import TrainRequest, evaluate_with_progress, train_options, train_with_progress
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateOptions
 from r2scp.pipelines.demo.corpus import generate
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.pipelines.ray_session import Resources
@@ -60,15 +60,15 @@ def run_demo(wanted: DemoWanted) -> dict[str, object]:
     index = index_with_progress(store, None, scope, HITS, IndexSettings().cross_weight, leak_guard=True)
     clock.done("index", f"{index['searched']} searches among {index['bank_clips']} clips")
     log(f"4/{STEPS} training experts, then the model and what it must beat, in {run}")
-    asked = Wanted(preset="demo", settings=wanted.settings)
-    trained = train_with_progress(store, run, asked, train_means(1, None, None, workers))
+    asked = TrainRequest(preset="demo", settings=wanted.settings)
+    trained = train_with_progress(store, run, asked, train_options(1, None, None, workers))
     clock.done("train", f"best after epoch {trained['epoch']}")
     log(f"5/{STEPS} asking the test split's questions with sound alone, picture alone and both")
-    means = EvaluateMeans(rates=MISSING_RATES, device=pick_device(None))
+    means = EvaluateOptions(rates=MISSING_RATES, device=pick_device(None))
     evaluation = evaluate_with_progress(store, run, means, wanted.as_json)
     clock.done("evaluate", f"{100 * evaluation['average']:.1f} % on average")
     log(f"6/{STEPS} writing a report of it")
-    report = report_with_progress(ReportWanted(runs=(run,), store=uri), None)
+    report = report_with_progress(ReportRequest(runs=(run,), store=uri), None)
     clock.done("report", str(report["report"]))
     ended: dict[str, object] = {
         "seconds": clock.seconds,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from r2scp.jobs.faults.corpus import Expected
-from r2scp.pipelines.neighbours.queries import chunks_of, query_table
+from r2scp.pipelines.neighbours.queries import query_chunks, query_clips
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.commits import TableAddress
 from r2scp.store.feature_store import FeatureStore
@@ -52,10 +52,10 @@ class Finding:
 
 
 #: Rendering -> its unit keys, by column.
-Features = dict[str, dict[str, np.ndarray]]
+RenderingKeys = dict[str, dict[str, np.ndarray]]
 
 
-def learn(store: FeatureStore, expected: Expected) -> Features:
+def rendering_keys(store: FeatureStore, expected: Expected) -> RenderingKeys:
     """The keys of each rendering, from a store that has just been made without a fault."""
     rows = store.clips(["clip_id", *KEY_COLUMNS.values()]).to_pylist()
     return {
@@ -64,24 +64,24 @@ def learn(store: FeatureStore, expected: Expected) -> Features:
     }
 
 
-def account(store: FeatureStore, expected: Expected, features: Features) -> list[Finding]:
+def audit(store: FeatureStore, expected: Expected, keys: RenderingKeys) -> list[Finding]:
     """Every clip and question of the ledger, and every row of the store. `store` may be pinned."""
     return [
-        *twice(store),
-        *_clips(store, expected, features),
-        *_dead(store, expected),
+        *duplicates(store),
+        *_clips(store, expected, keys),
+        *_failed_clips(store, expected),
         *_questions(store, expected),
-        *_moment(store),
+        *_inconsistent(store),
     ]
 
 
-def serving_account(store: FeatureStore, expected: Expected, features: Features) -> list[Finding]:
+def audit_serving(store: FeatureStore, expected: Expected, keys: RenderingKeys) -> list[Finding]:
     """What serves, which has no dead letters."""
-    checks = (twice(store), _clips(store, expected, features), _questions(store, expected), _moment(store))
-    return [finding for found in checks for finding in found]
+    checks = (duplicates(store), _clips(store, expected, keys), _questions(store, expected), _inconsistent(store))
+    return [finding for findings in checks for finding in findings]
 
 
-def twice(store: FeatureStore) -> Iterator[Finding]:
+def duplicates(store: FeatureStore) -> Iterator[Finding]:
     """Ids that a table has more than once."""
     for table in store.tables():
         key = store.address(table).key
@@ -91,7 +91,7 @@ def twice(store: FeatureStore) -> Iterator[Finding]:
                 yield Finding(kind=Kind.DUPLICATE, what=f"{each} is {count} times in {table.value}")
 
 
-def _clips(store: FeatureStore, expected: Expected, features: Features) -> Iterator[Finding]:
+def _clips(store: FeatureStore, expected: Expected, features: RenderingKeys) -> Iterator[Finding]:
     columns = ["clip_id", "content_sha256", "split", *KEY_COLUMNS.values()]
     rows = {row["clip_id"]: row for row in store.clips(columns).to_pylist()}
     failed = set(store.failures()["clip_id"].to_pylist())
@@ -115,7 +115,7 @@ def _same(key: list[float] | None, other_D: np.ndarray) -> bool:
     return key is not None and float(np.dot(np.asarray(key), other_D)) >= 1 - KEY_TOLERANCE
 
 
-def _dead(store: FeatureStore, expected: Expected) -> Iterator[Finding]:
+def _failed_clips(store: FeatureStore, expected: Expected) -> Iterator[Finding]:
     rows = {row["clip_id"]: row["content_sha256"] for row in store.failures().to_pylist()}
     for clip_id, digest in expected.dead.items():
         if clip_id not in rows:
@@ -138,27 +138,27 @@ def _questions(store: FeatureStore, expected: Expected) -> Iterator[Finding]:
         yield Finding(kind=Kind.UNACCOUNTED, what=f"question {question_id} is there, and must not be")
 
 
-def _moment(store: FeatureStore) -> Iterator[Finding]:
-    for what in mixture(store):
+def _inconsistent(store: FeatureStore) -> Iterator[Finding]:
+    for what in inconsistencies(store):
         yield Finding(kind=Kind.TORN, what=what)
 
 
 # -- what readers see
 
 
-def mixture(store: FeatureStore) -> list[str]:
+def inconsistencies(store: FeatureStore) -> list[str]:
     """Where clips, questions and neighbours are not of one moment; `store` may be pinned."""
-    there = set(store.clips(["clip_id"])["clip_id"].to_pylist())
+    stored = set(store.clips(["clip_id"])["clip_id"].to_pylist())
     found = [
         f"a question is about {clip_id}, which is not there"
-        for clip_id in set(store.questions(["clip_id"])["clip_id"].to_pylist()) - there
+        for clip_id in set(store.questions(["clip_id"])["clip_id"].to_pylist()) - stored
     ]
     searched = set()
     for row in store.neighbours(["clip_id", "nearest_ids", "farthest_ids"]).to_pylist():
         searched.add(row["clip_id"])
-        for clip_id in {row["clip_id"], *row["nearest_ids"], *row["farthest_ids"]} - there:
+        for clip_id in {row["clip_id"], *row["nearest_ids"], *row["farthest_ids"]} - stored:
             found.append(f"neighbours of {row['clip_id']} name {clip_id}, which is not there")
-    return found + [f"{clip_id} has no neighbours" for clip_id in there - searched]
+    return found + [f"{clip_id} has no neighbours" for clip_id in stored - searched]
 
 
 def digest(store: FeatureStore) -> str:
@@ -179,7 +179,7 @@ def stale(store: FeatureStore, settings: IndexSettings) -> list[Finding]:
     held = store.neighbours(columns).to_pylist()
     rows = {(row["clip_id"], row["missing"], row["retrieval"]): row for row in held}
     for missing in Modality:
-        for chunk in chunks_of(bank, missing, set(query_table(bank, missing)["clip_id"].to_pylist())):
+        for chunk in query_chunks(bank, missing, set(query_clips(bank, missing)["clip_id"].to_pylist())):
             for mode in settings.retrieval:
                 right = bank.search(chunk.queries(), settings.search(missing, mode))
                 for at, clip_id in enumerate(chunk.clip_ids):

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from r2scp.jobs.faults.audit import Finding, Kind, digest, mixture
+from r2scp.jobs.faults.audit import Finding, Kind, digest, inconsistencies
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES
 from r2scp.store.snapshots import SERVING, Snapshot
@@ -53,7 +53,7 @@ class Reader:
     def _look(self, named: Moment, serving: FeatureStore) -> None:
         try:
             found, seen = digest(serving), moment(serving)
-            for what in () if seen in self.seen else mixture(serving):
+            for what in () if seen in self.seen else inconsistencies(serving):
                 self._torn(what)
             if self.seen.setdefault(seen, found) != found:
                 self._torn(f"rows of the moment {seen} changed while it served")

@@ -16,16 +16,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from r2scp.jobs.faults.audit import (
-    Features,
+    RenderingKeys,
     Finding,
     Kind,
-    account,
-    learn,
+    audit,
+    rendering_keys,
     listing,
     orphaned,
-    serving_account,
+    audit_serving,
     stale,
-    twice,
+    duplicates,
 )
 from r2scp.jobs.faults.corpus import INDEX, Rendered, Site
 from r2scp.jobs.faults.full_disk import own_disk
@@ -101,7 +101,7 @@ class _Torture:
         self, wanted: TortureWanted, site: Site, rack: Rack, report: TortureReport, told: Told
     ) -> None:
         self._wanted, self._site, self._rack, self._report, self._told = wanted, site, rack, report, told
-        self._features: Features = {}
+        self._features: RenderingKeys = {}
 
     @property
     def _store(self) -> FeatureStore:
@@ -138,7 +138,7 @@ class _Torture:
             raise R2SCPError(f"a run without a fault on a new store must publish; got: {outcome}")
         self._rack.took_s.append(time.monotonic() - began)
         if not self._features:
-            self._features = learn(self._store, self._site.expected())
+            self._features = rendering_keys(self._store, self._site.expected())
 
     def _round(self, one: Round, last: bool) -> None:
         changed = self._site.change(one.draw, index_anew=one.fault is Fault.INDEX)
@@ -162,10 +162,10 @@ class _Torture:
         when = "before recovery"
         try:
             store = self._store
-            one.found(when, list(twice(store)))
+            one.found(when, list(duplicates(store)))
             serving = store.at(SERVING)
             if moment(serving) != before:  # the reader has seen that the old one is as it was
-                one.found(when, serving_account(serving, self._site.expected(), self._features))
+                one.found(when, audit_serving(serving, self._site.expected(), self._features))
         except Exception as error:
             one.found(when, [Finding(kind=Kind.TORN, what=f"the store cannot be read: {error}")])
 
@@ -177,9 +177,9 @@ class _Torture:
             return False
         try:
             store = self._store
-            one.found(when, account(store, expected, self._features))
+            one.found(when, audit(store, expected, self._features))
             serving = store.at(SERVING)
-            one.found("what serves", serving_account(serving, expected, self._features))
+            one.found("what serves", audit_serving(serving, expected, self._features))
             one.found(when, stale(serving, INDEX))
             if outcome == "published":
                 one.found(when, orphaned(self._site.store))

@@ -14,7 +14,7 @@ from r2scp.pipelines.corpora.formats import Corpus, open_corpus
 from r2scp.pipelines.decoding.decode import decode_fingerprint
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.extraction.flow import extract
-from r2scp.pipelines.extraction.plan import Plan, Scope, make_plan
+from r2scp.pipelines.extraction.plan import ClipPlan, PlanOptions, plan_clips
 from r2scp.pipelines.extraction.questions import QuestionPlan, plan_questions, write_questions
 from r2scp.pipelines.extraction.stages import Provenance
 from r2scp.pipelines.ray_session import Resources, ray_session
@@ -23,7 +23,7 @@ from r2scp.store.errors import TRANSIENT_REASONS, R2SCPError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import Lease
 from r2scp.store.maintenance import compact
-from r2scp.store.runs import Intent, Writer, writing
+from r2scp.store.runs import ActiveRun, RunSpec, recorded_run
 from r2scp.store.schema import Table
 
 COMMIT_EVERY_S = 5.0  # what a crash can cost in finished work
@@ -55,7 +55,7 @@ class Destination:
 
 
 @dataclass
-class Report:
+class ExtractReport:
     """The account of one run; `inputs == stored + unchanged + dead`."""
 
     corpus: str = ""
@@ -94,24 +94,24 @@ class Report:
         return asdict(self)
 
 
-Progress = Callable[[Report, int], None]  # the account so far, how many clips there are to do
+OnProgress = Callable[[ExtractReport, int], None]  # the account so far, how many clips there are to do
 
 
 def run_extract(
-    source: Source, destination: Destination, encoder: EncoderSpec, resources: Resources, progress: Progress
-) -> Report:
+    source: Source, destination: Destination, encoder: EncoderSpec, resources: Resources, progress: OnProgress
+) -> ExtractReport:
     """Extract one corpus. Raises `R2SCPError` with one clear line where it cannot go on."""
     started = time.monotonic()
     extraction = Extraction.open(source, destination, encoder, resources)
     report, store = extraction.report, extraction.store
-    if extraction.due:
-        intent = Intent(
+    if extraction.has_work:
+        spec = RunSpec(
             kind="extract",
             purpose=f"extract --corpus {report.corpus}",
             config=asdict(source) | {"encoder": encoder.fingerprint},
             account=report.to_json,
         )
-        with writing(store, intent) as writer:
+        with recorded_run(store, spec) as writer:
             extraction.write(writer, progress)
             compact(store)
     report.clips_version = store.dataset(Table.CLIPS).version
@@ -129,9 +129,9 @@ class Extraction:
     encoder: EncoderSpec
     resources: Resources
     corpus: Corpus
-    plan: Plan = field(default_factory=Plan)
+    plan: ClipPlan = field(default_factory=ClipPlan)
     questions: QuestionPlan | None = None
-    report: Report = field(default_factory=Report)
+    report: ExtractReport = field(default_factory=ExtractReport)
     _sequence: int = 0
 
     @classmethod
@@ -145,40 +145,40 @@ class Extraction:
             destination.uri, encoder.fingerprint, encoder.dim, destination.storage_options
         )
         extraction = cls(source=source, store=store, encoder=encoder, resources=resources, corpus=corpus)
-        extraction.make_plan()
+        extraction.refresh_plan()
         return extraction
 
     @property
-    def due(self) -> bool:
+    def has_work(self) -> bool:
         """Whether there is anything to write."""
         plan = self.plan
         gone = bool(plan.gone) and self.source.remove_gone
-        return bool(plan.pending or plan.redescribed or gone) or bool(self.questions and self.questions.due)
+        return bool(plan.pending or plan.metadata_changed or gone) or bool(self.questions and self.questions.has_work)
 
-    def make_plan(self) -> None:
+    def refresh_plan(self) -> None:
         """Compare the corpus with the store as it is now, and begin the account anew."""
         source, corpus = self.source, self.corpus
-        scope = Scope(
+        scope = PlanOptions(
             decode_fingerprint=decode_fingerprint(self.resources.ffmpeg),
             limit=source.limit,
             retry_failed=source.retry_failed,
             attempts=source.attempts,
         )
-        plan = self.plan = make_plan(corpus, self.store.known(corpus.name), scope)
-        self.questions = plan_questions(corpus, self.store, drop=source.remove_gone)
+        plan = self.plan = plan_clips(corpus, self.store.input_records(corpus.name), scope)
+        self.questions = plan_questions(corpus, self.store, delete_missing=source.remove_gone)
         tally = corpus.clip_tally
-        fresh = Report(
+        fresh = ExtractReport(
             corpus=corpus.name,
             encoder=self.encoder.fingerprint,
             inputs=plan.inputs,
             new=plan.new,
             changed=plan.changed,
-            other_fingerprint=plan.other_fingerprint,
+            other_fingerprint=plan.decoder_changed,
             retried=plan.retried,
             unchanged=plan.unchanged,
-            dead=plan.dead_before,
-            dead_before=plan.dead_before,
-            redescribed=len(plan.redescribed),
+            dead=plan.already_failed,
+            dead_before=plan.already_failed,
+            redescribed=len(plan.metadata_changed),
             missing_files=plan.missing_files,
             gone=len(plan.gone),
             gone_first=plan.gone[:GONE_NAMED],
@@ -193,19 +193,19 @@ class Extraction:
         )
         vars(self.report).update(vars(fresh))  # who asked for the account keeps it
 
-    def write(self, writer: Writer, progress: Progress) -> None:
+    def write(self, writer: ActiveRun, progress: OnProgress) -> None:
         """Do what is planned, commit by commit. Raises `R2SCPError` where an input is unaccounted for."""
         self.report.run_id = writer.run_id
         writer.lease.require()
         self._reconcile()
-        self.store.redescribe(self.plan.redescribed, self._properties("redescribe"))
+        self.store.update_metadata(self.plan.metadata_changed, self._properties("redescribe"))
         if self.source.remove_gone and self.plan.gone:
             writer.lease.require()
             for table in (Table.CLIPS, Table.FAILURES):
                 self.store.commit(table, [], self._properties("gone"), also_delete=self.plan.gone)
         if self.plan.pending:
             self._clips(writer, progress)
-        questions = plan_questions(self.corpus, self.store, drop=self.source.remove_gone)
+        questions = plan_questions(self.corpus, self.store, delete_missing=self.source.remove_gone)
         writer.lease.require()
         write_questions(questions, self.store, self.encoder, writer.run_id)
         self.report.questions = questions.counts
@@ -221,7 +221,7 @@ class Extraction:
     def _properties(self, sequence: str) -> dict[str, str]:
         return {"run": self.report.run_id, "sequence": sequence}
 
-    def _clips(self, writer: Writer, progress: Progress) -> None:
+    def _clips(self, writer: ActiveRun, progress: OnProgress) -> None:
         """Run the flow over the plan's sources and commit what it stages."""
         plan = self.plan
         tables = (self.store.address(Table.CLIPS), self.store.address(Table.FAILURES))

@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 
 from r2scp.jobs.console import absolute, default_workers, progress_bar, log
-from r2scp.jobs.ingest.extract import Destination, Report, Source, run_extract
+from r2scp.jobs.ingest.extract import Destination, ExtractReport, Source, run_extract
 from r2scp.jobs.ingest.weights import DEMO_WEIGHTS
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources
@@ -17,7 +17,7 @@ LINE_EVERY_S = 30.0  # plain progress lines, where there is no terminal
 ALL_FAILED = 3  # exit code: finished, but every input failed
 
 
-def resources(
+def build_resources(
     num_workers: int | None,
     gpus_per_actor: float,
     ray_address: str | None,
@@ -34,7 +34,7 @@ def resources(
     )
 
 
-class Teller:
+class ProgressReporter:
     """Progress as it comes: to the bar, and now and then as a line where there is no terminal."""
 
     def __init__(self, bar: Progress, name: str = "extract") -> None:
@@ -42,7 +42,7 @@ class Teller:
         self._task = bar.add_task(name, total=None, note="")
         self._started = self._said = time.monotonic()
 
-    def __call__(self, report: Report, total: int) -> None:
+    def __call__(self, report: ExtractReport, total: int) -> None:
         done = report.decoded
         present = time.monotonic()
         rate = done / max(present - self._started, 1e-9)
@@ -56,12 +56,12 @@ class Teller:
 
 def run_with_progress(
     source: Source, destination: Destination, encoder: EncoderSpec, means: Resources
-) -> Report:
+) -> ExtractReport:
     """`run_extract`, seen on stderr; says what the demo encoder is not for."""
     for caution in _cautions(source, encoder):
         log(f"note: {caution}")
     with progress_bar() as bar:
-        report = run_extract(source, destination, encoder, means, Teller(bar))
+        report = run_extract(source, destination, encoder, means, ProgressReporter(bar))
     for clip_id in report.gone_first:
         log(f"gone: {clip_id!a} is in the store, and its file or its annotation is no longer there")
     if not report.decoded:
@@ -77,7 +77,7 @@ def _cautions(source: Source, encoder: EncoderSpec) -> Iterator[str]:
         yield "random weights are for benchmarks; these features mean nothing"
 
 
-def finish(report: Report) -> None:
+def exit_if_all_failed(report: ExtractReport) -> None:
     """Exit 3 where there was something to do and all of it failed."""
     if report.inputs and report.dead == report.inputs:
         log(f"every one of {report.inputs} inputs failed; `r2scp-pipe failures` says why")

@@ -13,7 +13,7 @@ from r2scp.pipelines.neighbours.search import Writing, note_valid, write_neighbo
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import Intent, Writer, writing
+from r2scp.store.runs import ActiveRun, RunSpec, recorded_run
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import MemoryBank
 
@@ -50,14 +50,14 @@ def run_index(store: FeatureStore, settings: IndexSettings, progress: Progress) 
     """
     started = time.monotonic()
     index = Index.open(store, settings)
-    if index.due:
-        intent = Intent(
+    if index.has_work:
+        spec = RunSpec(
             kind="index",
             purpose="index",
             config=asdict(settings),
             account=lambda: index.report().modes,
         )
-        with writing(store, intent) as writer:
+        with recorded_run(store, spec) as writer:
             index.write(writer, progress)
     report = index.report()
     report.seconds = round(time.monotonic() - started, 3)
@@ -85,11 +85,11 @@ class Index:
         return cls(bank=bank, settings=settings, plans=plan_neighbours(bank, settings))
 
     @property
-    def due(self) -> bool:
+    def has_work(self) -> bool:
         """Whether a search is missing or a row stale."""
         return any(plan.due for plan in self.plans)
 
-    def write(self, writer: Writer, progress: Progress) -> None:
+    def write(self, writer: ActiveRun, progress: Progress) -> None:
         """Search and commit what is due, mode by mode; note of each that it is right at this version."""
         self.run_id = writer.run_id
         self.bank.store.make_tables()

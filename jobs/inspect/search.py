@@ -19,7 +19,7 @@ from r2scp.jobs.inspect.show import literal_id, near_names
 from r2scp.jobs.inspect.tables import listing
 from r2scp.model.imagebind.tokenizer import CONTEXT, Tokenizer
 from r2scp.pipelines.extraction.embed import Encoder
-from r2scp.store.commits import sql_literal
+from r2scp.store.commits import sql_in
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality
@@ -165,9 +165,9 @@ def _described(
     modality, key_D = asked
     if not hits:
         return []
-    ids = ", ".join(sql_literal(hit.clip_id) for hit in hits)
+
     columns = [*TOLD, f"{modality}_status", modality.value]
-    table = store.clips(columns, f"clip_id IN ({ids})", version)
+    table = store.clips(columns, sql_in("clip_id", (hit.clip_id for hit in hits)), version)
     tokens = [tokens_TD for chunk in table[modality.value].chunks for tokens_TD in views(chunk, store.dim)]
     rows = {}
     for row, tokens_TD in zip(table.drop_columns([modality.value]).to_pylist(), tokens, strict=True):

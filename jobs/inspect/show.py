@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from r2scp.jobs.inspect.tables import cell, facts, listing
-from r2scp.store.commits import sql_literal
+from r2scp.store.commits import sql_in, sql_literal
 from r2scp.store.errors import TRANSIENT_REASONS, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import MODALITY_NAMES, Modality, Table
@@ -175,7 +175,7 @@ def _neighbours(store: FeatureStore, rows: list[dict[str, Any]]) -> list[dict[st
     columns = ["clip_id", "labels", "split", "source_id"]
     known = {}
     if ids:
-        where = f"clip_id IN ({', '.join(map(sql_literal, ids))})"
+        where = sql_in("clip_id", ids)
         known = {row["clip_id"]: row for row in store.clips(columns, where).to_pylist()}
 
     def hits(row: Mapping[str, Any], side: str) -> list[dict[str, Any]]:

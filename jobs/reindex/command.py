@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from r2scp.jobs.console import progress_bar, print_result, log
-from r2scp.jobs.ingest.extract_command import Teller
+from r2scp.jobs.ingest.extract_command import ProgressReporter
 from r2scp.jobs.reindex.config import read_config
 from r2scp.jobs.reindex.job import ReindexReport, run_reindex
 
@@ -15,7 +15,7 @@ REFUSED = 1  # exit code: the gate did not let it pass
 def run_and_tell(file: Path, dry_run: bool, as_json: bool) -> None:
     """`run_reindex`, seen on stderr; exits with 1 where the gate refused."""
     with progress_bar() as bar:
-        report = run_reindex(read_config(file), log, dry_run, lambda corpus: Teller(bar, corpus))
+        report = run_reindex(read_config(file), log, dry_run, lambda corpus: ProgressReporter(bar, corpus))
     if as_json:
         print_result(report.to_json(), as_json)
     else:

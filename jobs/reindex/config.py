@@ -26,7 +26,7 @@ import yaml
 
 from r2scp.jobs.reindex.cron import ScheduleSettings
 from r2scp.jobs.reindex.gate import GateSettings
-from r2scp.jobs.settings import built
+from r2scp.jobs.settings import from_plain
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.search.vector_index import ServingSettings
@@ -131,7 +131,7 @@ def read_config(path: Path) -> ReindexConfig:
     if not isinstance(said, Mapping):
         allowed = ", ".join(field.name for field in fields(ReindexConfig))
         raise UsageError(f"{path} must be a YAML mapping with some of {allowed}; got {said!r:.60}")
-    return built(ReindexConfig, _resolved(said, path.parent.absolute()), path.name)
+    return from_plain(ReindexConfig, _resolved(said, path.parent.absolute()), path.name)
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
 
-from r2scp.jobs.settings import hold_to_types
+from r2scp.jobs.settings import check_types
 from r2scp.store.errors import UsageError
 
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
@@ -72,7 +72,7 @@ class ScheduleSettings:
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
-        hold_to_types(self)
+        check_types(self)
         zone_of(self.timezone)
         fields = self.cron.upper().split()
         if len(fields) != len(FIELDS) or not self.cron.isascii():

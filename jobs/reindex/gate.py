@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from r2scp.jobs.settings import hold_to_types
-from r2scp.pipelines.neighbours.plan import index_key, validity
+from r2scp.jobs.settings import check_types
+from r2scp.pipelines.neighbours.plan import index_key, read_validity
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
@@ -39,7 +39,7 @@ class GateSettings:
     recall_queries: int = 128
 
     def __post_init__(self) -> None:
-        hold_to_types(self)
+        check_types(self)
         if self.recall_queries < 1:
             raise UsageError(f"recall_queries must be at least 1; got {self.recall_queries}")
         for key, value in asdict(self).items():
@@ -115,7 +115,7 @@ def dead_check(dead: int, inputs: int, settings: GateSettings) -> list[Check]:
 def neighbour_checks(store: FeatureStore, index: IndexSettings) -> list[Check]:
     """Each search's rows are right for the clips that will serve."""
     version = store.dataset(Table.CLIPS).version
-    said = [validity(store, index_key(index, retrieval)) for retrieval in index.retrieval]
+    said = [read_validity(store, index_key(index, retrieval)) for retrieval in index.retrieval]
     behind = sum(v is None or v.bank_version != version for v in said)
     return [Check.at_most("searches whose neighbours are behind the clips", behind, 0)]
 

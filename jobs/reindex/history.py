@@ -10,7 +10,7 @@ from rich.table import Table as Grid
 from r2scp.jobs.console import printable
 from r2scp.store.errors import UsageError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.runs import Intent, writing
+from r2scp.store.runs import RunSpec, recorded_run
 from r2scp.store.schema import Table
 from r2scp.store.snapshots import PREVIOUS, SERVING
 
@@ -41,8 +41,8 @@ def run(store: FeatureStore, run_id: str) -> dict[str, object]:
 def rollback(store: FeatureStore) -> dict[str, object]:
     """Let the snapshot before serve again, under the lease and with a row in `runs`. Raises `StoreError`."""
     account: dict[str, object] = {}
-    intent = Intent(kind="rollback", purpose="jobs rollback", config={}, account=lambda: account)
-    with writing(store, intent) as writer:
+    spec = RunSpec(kind="rollback", purpose="jobs rollback", config={}, account=lambda: account)
+    with recorded_run(store, spec) as writer:
         writer.lease.require()
         served = store.snapshots().get(SERVING)
         now = store.rollback()

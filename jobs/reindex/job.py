@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
-from r2scp.jobs.ingest.extract import Destination, Extraction, Progress, Source
+from r2scp.jobs.ingest.extract import Destination, Extraction, OnProgress, Source
 from r2scp.jobs.ingest.index import Index
 from r2scp.jobs.reindex.config import ReindexConfig
 from r2scp.jobs.reindex.gate import Check, dead_check, drift_checks, neighbour_checks, row_checks
@@ -25,7 +25,7 @@ from r2scp.store.commits import sql_literal
 from r2scp.store.errors import GateFailed
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.maintenance import clean, compact
-from r2scp.store.runs import Intent, Writer, writing
+from r2scp.store.runs import ActiveRun, RunSpec, recorded_run
 from r2scp.store.schema import Table
 from r2scp.store.search.recall import Sampling, measure_recalls
 from r2scp.store.search.vector_index import index_due, refresh_index, segments
@@ -34,7 +34,7 @@ from r2scp.store.snapshots import PREVIOUS, SERVING
 SEED = 1  # of samples that recall and drift are measured on
 COMPACTED = (Table.CLIPS, Table.QUESTIONS, Table.FAILURES, Table.RUNS)
 Told = Callable[[str], None]
-ProgressOf = Callable[[str], Progress]  # of a corpus
+ProgressOf = Callable[[str], OnProgress]  # of a corpus
 
 
 @dataclass(kw_only=True)
@@ -157,7 +157,7 @@ class _Job:
 
     def _unpublished(self) -> list[str]:
         """Whether the latest versions serve; says why not where they were taken back."""
-        found, latest = self.store.snapshots(), self.store.read_together()
+        found, latest = self.store.snapshots(), self.store.snapshot_versions()
         if SERVING in found and found[SERVING].versions == latest:
             return []
         previous = found.get(PREVIOUS)
@@ -174,7 +174,7 @@ class _Job:
     def run(self) -> None:
         """All under the lease. Raises `GateFailed` where what was made is not fit to serve."""
         config = self.config
-        intent = Intent(
+        spec = RunSpec(
             kind="reindex",
             purpose=f"jobs run {config.name}",
             config=config.told(),
@@ -182,11 +182,11 @@ class _Job:
             wait_s=config.wait_s,
             told=self.told,
         )
-        with writing(self.store, intent) as writer:
+        with recorded_run(self.store, spec) as writer:
             self.report.run_id = writer.run_id
             if _data(self.store) != self.planned_on:  # another writer was at work until we had the lease
                 for extraction in self.extractions:
-                    extraction.make_plan()
+                    extraction.refresh_plan()
                 self.plan()
             if not self.report.due:
                 self.report.outcome = "nothing to do"
@@ -204,7 +204,7 @@ class _Job:
                 writer.lease.require()
                 self.report.bytes_removed = clean(self.store, config.kept, alone=True).bytes_removed
 
-    def _make(self, writer: Writer) -> None:
+    def _make(self, writer: ActiveRun) -> None:
         """Everything up to a candidate that is fit to serve."""
         self._extract(writer)
         with self.clock("compact"):
@@ -217,8 +217,8 @@ class _Job:
         with self.clock("gate"):
             self._gate(writer)
 
-    def _extract(self, writer: Writer) -> None:
-        due = [extraction for extraction in self.extractions if extraction.due]
+    def _extract(self, writer: ActiveRun) -> None:
+        due = [extraction for extraction in self.extractions if extraction.has_work]
         for extraction in due:
             self._require_not_gone(extraction)
         with self.clock("extract"), ExitStack() as stack:
@@ -242,7 +242,7 @@ class _Job:
                 "removed: look whether the disk is there, raise the limit, or set `gone: keep`"
             )
 
-    def _neighbours(self, writer: Writer) -> None:
+    def _neighbours(self, writer: ActiveRun) -> None:
         if self.config.index is None or neighbours_current(self.store, self.config.index):
             return
         with self.clock("neighbours"):
@@ -251,7 +251,7 @@ class _Job:
             self.report.neighbours = index.report().modes
             compact(self.store, [Table.NEIGHBOURS])
 
-    def _gate(self, writer: Writer) -> None:
+    def _gate(self, writer: ActiveRun) -> None:
         gate, report = self.config.gate, self.report
         dead = sum(extraction.report.dead for extraction in self.extractions)
         inputs = sum(extraction.report.inputs for extraction in self.extractions)
@@ -269,7 +269,7 @@ class _Job:
                 f"run passes (`r2scp-pipe jobs show {writer.run_id}`)"
             )
 
-    def _recall(self, writer: Writer) -> list[Check]:
+    def _recall(self, writer: ActiveRun) -> list[Check]:
         """Recall of the serving index: of the clips that this run brought and, where the index is not the one
         that serves, of all. A search without an index is exact, and not measured."""
         gate, checks = self.config.gate, []
@@ -304,14 +304,14 @@ def _due(extraction: Extraction) -> list[str]:
     counts = {
         "new": plan.new,
         "changed": plan.changed,
-        "decoded by another program": plan.other_fingerprint,
+        "decoded by another program": plan.decoder_changed,
         "to be tried again": plan.retried,
-        "described anew": len(plan.redescribed),
+        "described anew": len(plan.metadata_changed),
         "gone": len(plan.gone) if extraction.source.remove_gone else 0,
     }
     questions = extraction.questions
-    counts["questions new or changed"] = len(questions.wanted) if questions else 0
-    counts["questions dropped"] = len(questions.dropped) if questions else 0
+    counts["questions new or changed"] = len(questions.to_store) if questions else 0
+    counts["questions dropped"] = len(questions.to_delete) if questions else 0
     said = [f"{count} {what}" for what, count in counts.items() if count]
     return [f"{name}: {', '.join(said)}"] if said else []
 

@@ -5,44 +5,38 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from r2scp.jobs.answer.answerer import Answerer, AnswerMeans
-from r2scp.jobs.answer.page import card_of, shown
-from r2scp.jobs.answer.records import Answered, Ask, Refused
+from r2scp.jobs.answer.answerer import Answerer, AnswerOptions
+from r2scp.jobs.answer.page import answer_card, shown
+from r2scp.jobs.answer.records import Rejected, Request, Result
 from r2scp.jobs.html.thumbnails import Previews
 from r2scp.jobs.report.builder import Section
-from r2scp.jobs.report.facts.probe import SEED, WITH, Probe
-from r2scp.jobs.report.facts.run_folder import Gap, RunFacts
-from r2scp.pipelines.batches.dataset import MISSING_COLUMN
-from r2scp.pipelines.batches.examples import MODALITIES
+from r2scp.jobs.report.facts.probe import SEED, WITH_RECOVERY, Probe
+from r2scp.jobs.report.facts.run_folder import MissingPart, RunFacts
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import Table
-
-LACKING = ("V", "A")  # conditions with a modality missing, in turns
-WORDS = {"A": "picture", "V": "sound"}
+from r2scp.store.schema import MODALITY_NAMES, Condition, Modality, Table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picked:
+class GalleryQuestion:
     """One question for the gallery, and what the probe said of it."""
 
-    ask: Ask
+    ask: Request
     answer: str
-    condition: str
     right: bool
 
 
 def gallery_section(
-    run: RunFacts, probe: Probe, store: FeatureStore, count: int, means: AnswerMeans
+    run: RunFacts, probe: Probe, store: FeatureStore, count: int, means: AnswerOptions
 ) -> Section:
     """Raises `EncoderError` or the like where recordings cannot be embedded here."""
     section = Section(name="gallery", heading="Answered questions")
     picked, on_disk = pick(probe, count)
     if not picked:
         why = "no file of a validation clip with sound and picture is where it was"
-        section.gap(Gap(section="gallery", what="Gallery", why=why))
+        section.add_missing(MissingPart(section="gallery", what="Gallery", why=why))
         return section
     right = sum(one.right for one in picked)
-    section.say(
+    section.add_text(
         f"{len(picked)} of the {on_disk} questions of the sample that are about clips with sound and picture "
         f"whose file is still there, drawn by seed {SEED}: as far as there are enough, half of them answered "
         f"right from the store's features ({right} here) and half wrong, sound or picture taken away in "
@@ -53,30 +47,30 @@ def gallery_section(
     previews = Previews()
     answers = answerer.answers([one.ask for one in picked])
     for at, (one, answered) in enumerate(zip(picked, answers, strict=True), start=1):
-        if isinstance(answered, Refused):
-            section.note(f"{one.ask.video}: {one.ask.question}: {answered.message}", "warning")
+        if isinstance(answered, Rejected):
+            section.add_notice(f"{one.ask.video}: {one.ask.question}: {answered.message}", "warning")
             continue
         section.blocks.append(
             {
                 "kind": "card",
                 "id": f"answer-{at}",
                 "verdict": _verdict(one, answered),
-                "card": card_of(answered, shown(answered, previews)),
+                "card": answer_card(answered, shown(answered, previews)),
             }
         )
     return section
 
 
-def _verdict(one: Picked, answered: Answered) -> str:
+def _verdict(one: GalleryQuestion, answered: Result) -> str:
     said = answered.answers[0].answer
-    gone = f"Its {WORDS[one.condition]} was taken away."
+    gone = f"Its {MODALITY_NAMES[one.ask.missing]} was taken away."
     if said == one.answer:
         return f"{gone} Right: {one.answer}."
     return f"{gone} Wrong: the model says {said}; right is {one.answer}."
 
 
-def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
-    """Questions in turns of (right, wrong) and (V, A); and how many are about whole clips with a file."""
+def pick(probe: Probe, count: int) -> tuple[list[GalleryQuestion], int]:
+    """Questions in turns, right or wrong, sound or picture missing; and how many are about whole clips."""
     examples, opened = probe.examples, probe.opened
     clips = opened.store.dataset(Table.CLIPS, opened.pins.clips).take(examples.clip_row_B, columns=["uri"])
     uris = clips["uri"].to_pylist()
@@ -87,12 +81,13 @@ def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
         examples.question_row_B, columns=["question", "choices"]
     )
     rows = questions.to_pylist()
-    kinds = [(condition, right) for right in (True, False) for condition in LACKING]
+    kinds = [(missing, right) for right in (True, False) for missing in Modality]
+    outputs = {modality: probe.outputs[WITH_RECOVERY, Condition.without(modality)] for modality in Modality}
     waiting = {
-        (condition, right): [at for at in order if bool(probe.seen[WITH, condition].right_Q[at]) == right]
-        for condition, right in kinds
+        (missing, right): [at for at in order if outputs[missing].right_Q[at] == right]
+        for missing, right in kinds
     }
-    taken: list[tuple[int, str, bool]] = []
+    taken: list[tuple[int, Modality, bool]] = []
     used: set[int] = set()
     while len(taken) < count and any(waiting.values()):
         for kind in kinds:
@@ -102,11 +97,11 @@ def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
                 used.add(at)
                 taken.append((at, *kind))
     return [
-        Picked(
-            ask=Ask(
+        GalleryQuestion(
+            ask=Request(
                 video=uris[at],
                 question=rows[at]["question"],
-                missing=MODALITIES[MISSING_COLUMN[condition]].value,
+                missing=missing,
                 choices=tuple(choice or "" for choice in rows[at]["choices"] or ())
                 if opened.answers is None
                 else (),
@@ -114,8 +109,7 @@ def pick(probe: Probe, count: int) -> tuple[list[Picked], int]:
                 id=examples.question_ids[at],
             ),
             answer=probe.answers[at],
-            condition=condition,
             right=right,
         )
-        for at, condition, right in taken
+        for at, missing, right in taken
     ], len(there)

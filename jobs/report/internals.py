@@ -1,131 +1,123 @@
-"""The sections of a report on what lies behind answers: joint vectors, retrieval, a gallery."""
+"""The sections on the model's internals: joint vectors, retrieval, answered questions."""
 
-from r2scp.jobs.answer.answerer import AnswerMeans
-from r2scp.jobs.report.builder import Making, Section, share_cell
-from r2scp.jobs.report.facts.precision import Purity, purity_of
-from r2scp.jobs.report.facts.probe import NEAREST, SPLIT, probe
-from r2scp.jobs.report.facts.run_folder import Gap
-from r2scp.jobs.report.figures import evidence as report_evidence
+from r2scp.jobs.answer.answerer import AnswerOptions
+from r2scp.jobs.report.builder import ReportBuilder, Section, interval_cell, share_cell
+from r2scp.jobs.report.facts.precision import RetrievalPrecision, retrieval_precision
+from r2scp.jobs.report.facts.probe import NEAREST_VECTORS, SPLIT, Probe, probe
+from r2scp.jobs.report.facts.run_folder import MissingPart
+from r2scp.jobs.report.figures.evidence import (
+    agreement_figure,
+    dissonance_figure,
+    joint_vectors_figure,
+    scores_figure,
+)
 from r2scp.jobs.report.gallery import gallery_section
 from r2scp.jobs.training.evaluate import questions_of
 from r2scp.store.errors import R2SCPError
+from r2scp.store.schema import MODALITY_NAMES
 
 
-def vectors(made: Making) -> None:
-    with made.part("vectors", "Joint vectors") as section:
-        store, rows = made.opened(), []
-        for run in made.runs:
+def add_joint_vectors(builder: ReportBuilder) -> None:
+    with builder.section("vectors", "Joint vectors") as section:
+        store, rows = builder.require_store(), []
+        for run in builder.runs:
             if run.checkpoint is None:
                 continue
             try:
-                made.probes[run.name] = found = probe(run.checkpoint, store, made.wanted.device)
+                builder.probes[run.name] = probe(run.checkpoint, store, builder.request.device)
             except R2SCPError as error:
-                made.lack(section, Gap(section="vectors", what=run.name, why=str(error)))
+                builder.add_missing(section, run.name, str(error))
                 continue
-            rows += [[run.name, *row] for row in found.numbers()]
-        shown = next(iter(made.probes), None)
-        drawing = report_evidence.joint_vectors(made.probes[shown]) if shown else None
-        if shown and len(made.probes) > 1:
-            section.say(f"The pictures are of {shown}; the table has all runs.")
-        if not section.figure(drawing) and shown:
-            made.lack(
-                section,
-                Gap(section="vectors", what="t-SNE (Fig. 7)", why="too few validation questions to place"),
+            rows += [[run.name, *row] for row in builder.probes[run.name].metrics()]
+        if not builder.probes:
+            return
+        name, first = next(iter(builder.probes.items()))
+        figure = joint_vectors_figure(first)
+        if len(builder.probes) > 1:
+            section.add_text(f"The figure shows {name}; the table has all runs.")
+        if not section.add_figure(figure):
+            builder.add_missing(section, "t-SNE (Fig. 7)", "too few validation questions to plot")
+        elif figure:
+            note = (
+                f"{NEAREST_VECTORS} nearest by cosine in the full space: mean over questions, with a 95 % "
+                "interval over clips."
             )
-        if drawing and rows:
-            columns = ["run", *drawing.columns]
-            note = f"{NEAREST} nearest by cosine in the full space: mean over questions, interval over clips."
-            section.table("How far joint vectors of one answer lie together", columns, rows, note)
+            caption = "How often nearby joint vectors share the answer"
+            section.add_table(caption, ["run", *figure.columns], rows, note)
 
 
-def purity(made: Making) -> None:
-    with made.part("purity", "Retrieval") as section:
-        if made.store is None:
-            made.opened()
-        for run in made.runs:
-            if run.name not in made.probes:
+def add_retrieval(builder: ReportBuilder) -> None:
+    with builder.section("purity", "Retrieval") as section:
+        builder.require_store()
+        for name, run_probe in builder.probes.items():
+            if not run_probe.opened.config.model.cmr:
+                builder.add_missing(section, name, "this model retrieves nothing")
                 continue
-            found = made.probes[run.name]
-            config = found.opened.config
-            if not config.model.cmr:
-                made.lack(section, Gap(section="purity", what=run.name, why="this model retrieves nothing"))
-                continue
-            purity = purity_of(found.opened, questions_of(found.opened, SPLIT))
-            _pure(made, section, purity)
-            section.figure(report_evidence.dissonance(found, config.model.k))
-            others = len(made.runs) - 1
-            if others:
-                section.say(f"Of {run.name}; the other {others} are not shown here.")
+            _add_precision(builder, section, run_probe)
+            if others := len(builder.runs) - 1:
+                section.add_text(f"This section is about {name}; the other {others} are not shown here.")
             break
         if not section.blocks:
-            made.lack(
-                section, Gap(section="purity", what="Retrieval", why="no run could be asked, see above")
-            )
+            builder.add_missing(section, "Retrieval", "no run could be evaluated; see Joint vectors")
 
 
-def _pure(made: Making, section: Section, purity: Purity) -> None:
-    if not purity.labelled:
-        made.lack(
-            section, Gap(section="purity", what="Agreement in label", why="no clip of the store has labels")
-        )
-    if not section.figure(report_evidence.purity_by_rank(purity)):
+def _add_precision(builder: ReportBuilder, section: Section, run_probe: Probe) -> None:
+    opened = run_probe.opened
+    precision = retrieval_precision(opened, questions_of(opened, SPLIT))
+    if not precision.labelled:
+        builder.add_missing(section, "Label agreement", "no clip of the store has labels")
+    if not section.add_figure(agreement_figure(precision)):
         why = "no neighbour of a validation clip has a label, or the same question in training"
-        made.lack(section, Gap(section="purity", what="Retrieval purity", why=why))
+        builder.add_missing(section, "Retrieval precision", why)
+    _add_precision_table(section, precision)
+    section.add_figure(scores_figure(precision))
+    _add_same_source_table(section, precision)
+    section.add_figure(dissonance_figure(run_probe, opened.config.model.k))
+
+
+def _add_precision_table(section: Section, precision: RetrievalPrecision) -> None:
     rows = []
-    for (kind, missing, side), one in purity.agreements.items():
-        share = one.share(slice(purity.n))
+    for (kind, missing, side), agreements in precision.agreements.items():
+        share = agreements.share(slice(precision.n))
         if share.pairs:
-            ends = f"({100 * share.interval[0]:.0f}–{100 * share.interval[1]:.0f})"
-            cell = {"text": f"{100 * share.share:.1f}", "value": share.share, "minor": ends}
-            rows.append(
-                [
-                    kind,
-                    report_evidence.MODALITY_NAMES[missing],
-                    side,
-                    cell,
-                    share_cell(share.chance),
-                    share.pairs,
-                    share.clips,
-                ]
-            )
+            cells = interval_cell(share.share, *share.interval), share_cell(share.chance)
+            rows.append([kind, MODALITY_NAMES[missing], side, *cells, share.pairs, share.clips])
     if rows:
-        columns = ["agree in", "missing", "side", f"first {purity.n}, %", "chance, %", "pairs", "clips"]
-        section.table("Retrieval purity", columns, rows, "In brackets 95 % intervals over clips.")
-    section.figure(report_evidence.scores(purity))
-    leaks = [
-        [report_evidence.MODALITY_NAMES[missing], side, hits, clips, of]
-        for missing, sides in purity.leaks.items()
-        for side, (hits, clips, of) in sides.items()
+        columns = ["agree in", "missing", "side", f"first {precision.n}, %", "chance, %", "pairs", "clips"]
+        section.add_table("Retrieval precision", columns, rows, "In brackets: 95 % intervals over clips.")
+
+
+def _add_same_source_table(section: Section, precision: RetrievalPrecision) -> None:
+    rows = [
+        [MODALITY_NAMES[missing], side, hits, clips, searched]
+        for missing, sides in precision.same_source.items()
+        for side, (hits, clips, searched) in sides.items()
     ]
-    what = (
-        "were kept away by the leak guard"
-        if purity.leak_guard
-        else "are in the lists: there was NO leak guard"
+    outcome = (
+        "The leak guard excluded them."
+        if precision.leak_guard
+        else "They are in the neighbour lists: there was NO leak guard."
     )
     note = (
-        f"Hits of a clip's own source that would be among its {purity.depth}, over all clips of the store; "
-        f"they {what}. A clip of the bank ({purity.serving:,} clips) is such a hit of itself."
+        f"Clips of the query's own source video that would be among its {precision.depth} neighbours, over "
+        f"all clips of the store. {outcome} Each of the {precision.bank_size:,} clips in the memory bank "
+        "counts as such a hit of itself."
     )
-    section.table(
-        "Hits of the clip's own source",
-        ["missing", "side", "hits", "clips with any", "clips searched for"],
-        leaks,
-        note,
-    )
+    columns = ["missing", "side", "hits", "clips with any", "clips searched for"]
+    section.add_table("Same-source hits", columns, rows, note)
 
 
-def gallery(made: Making) -> None:
-    if not made.wanted.gallery:
+def add_gallery(builder: ReportBuilder) -> None:
+    if not builder.request.gallery:
         return
-    with made.part("gallery", "Answered questions") as section:
-        store = made.opened()
-        run = next((run for run in made.runs if run.name in made.probes), None)
+    with builder.section("gallery", "Answered questions") as section:
+        store = builder.require_store()
+        run = next((run for run in builder.runs if run.name in builder.probes), None)
         if run is None:
-            raise R2SCPError("no run could be asked, see above")
-        means = AnswerMeans(weights=made.wanted.weights, device=made.wanted.device)
-        found = gallery_section(run, made.probes[run.name], store, made.wanted.gallery, means)
-        section.blocks = found.blocks
+            raise R2SCPError("no run could be evaluated; see Joint vectors")
+        options = AnswerOptions(weights=builder.request.weights, device=builder.request.device)
+        gallery = gallery_section(run, builder.probes[run.name], store, builder.request.gallery, options)
+        section.blocks = gallery.blocks
         if not any(block["kind"] == "card" for block in section.blocks):
-            made.gaps.append(
-                Gap(section="gallery", what="Gallery", why="none of the questions could be asked again")
-            )
+            part = MissingPart(section="gallery", what="Gallery", why="no question could be answered again")
+            builder.missing.append(part)

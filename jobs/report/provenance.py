@@ -8,7 +8,7 @@ from r2scp.jobs.report.facts.run_folder import RunFacts, command
 from r2scp.jobs.training.checkpoints import Checkpoint, code_version
 from r2scp.jobs.training.config import PRESETS, TrainConfig
 from r2scp.jobs.training.evaluate import BASELINES
-from r2scp.jobs.training.study.trainings import index_words
+from r2scp.jobs.training.study.trainings import index_options
 
 NOT_SET = ("seed", "model.encoder_dim", "model.classes")  # from an option of their own, or from the store
 
@@ -17,13 +17,13 @@ def provenance_section(runs: Sequence[RunFacts], asked: Sequence[str]) -> Sectio
     """`asked`: the words of the command that made the report."""
     section = Section(name="provenance", heading="Where it comes from")
     now = code_version() or "not known: not run from a checkout"
-    section.define([("program that made this page", now), ("its command", command(*asked))])
+    section.add_definitions([("program that made this page", now), ("its command", command(*asked))])
     known = [(run, run.checkpoint) for run in runs if run.checkpoint]
     for run, checkpoint in known:
-        section.head(f"Run {run.name}")
+        section.add_heading(f"Run {run.name}")
         preset, differences = nearest_preset(checkpoint.config)
         versions = checkpoint.store["versions"]
-        section.define(
+        section.add_definitions(
             [
                 ("folder", str(run.folder)),
                 ("trained by program", checkpoint.code or "not known"),
@@ -44,7 +44,7 @@ def provenance_section(runs: Sequence[RunFacts], asked: Sequence[str]) -> Sectio
                 ),
             ]
         )
-        section.say("To make it again, from a store of the same content:")
+        section.add_text("To make it again, from a store of the same content:")
         for line in commands(run, checkpoint):
             section.command(line)
     if len(known) > 1:
@@ -77,7 +77,7 @@ def commands(run: RunFacts, checkpoint: Checkpoint) -> list[str]:
     config, store = checkpoint.config, str(checkpoint.store["uri"])
     lines = []
     if config.model.cmr and config.sees == "everything":
-        lines.append(f"{command('index', store=store)} {index_words(config.index, config.retrieval)}")
+        lines.append(f"{command('index', store=store)} {index_options(config.index, config.retrieval)}")
     preset, changed = nearest_preset(config)
     words = ["train", str(run.folder), "--preset", preset, "--seed", str(config.seed)]
     for name, value, _ in changed:
@@ -91,18 +91,18 @@ def commands(run: RunFacts, checkpoint: Checkpoint) -> list[str]:
 
 
 def _between(section: Section, known: Sequence[tuple[RunFacts, Checkpoint]]) -> None:
-    section.head("Differences between the runs")
+    section.add_heading("Differences between the runs")
     (_, first), *others = known
     names = [name for _, other in others for name, _, _ in differences(first.config, other.config)]
     names = list(dict.fromkeys(names))
     flat = [(run.name, _flat(one.config.to_json())) for run, one in known]
     if not names:
-        section.say("The runs have the same settings, seeds included.")
+        section.add_text("The runs have the same settings, seeds included.")
         return
     rows = [[name, *(json.dumps(values.get(name)) for _, values in flat)] for name in names]
-    section.table("Settings that differ", ["setting", *(name for name, _ in flat)], rows)
+    section.add_table("Settings that differ", ["setting", *(name for name, _ in flat)], rows)
     if names == ["seed"]:
-        section.say("The runs differ in their seeds alone.")
+        section.add_text("The runs differ in their seeds alone.")
 
 
 def _flat(values: object, prefix: str = "") -> dict[str, object]:

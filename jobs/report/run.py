@@ -1,7 +1,7 @@
-"""`report`: what a run, or several, came to, as one page that needs nothing beside it.
+"""`report`: the results of one run or several, on one self-contained page.
 
-Everything is read from the run's folder, the studies' results and the store. A part that cannot be made says
-why and which command makes it; the test split is never asked here.
+Everything is read from the run folders, the results of studies, and the store. A part that cannot be shown
+says why, and which command makes it. The test split is never evaluated here.
 """
 
 import time
@@ -9,139 +9,71 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from r2scp.jobs.console import absolute, console, printable, log
+from r2scp.jobs.console import absolute, console, log, printable
 from r2scp.jobs.html.render import page
 from r2scp.jobs.ingest.encoders import pick_device
-from r2scp.jobs.report.builder import Making, ReportWanted, Told
+from r2scp.jobs.report.builder import OnProgress, ReportBuilder, ReportRequest
 from r2scp.jobs.report.facts.run_folder import read_runs
-from r2scp.jobs.report.figures.style import Drawing, write_copies
-from r2scp.jobs.report.internals import gallery, purity, vectors
+from r2scp.jobs.report.figures.style import write_images
+from r2scp.jobs.report.internals import add_gallery, add_joint_vectors, add_retrieval
 from r2scp.jobs.report.provenance import provenance_section
-from r2scp.jobs.report.results import accuracy, studies, training
+from r2scp.jobs.report.results import add_accuracy, add_studies, add_training
 from r2scp.jobs.report.store import store_section
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 
 
-def run_report(wanted: ReportWanted, told: Told = lambda _: None) -> dict[str, object]:
-    """Write the page, and the figures if they are wanted; where, how large, how long, and what is missing.
-
-    Raises `UsageError` without a run, `CheckpointError` for a folder that is none, `StoreError` for a store
-    that was named and is not there.
-    """
-    if not wanted.runs:
-        raise UsageError("a report is of one run at least; got none")
-    if wanted.gallery < 0:
-        raise UsageError(f"--gallery must be at least 0; got {wanted.gallery}")
-    started = time.monotonic()
-    made = Making(wanted=wanted, told=told, runs=read_runs(wanted.runs, wanted.store))
-    made.store, made.no_store = _open(made)
-    accuracy(made)
-    training(made)
-    studies(made)
-    vectors(made)
-    purity(made)
-    gallery(made)
-    with made.part("store", "The store") as section:
-        found = store_section(made.opened())
-        section.blocks, section.drawings = found.blocks, found.drawings
-    _provenance(made)
-    return _write(made, started)
-
-
-def _open(made: Making) -> tuple[FeatureStore | None, str]:
-    wanted = made.wanted
-    if wanted.store is not None:
-        return FeatureStore.open(wanted.store, wanted.fingerprint, wanted.storage_options), ""
-    checkpoint = next((run.checkpoint for run in made.runs if run.checkpoint), None)
-    if checkpoint is None:
-        return None, "no run says which store it was trained on"
-    uri, encoder = str(checkpoint.store["uri"]), str(checkpoint.store["fingerprint"])
-    try:
-        return FeatureStore.open(uri, wanted.fingerprint or encoder, wanted.storage_options), ""
-    except R2SCPError as error:
-        return None, str(error)
-
-
-def _provenance(made: Making) -> None:
-    with made.part("provenance", "Where it comes from") as section:
-        found = provenance_section(made.runs, made.wanted.asked)
-        section.blocks = found.blocks
-        if made.gaps:
-            section.head("What this report lacks")
-            rows = [[gap.what, gap.section, gap.why, gap.make or None] for gap in made.gaps]
-            section.table("Missing", ["what", "section", "why", "command that makes it"], rows)
-
-
-def _write(made: Making, started: float) -> dict[str, object]:
-    wanted = made.wanted
-    names = ", ".join(run.name for run in made.runs)
-    out = wanted.out or made.runs[0].folder / "report.html"
-    html = page(
-        "report.html",
-        {
-            "title": f"Report of {names}",
-            "lede": _lede(made),
-            "links": [(section.name, section.heading) for section in made.sections],
-            "sections": made.sections,
-        },
-    ).encode()
-    replace_file(out, html)
-    drawings: list[Drawing] = [drawing for section in made.sections for drawing in section.drawings]
-    copies: list[Path] = []
-    if wanted.figures is not None:
-        begun = time.monotonic()
-        copies = [path for drawing in drawings for path in write_copies(drawing, wanted.figures)]
-        made.seconds["copies"] = round(time.monotonic() - begun, 2)
-    return {
-        "report": str(out),
-        "bytes": len(html),
-        "runs": [str(run.folder) for run in made.runs],
-        "sections": [section.name for section in made.sections],
-        "figures": [drawing.name for drawing in drawings],
-        "copies": [str(path) for path in copies],
-        "missing": [asdict(gap) for gap in made.gaps],
-        "seconds": made.seconds | {"all": round(time.monotonic() - started, 2)},
-    }
-
-
-def _lede(made: Making) -> str:
-    """The main numbers, in a sentence."""
-    said = [
-        f"{run.name}: {100 * one.ours.average:.1f} % on average over sound alone, picture alone and both, "
-        f"beside "
-        f"{100 * one.models[1].average:.1f} % of the best baseline ({one.models[1].name}), {one.n:,} "
-        f"questions"
-        for run in made.runs
-        if (one := run.evaluation) and len(one.models) > 1
-    ]
-    return "; ".join(said) + "." if said else "Not evaluated yet."
-
-
-def report_with_progress(wanted: ReportWanted, device: str | None) -> dict[str, object]:
-    """`run_report`, told on stderr part by part; what was written and what is missing."""
-    wanted = replace(
-        wanted,
-        runs=tuple(absolute(run) for run in wanted.runs),
-        out=absolute(wanted.out) if wanted.out else None,
-        figures=absolute(wanted.figures) if wanted.figures else None,
-        studies=absolute(wanted.studies) if wanted.studies else None,
+def report_with_progress(request: ReportRequest, device: str | None) -> dict[str, object]:
+    """`run_report` with paths made absolute, and progress and missing parts on stderr."""
+    request = replace(
+        request,
+        runs=tuple(absolute(run) for run in request.runs),
+        out=absolute(request.out) if request.out else None,
+        figures=absolute(request.figures) if request.figures else None,
+        studies=absolute(request.studies) if request.studies else None,
         device=pick_device(device),
-        asked=_asked(wanted),
+        command_words=_command_words(request),
     )
-    report = run_report(wanted, _told)
+    report = run_report(request, _log_section)
     missing = report["missing"]
     assert isinstance(missing, list)
-    for gap in missing:
-        make = f"; `{gap['make']}` makes it" if gap["make"] else ""
-        log(printable(f"missing: {gap['what']}: {gap['why']}{make}"))
-    log(printable(f"kept in {report['report']}"))
+    for part in missing:
+        make = f"; to make it: {part['make']}" if part["make"] else ""
+        log(printable(f"not included: {part['what']}: {part['why']}{make}"))
+    log(printable(f"Saved to {report['report']}"))
     return report
 
 
-def brief(report: dict[str, object]) -> dict[str, object]:
-    """What a person is told on stdout."""
+def run_report(request: ReportRequest, on_progress: OnProgress = lambda _: None) -> dict[str, object]:
+    """Write the page, and the figures if requested; returns what was written, how long it took, and what is missing.
+
+    Raises `UsageError` for no runs, `CheckpointError` for a folder that is not a run, `StoreError` for a named
+    store that does not exist.
+    """
+    if not request.runs:
+        raise UsageError("a report needs at least one run; got none")
+    if request.gallery < 0:
+        raise UsageError(f"--gallery must be at least 0; got {request.gallery}")
+    started = time.monotonic()
+    runs = read_runs(request.runs, request.store)
+    builder = ReportBuilder(request=request, on_progress=on_progress, runs=runs)
+    builder.store, builder.store_error = _open_store(builder)
+    add_accuracy(builder)
+    add_training(builder)
+    add_studies(builder)
+    add_joint_vectors(builder)
+    add_retrieval(builder)
+    add_gallery(builder)
+    with builder.section("store", "The store") as section:
+        contents = store_section(builder.require_store())
+        section.blocks, section.figures = contents.blocks, contents.figures
+    _add_provenance(builder)
+    return _write(builder, started)
+
+
+def summary(report: dict[str, object]) -> dict[str, object]:
+    """The lines printed on stdout."""
     bytes_, seconds = report["bytes"], report["seconds"]
     assert isinstance(bytes_, int)
     assert isinstance(seconds, dict)
@@ -159,21 +91,92 @@ def brief(report: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _told(part: str) -> None:
+def _open_store(builder: ReportBuilder) -> tuple[FeatureStore | None, str]:
+    """The store, or None and the reason. Raises only for a store that was named."""
+    request = builder.request
+    if request.store is not None:
+        return FeatureStore.open(request.store, request.fingerprint, request.storage_options), ""
+    checkpoint = next((run.checkpoint for run in builder.runs if run.checkpoint), None)
+    if checkpoint is None:
+        return None, "no run records which store it was trained on"
+    uri, encoder = str(checkpoint.store["uri"]), str(checkpoint.store["fingerprint"])
+    try:
+        return FeatureStore.open(uri, request.fingerprint or encoder, request.storage_options), ""
+    except R2SCPError as error:
+        return None, str(error)
+
+
+def _add_provenance(builder: ReportBuilder) -> None:
+    with builder.section("provenance", "Provenance") as section:
+        section.blocks = provenance_section(builder.runs, builder.request.command_words).blocks
+        if builder.missing:
+            section.add_heading("Not included in this report")
+            rows = [[part.what, part.section, part.why, part.make or None] for part in builder.missing]
+            section.add_table("Missing", ["what", "section", "why", "command that makes it"], rows)
+
+
+def _write(builder: ReportBuilder, started: float) -> dict[str, object]:
+    request, sections = builder.request, builder.sections
+    out = request.out or builder.runs[0].folder / "report.html"
+    html = page(
+        "report.html",
+        {
+            "title": f"Report of {', '.join(run.name for run in builder.runs)}",
+            "lede": _headline(builder),
+            "links": [(section.name, section.heading) for section in sections],
+            "sections": sections,
+        },
+    ).encode()
+    replace_file(out, html)
+    figures = [figure for section in sections for figure in section.figures]
+    images: list[Path] = []
+    if request.figures is not None:
+        images_started = time.monotonic()
+        images = [path for figure in figures for path in write_images(figure, request.figures)]
+        builder.seconds["copies"] = round(time.monotonic() - images_started, 2)
+    return {
+        "report": str(out),
+        "bytes": len(html),
+        "runs": [str(run.folder) for run in builder.runs],
+        "sections": [section.name for section in sections],
+        "figures": [figure.name for figure in figures],
+        "copies": [str(path) for path in images],
+        "missing": [asdict(part) for part in builder.missing],
+        "seconds": builder.seconds | {"all": round(time.monotonic() - started, 2)},
+    }
+
+
+def _headline(builder: ReportBuilder) -> str:
+    """The main numbers of each run, in a sentence."""
+    parts = []
+    for run in builder.runs:
+        if run.evaluation and len(run.evaluation.models) > 1:
+            ours, best, *_ = run.evaluation.models
+            parts.append(
+                f"{run.name}: {100 * ours.average:.1f} % on average over sound only, picture only and both, "
+                f"compared with {100 * best.average:.1f} % for the best baseline ({best.name}), "
+                f"{run.evaluation.n:,} questions"
+            )
+    return "; ".join(parts) + "." if parts else "Not evaluated yet."
+
+
+def _log_section(heading: str) -> None:
     if console.is_terminal:
-        log(f"report: {part}")
+        log(f"report: {heading}")
 
 
-def _asked(wanted: ReportWanted) -> tuple[str, ...]:
-    """The words of the command line."""
-    words: list[str] = ["report", *map(str, wanted.runs)]
-    named: Sequence[tuple[str, str | Path | None]] = (
-        ("--store", wanted.store),
-        ("--fingerprint", wanted.fingerprint),
-        ("--studies", wanted.studies),
-        ("--figures", wanted.figures),
-        ("--out", wanted.out),
-        ("--gallery", str(wanted.gallery)),
-        ("--weights", wanted.weights),
+def _command_words(request: ReportRequest) -> tuple[str, ...]:
+    """The command line that makes this report."""
+    words: list[str] = ["report", *map(str, request.runs)]
+    options: Sequence[tuple[str, str | Path | None]] = (
+        ("--store", request.store),
+        ("--fingerprint", request.fingerprint),
+        ("--studies", request.studies),
+        ("--figures", request.figures),
+        ("--out", request.out),
+        ("--gallery", str(request.gallery)),
+        ("--weights", request.weights),
     )
-    return tuple(words + [word for name, value in named if value is not None for word in (name, str(value))])
+    return tuple(
+        words + [word for name, value in options if value is not None for word in (name, str(value))]
+    )

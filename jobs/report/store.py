@@ -7,7 +7,7 @@ from typing import Any
 from r2scp.jobs.reindex.gate import GateSettings, row_checks
 from r2scp.jobs.reindex.history import runs
 from r2scp.jobs.report.builder import Section
-from r2scp.pipelines.neighbours.plan import validity
+from r2scp.pipelines.neighbours.plan import read_validity
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
@@ -21,7 +21,7 @@ def store_section(store: FeatureStore) -> Section:
     section = Section(name="store", heading="The store")
     status: Any = store.status()
     clips, questions = status["clips"], status["questions"]
-    section.define(
+    section.add_definitions(
         [
             ("store", store.uri),
             ("encoder", f"{store.fingerprint} (width {store.dim})"),
@@ -32,7 +32,7 @@ def store_section(store: FeatureStore) -> Section:
         ]
     )
     found = [*dict.fromkeys([*clips["visual"], *clips["audio"]])]
-    section.table(
+    section.add_table(
         "What decoding found",
         ["status", "picture", "sound"],
         [[_named(one), clips["visual"].get(one, 0), clips["audio"].get(one, 0)] for one in found],
@@ -57,7 +57,7 @@ def _checks(section: Section, store: FeatureStore) -> None:
     if Table.INDEXES in store.tables():
         latest = store.dataset(Table.CLIPS).version
         for row in store.dataset(Table.INDEXES).to_table(columns=["index", "settings"]).to_pylist():
-            said = validity(store, row["index"])
+            said = read_validity(store, row["index"])
             behind = latest - said.bank_version if said else None
             rows.append(
                 [
@@ -66,7 +66,7 @@ def _checks(section: Section, store: FeatureStore) -> None:
                     "yes" if not behind else "no",
                 ]
             )
-    section.table(
+    section.add_table(
         "Checks",
         ["what", "value", "in order"],
         rows,
@@ -76,14 +76,14 @@ def _checks(section: Section, store: FeatureStore) -> None:
 
 def _failures(section: Section, store: FeatureStore, dead: int, stored: int) -> None:
     if not dead:
-        section.say(f"No dead letters: all {stored:,} inputs that were tried were stored.")
+        section.add_text(f"No dead letters: all {stored:,} inputs that were tried were stored.")
         return
     rows = store.failures().select(["reason", "clip_id", "stage", "attempts", "detail"]).to_pylist()
     by_reason: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_reason.setdefault(row["reason"], []).append(row)
     ordered = sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    section.table(
+    section.add_table(
         f"Dead letters by reason, {dead:,} in all",
         ["reason", "inputs", "share of all, %"],
         [[reason, len(some), round(100 * len(some) / (dead + stored), 2)] for reason, some in ordered],
@@ -93,7 +93,7 @@ def _failures(section: Section, store: FeatureStore, dead: int, stored: int) -> 
         for reason, some in ordered
         for row in some[:EXAMPLES]
     ]
-    section.table(
+    section.add_table(
         f"Dead letters, up to {EXAMPLES} of each reason",
         ["clip", "reason", "stage", "attempts", "the tool's own words, their end"],
         shown,
@@ -103,10 +103,10 @@ def _failures(section: Section, store: FeatureStore, dead: int, stored: int) -> 
 
 def _snapshots(section: Section, snapshots: Mapping[str, Mapping[str, Any]]) -> None:
     if not snapshots:
-        section.say("No snapshot: nothing was published yet, so readers see the latest versions.")
+        section.add_text("No snapshot: nothing was published yet, so readers see the latest versions.")
         return
     rows = [[name, json.dumps(one, default=str, ensure_ascii=False)] for name, one in snapshots.items()]
-    section.table("Snapshots", ["name", "what it holds"], rows)
+    section.add_table("Snapshots", ["name", "what it holds"], rows)
 
 
 def _runs(section: Section, store: FeatureStore) -> None:
@@ -116,7 +116,7 @@ def _runs(section: Section, store: FeatureStore) -> None:
         for one in listed
     ]
     total = store.dataset(Table.RUNS).count_rows()
-    section.table(
+    section.add_table(
         f"Runs, the latest {len(rows)} of {total}",
         ["run", "status", "started (UTC)", "seconds", "what"],
         rows,
@@ -127,7 +127,7 @@ def _runs(section: Section, store: FeatureStore) -> None:
         if recall := counts.get("recall"):
             _recall(section, row["run_id"], recall)
             return
-    section.say(
+    section.add_text(
         "Recall of the serving index was not measured: no re-index run (r2scp-pipe jobs run) tells of it."
     )
 
@@ -135,7 +135,7 @@ def _runs(section: Section, store: FeatureStore) -> None:
 def _recall(section: Section, run_id: str, recall: Mapping[str, list[Mapping[str, Any]]]) -> None:
     columns = ("query", "among", "queries", "at_3", "at_10", "p50_ms")
     rows = [[who, *(pair.get(name) for name in columns)] for who, pairs in recall.items() for pair in pairs]
-    section.table(
+    section.add_table(
         f"Recall of the serving index, run {run_id}",
         ["clips", "query", "among", "queries", "recall@3", "recall@10", "median ms"],
         rows,

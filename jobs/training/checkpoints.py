@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from r2scp.jobs.settings import built
+from r2scp.jobs.settings import from_plain
 from r2scp.jobs.training.config import TrainConfig
 from r2scp.model.r2scp import R2SCP, Stage
 from r2scp.store.atomic_file import replace_file
@@ -84,7 +84,7 @@ class Checkpoint:
 
     def load_into(self, model: R2SCP) -> None:
         """Give a model these weights. Raises `CheckpointError` for a model of other sizes."""
-        tensors = self.read(self.tensors, self.sha256)
+        tensors = self.read_tensors(self.tensors, self.sha256)
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if other := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
@@ -98,9 +98,9 @@ class Checkpoint:
 
     def optimiser_state(self) -> dict[str, Tensor]:
         """Tensors of the optimiser, by parameter and name. Raises `CheckpointError`."""
-        return self.read(self.optimiser, self.optimiser_sha256)
+        return self.read_tensors(self.optimiser, self.optimiser_sha256)
 
-    def read(self, name: str, sha256: str) -> dict[str, Tensor]:
+    def read_tensors(self, name: str, sha256: str) -> dict[str, Tensor]:
         """Tensors of one file, whose hash must be that of the document."""
         path = self.folder / name
         try:
@@ -125,7 +125,7 @@ class Checkpoint:
             )
 
 
-def write(
+def write_checkpoint(
     folder: Path, names: list[str], checkpoint: Checkpoint, model: R2SCP, optimiser: Mapping[str, Tensor]
 ) -> None:
     """Write a checkpoint under each of `names`, then remove tensors that no checkpoint names any more.
@@ -158,7 +158,7 @@ def write(
     _sweep(folder)
 
 
-def find(path: Path, name: str = BEST) -> Checkpoint:
+def read_checkpoint(path: Path, name: str = BEST) -> Checkpoint:
     """The checkpoint `name` of a run's folder, or the one whose JSON document `path` is.
 
     Raises `CheckpointError` where there is none.
@@ -176,7 +176,7 @@ def find(path: Path, name: str = BEST) -> Checkpoint:
     if values.pop("format") != FORMAT:
         raise CheckpointError(f"{document} is of another version of this program, which must read it")
     try:
-        checkpoint = built(Checkpoint, values | {"folder": document.parent}, document.name)
+        checkpoint = from_plain(Checkpoint, values | {"folder": document.parent}, document.name)
     except UsageError as error:
         raise CheckpointError(f"{document} is no checkpoint of this version: {error}") from error
     for tensors in (checkpoint.tensors, checkpoint.optimiser):
@@ -187,9 +187,9 @@ def find(path: Path, name: str = BEST) -> Checkpoint:
     return checkpoint
 
 
-def find_last(folder: Path) -> Checkpoint | None:
+def read_last(folder: Path) -> Checkpoint | None:
     """Where to go on, or None for a new run."""
-    return find(folder, LAST) if (folder / f"{LAST}.json").exists() else None
+    return read_checkpoint(folder, LAST) if (folder / f"{LAST}.json").exists() else None
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, model: R2SCP) -> dict[str, Tensor]:

@@ -11,15 +11,15 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.markup import escape
 
-from r2scp.jobs.console import absolute, default_workers, printable, progress_bar, log
+from r2scp.jobs.console import absolute, default_workers, log, printable, progress_bar
 from r2scp.jobs.ingest.encoders import pick_device
-from r2scp.jobs.training.checkpoints import BEST, find
+from r2scp.jobs.training.checkpoints import BEST, read_checkpoint
 from r2scp.jobs.training.config import PRESETS, TrainConfig
 from r2scp.jobs.training.data import answers_of
-from r2scp.jobs.training.evaluate import EvaluateMeans, run_evaluate
+from r2scp.jobs.training.evaluate import EvaluateOptions, run_evaluate
 from r2scp.jobs.training.evaluation_table import tables
-from r2scp.jobs.training.run import TrainMeans, TrainPlan
-from r2scp.jobs.training.with_baselines import OURS, run_together
+from r2scp.jobs.training.run import TrainOptions, TrainPlan
+from r2scp.jobs.training.with_baselines import OURS, train_with_baselines
 from r2scp.model.config import Stage
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.ray_session import Resources
@@ -27,11 +27,11 @@ from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 
-FEWEST_CLASSES = 2  # what a preset is told before the store was asked
+PLACEHOLDER_CLASSES = 2  # what a preset is told before the store was asked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class TrainRequest:
     """What to train: a preset, settings of it to change ("model.k=3"), and whether its baselines too."""
 
     preset: str
@@ -41,12 +41,12 @@ class Wanted:
 
 
 def train_with_progress(
-    store: FeatureStore, run: Path, wanted: Wanted, means: TrainMeans
+    store: FeatureStore, run: Path, wanted: TrainRequest, means: TrainOptions
 ) -> dict[str, object]:
     """Train a model and its baselines into a run's folder, seen on stderr; what came out."""
     folder = absolute(run)
-    plan = plan_of(store, folder, wanted)
-    trained = run_together(plan, means, tell_epoch, wanted.with_baselines)
+    plan = plan_training(store, folder, wanted)
+    trained = train_with_baselines(plan, means, log_epoch, wanted.with_baselines)
     best = trained[OURS]
     return {
         "run": str(folder),
@@ -58,12 +58,12 @@ def train_with_progress(
     }
 
 
-def train_means(
+def train_options(
     num_workers: int, device: str | None, ray_address: str | None, cores: int | None = None
-) -> TrainMeans:
-    """The command line's options as `TrainMeans`. `cores`: to use; all by default."""
+) -> TrainOptions:
+    """The command line's options as `TrainOptions`. `cores`: to use; all by default."""
     cores = cores or default_workers()
-    return TrainMeans(
+    return TrainOptions(
         num_workers=num_workers,
         device=pick_device(device),
         threads=max(1, cores // num_workers),
@@ -71,7 +71,7 @@ def train_means(
     )
 
 
-def plan_of(store: FeatureStore, folder: Path, wanted: Wanted) -> TrainPlan:
+def plan_training(store: FeatureStore, folder: Path, wanted: TrainRequest) -> TrainPlan:
     """The training that is asked for, on the store as it is now. Raises `UsageError`, `StoreError`."""
     if wanted.preset not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {wanted.preset!r}")
@@ -79,7 +79,7 @@ def plan_of(store: FeatureStore, folder: Path, wanted: Wanted) -> TrainPlan:
         raise UsageError("--set does not reach the seed; --seed does (--first-seed where there are several)")
     pins = Pins.latest(store)
     preset = PRESETS[wanted.preset]
-    draft = changed(preset(store.dim, FEWEST_CLASSES), wanted.settings)
+    draft = changed(preset(store.dim, PLACEHOLDER_CLASSES), wanted.settings)
     answers = answers_of(store, pins, draft)
     classes = None if answers is None else len(answers)
     config = changed(preset(store.dim, classes), wanted.settings)
@@ -129,7 +129,7 @@ def changed(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
     return TrainConfig.from_json(values)
 
 
-def tell_epoch(name: str, values: Mapping[str, object]) -> None:
+def log_epoch(name: str, values: Mapping[str, object]) -> None:
     """One line on stderr for each epoch."""
     validation, train = values["validation"], values["train"]
     assert isinstance(validation, Mapping)
@@ -143,7 +143,7 @@ def tell_epoch(name: str, values: Mapping[str, object]) -> None:
 
 
 def evaluate_with_progress(
-    store: FeatureStore, run: Path, means: EvaluateMeans, as_json: bool
+    store: FeatureStore, run: Path, means: EvaluateOptions, as_json: bool
 ) -> dict[str, Any]:
     """`run_evaluate`, seen on stderr, its tables on stdout unless JSON is wanted there; kept in the run."""
     with progress_bar() as bar:
@@ -160,7 +160,7 @@ def evaluate_with_progress(
     if not as_json:
         Console().print(tables(report))
     name = f"evaluation-{quote(means.split, safe='')}{'-latest' if means.latest else ''}.json"
-    kept = find(absolute(run)).folder / name
+    kept = read_checkpoint(absolute(run)).folder / name
     try:
         replace_file(kept, (json.dumps(report, indent=1) + "\n").encode())
         log(f"kept in {kept}")

@@ -1,7 +1,6 @@
-"""Every setting of a training, and the presets.
+"""Every setting of a training: the presets, and the trainings derived from one (baselines, stage I alone).
 
-A preset is a function of what the store says (the encoder's width and the answers); everything else is in
-its body, to be read.
+A preset is a function of what the store decides (the encoder's width and the number of answers).
 """
 
 import math
@@ -9,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from r2scp.jobs.settings import built, hold_to_types
+from r2scp.jobs.settings import check_types, from_plain
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
 from r2scp.pipelines.batches.dataset import Negatives
@@ -20,29 +19,13 @@ from r2scp.store.schema import Retrieval
 Schedule = Literal["step", "cosine", "constant"]
 Sees = Literal["everything", "question"]
 
-QUESTION_ONLY = "question-only"
-NO_RECOVERY = "no-recovery"
-NO_RECOVERY_DROPOUT = "no-recovery-dropout"
-#: Settings of the model that stage I looks at.
-STAGE_ONE_SETTINGS = (
-    "encoder_dim",
-    "classes",
-    "dim",
-    "layers",
-    "heads",
-    "ffn",
-    "dropout",
-    "positions",
-    "fusion",
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
-    """How long one stage trains, and how fast. `epochs` 0 leaves the stage out.
+    """Epochs and learning rate of one stage. `epochs` 0 leaves the stage out.
 
-    `step`: the rate falls to `decay` of itself every `step_epochs`; `cosine`: to 0 at the stage's end. Raises
-    `UsageError` for what cannot be.
+    `step`: the rate is multiplied by `decay` every `step_epochs`; `cosine`: it falls to 0 at the stage's end.
+    Raises `UsageError` for invalid values.
     """
 
     epochs: int
@@ -53,7 +36,7 @@ class StageConfig:
     warmup_steps: int = 0  # over which the rate rises from 0
 
     def __post_init__(self) -> None:
-        hold_to_types(self)
+        check_types(self)
         _require(self.epochs >= 0, "epochs", "at least 0", self.epochs)
         _require(self.lr > 0, "lr", "above 0", self.lr)
         _require(self.step_epochs >= 1, "step_epochs", "at least 1", self.step_epochs)
@@ -74,18 +57,17 @@ class StageConfig:
 class TrainConfig:
     """Every setting of a training.
 
-    `holdout`: share of the train split's videos whose questions choose the best checkpoint instead of being
-    learned from, for a corpus without a validation split; 0: there is one. `expert_dropout`: in stage I each
-    question loses one modality with this probability. `sees="question"` is the baseline that gets neither
-    sound nor picture: it has no stage II. `evaluate_rows`: questions that go through the model together when
-    nothing is learned. Raises `UsageError` for what cannot be.
+    `holdout`: share of the train split's videos held out as validation, for a corpus without a validation
+    split; 0: use the `val` split. `expert_dropout`: probability that a question loses one modality in stage I.
+    `sees="question"` is the baseline that gets neither sound nor picture: it has no stage II.
+    `evaluate_rows`: batch size of validation and evaluation. Raises `UsageError` for invalid values.
     """
 
     model: ModelConfig
     stage_one: StageConfig
     stage_two: StageConfig
     loss: LossConfig = field(default_factory=LossConfig)
-    index: IndexSettings = field(default_factory=IndexSettings)  # which neighbours are read
+    index: IndexSettings = field(default_factory=IndexSettings)  # whose neighbours are read
     retrieval: Retrieval = Retrieval.CROSS
     negatives: Negatives = "farthest"
     corpora: tuple[str, ...] = ()  # whose questions; empty for all
@@ -98,7 +80,7 @@ class TrainConfig:
     evaluate_rows: int = 256
 
     def __post_init__(self) -> None:
-        hold_to_types(self)
+        check_types(self)
         for name in ("batch_size", "evaluate_rows"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(0 <= self.holdout < 1, "holdout", "at least 0 and below 1", self.holdout)
@@ -106,7 +88,7 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _require(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63", self.seed)
         if self.sees == "question" and self.stage_two.epochs:
-            raise UsageError("a model that sees the question alone has no stage II; its epochs must be 0")
+            raise UsageError("a model that sees only the question has no stage II; its epochs must be 0")
         if not self.stage_one.epochs and not self.stage_two.epochs:
             raise UsageError("there is nothing to train: stage_one.epochs and stage_two.epochs are both 0")
         if self.model.cmr and self.model.neighbours > self.index.n:
@@ -120,19 +102,19 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> "TrainConfig":
-        """What `to_json` gave. Raises `UsageError` for a key or a value that cannot be."""
-        return built(cls, values, "config")
+        """The inverse of `to_json`. Raises `UsageError` for unknown keys and invalid values."""
+        return from_plain(cls, values, "config")
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """What `other` has otherwise, as "key: here, there"."""
-        here, there = _flat(self.to_json()), _flat(other.to_json())
-        return [f"{key}: {here[key]!r}, {there[key]!r}" for key in here if here[key] != there[key]]
+        """The settings in which `other` differs, as "key: own value, other's value"."""
+        own, others = _flat(self.to_json()), _flat(other.to_json())
+        return [f"{key}: {own[key]!r}, {others[key]!r}" for key in own if own[key] != others[key]]
 
 
 def demo(encoder_dim: int, classes: int | None) -> TrainConfig:
     """The generated corpus with its small encoder: minutes on two cores.
 
-    k = 1 is as large a share of the 10 tokens of a clip as the paper's 5 are of MUSIC-AVQA's 60.
+    k = 1 of a clip's 10 tokens is about the share that the paper's 5 are of MUSIC-AVQA's 60.
     """
     return TrainConfig(
         model=ModelConfig(encoder_dim=encoder_dim, classes=classes, dim=64, heads=4, k=1),
@@ -144,7 +126,7 @@ def demo(encoder_dim: int, classes: int | None) -> TrainConfig:
 
 
 def paper_music_avqa(encoder_dim: int, classes: int | None) -> TrainConfig:
-    """The paper on MUSIC-AVQA; what it leaves open as in its authors' release."""
+    """The paper on MUSIC-AVQA; what it leaves open follows the authors' release."""
     return TrainConfig(
         model=ModelConfig(encoder_dim=encoder_dim, classes=classes),
         stage_one=StageConfig(epochs=5),
@@ -154,7 +136,7 @@ def paper_music_avqa(encoder_dim: int, classes: int | None) -> TrainConfig:
 
 
 def paper_avqa(encoder_dim: int, classes: int | None) -> TrainConfig:
-    """The paper on AVQA: the same, but each question brings its four choices."""
+    """The paper on AVQA: the same, but each question has four choices of its own."""
     config = paper_music_avqa(encoder_dim, classes)
     return replace(
         config,
@@ -167,30 +149,16 @@ def paper_avqa(encoder_dim: int, classes: int | None) -> TrainConfig:
 PRESETS = {"demo": demo, "paper_music_avqa": paper_music_avqa, "paper_avqa": paper_avqa}
 
 
-def experts_of(config: TrainConfig) -> TrainConfig:
-    """The training of stage I that `config` begins with: the same for all that differ in stage II alone.
-
-    Of the index only the way to split matters here.
-    """
-    nothing = StageConfig(epochs=0)
-    plain = TrainConfig(model=ModelConfig(), stage_one=config.stage_one, stage_two=nothing)
-    ours = {name: getattr(config.model, name) for name in STAGE_ONE_SETTINGS}
-    return replace(
-        config,
-        model=replace(plain.model, cmr=False, cap=False, **ours),
-        stage_two=nothing,
-        loss=plain.loss,
-        index=replace(plain.index, bank=replace(plain.index.bank, disjoint=config.index.bank.disjoint)),
-        retrieval=plain.retrieval,
-        negatives=plain.negatives,
-    )
+QUESTION_ONLY = "question-only"
+NO_RECOVERY = "no-recovery"
+NO_RECOVERY_DROPOUT = "no-recovery-dropout"
 
 
 def baselines(config: TrainConfig) -> dict[str, TrainConfig]:
-    """Name -> config.
+    """The baselines of a training, by name.
 
-    `question-only` gets neither sound nor picture. `no-recovery` drops what is missing and has learned from
-    complete data alone, as in the paper's Table 2; `no-recovery-dropout` has learned to do without as well.
+    `question-only` gets neither sound nor picture. `no-recovery` drops what is missing and was trained on
+    complete clips alone, as in the paper's Table 2; `no-recovery-dropout` was trained with modality dropout.
     """
     without = replace(config, model=replace(config.model, cmr=False, cap=False))
     only_stage = config.stage_one if config.stage_one.epochs else config.stage_two
@@ -202,9 +170,37 @@ def baselines(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def takes_experts(config: TrainConfig) -> bool:
-    """Whether a baseline begins where stage I of the model that it is compared with ended."""
+def shares_experts(config: TrainConfig) -> bool:
+    """Whether a baseline starts from the experts of the model that it is compared with."""
     return config.sees == "everything"
+
+
+#: The model's settings that stage I depends on.
+STAGE_ONE_SETTINGS = (
+    *("encoder_dim", "classes", "dim", "layers", "heads", "ffn"),
+    *("dropout", "positions", "fusion"),
+)
+
+
+def experts_of(config: TrainConfig) -> TrainConfig:
+    """Stage I of `config` as a training of its own, the same for all configs that differ only in stage II.
+
+    Settings that stage I does not depend on are reset to their defaults; of the index it depends only on
+    whether splits are disjoint.
+    """
+    plain = TrainConfig(
+        model=ModelConfig(), stage_one=config.stage_one, stage_two=StageConfig(epochs=0)
+    )
+    stage_one = {name: getattr(config.model, name) for name in STAGE_ONE_SETTINGS}
+    return replace(
+        config,
+        model=replace(plain.model, cmr=False, cap=False, **stage_one),
+        stage_two=plain.stage_two,
+        loss=plain.loss,
+        index=replace(plain.index, bank=replace(plain.index.bank, disjoint=config.index.bank.disjoint)),
+        retrieval=plain.retrieval,
+        negatives=plain.negatives,
+    )
 
 
 def _require(holds: bool, name: str, must: str, got: object) -> None:

@@ -7,14 +7,14 @@ import numpy as np
 
 from r2scp.jobs.training.config import TrainConfig
 from r2scp.pipelines.batches.dataset import Dataset, NeighbourRows
-from r2scp.pipelines.batches.examples import NO_ANSWER, QuestionFilter, Clips, Examples, Pins, vocabulary
+from r2scp.pipelines.batches.examples import NO_ANSWER, Clips, Examples, Pins, QuestionFilter, vocabulary
 from r2scp.store.errors import StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES, SequenceCache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class TrainingData:
     """A store at pinned versions, as one config sees it."""
 
     store: FeatureStore
@@ -33,7 +33,7 @@ class Opened:
         config: TrainConfig,
         answers: list[str] | None,
         cache_bytes: int = CACHE_BYTES,
-    ) -> "Opened":
+    ) -> "TrainingData":
         """Raises `StoreError` where neighbours are needed and not there, `UsageError` for another width."""
         if config.model.encoder_dim != store.dim:
             raise UsageError(
@@ -59,7 +59,7 @@ class Opened:
 
     def examples(self, split: str) -> Examples:
         """The questions of a split, as this config may see them."""
-        asked = asked_by(self.config, split)
+        asked = question_filter(self.config, split)
         examples = Examples.read(self.store, self.pins, self.clips, asked, self.answers)
         if self.config.sees == "question":
             return replace(examples, present_BM=np.zeros_like(examples.present_BM))
@@ -107,10 +107,10 @@ def answers_of(store: FeatureStore, pins: Pins, config: TrainConfig) -> list[str
     """The classes of the train split, or None where questions bring their choices."""
     if config.model.classes is None:
         return None
-    return vocabulary(store, pins, Clips.read(store, pins.clips), asked_by(config, "train"))
+    return vocabulary(store, pins, Clips.read(store, pins.clips), question_filter(config, "train"))
 
 
-def asked_by(config: TrainConfig, split: str) -> QuestionFilter:
+def question_filter(config: TrainConfig, split: str) -> QuestionFilter:
     """The questions of a split, as a config asks for them."""
     return QuestionFilter(split=split, corpora=config.corpora, disjoint=config.index.bank.disjoint)
 

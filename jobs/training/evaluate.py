@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from r2scp.jobs.training.checkpoints import Checkpoint, find, find_last
-from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.checkpoints import Checkpoint, read_last, read_checkpoint
+from r2scp.jobs.training.data import TrainingData
 from r2scp.jobs.training.stages import Worker
 from r2scp.model.batch import SOURCES, Answer
-from r2scp.model.metrics import Score, AccuracyCounts
+from r2scp.model.metrics import AccuracyCounts, Score
 from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest
 from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Examples, Pins
-from r2scp.pipelines.batches.prefetch import sequential_batches, prefetch
+from r2scp.pipelines.batches.prefetch import prefetch, sequential_batches
 from r2scp.store.errors import CheckpointError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Condition
 
 BASELINES = Path("baselines")  # in a run's folder, a run each
 MISSING_SEED = 0  # who loses what at a missing rate: the same questions for every model
@@ -33,7 +34,7 @@ Progress = Callable[[str, int, int], None]  # what, questions done, questions to
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateMeans:
+class EvaluateOptions:
     """How to evaluate. `rates`: also lose each modality with these probabilities.
 
     `latest`: read the store as it is now, with whatever the bank has gained since the training.
@@ -47,7 +48,7 @@ class EvaluateMeans:
 
 
 @dataclass(kw_only=True)
-class Asked:
+class ConditionResult:
     """What one model answered under one condition."""
 
     tally: AccuracyCounts = field(default_factory=AccuracyCounts)
@@ -76,17 +77,20 @@ class Asked:
         }
 
 
-def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[str, Any]:
+def run_evaluate(store: FeatureStore, run: Path, means: EvaluateOptions) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run and its baselines.
 
     Reads the store at the versions that the training read, unless `means` say otherwise. `unfinished` in what
     comes back names trainings that had not ended. Raises `FingerprintMismatch` for another encoder's store,
     `CheckpointError` where the run has no checkpoint or its baselines are of other versions of the store.
     """
-    checkpoint = find(run)
-    opened = open_for(checkpoint, store, means.latest)
+    checkpoint = read_checkpoint(run)
+    opened = data_for(checkpoint, store, means.latest)
     asked = questions_of(opened, means.split)
-    others = {path.parent.name: find(path) for path in (checkpoint.folder / BASELINES).glob("*/best.json")}
+    others = {
+        path.parent.name: read_checkpoint(path)
+        for path in (checkpoint.folder / BASELINES).glob("*/best.json")
+    }
     for other in others.values():
         if _data(other) != _data(checkpoint):
             raise CheckpointError(
@@ -97,7 +101,7 @@ def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[s
     majority = dict.fromkeys(answered, _majority(opened, asked))  # whatever is missing
     baselines: dict[str, object] = {"majority": _report(majority)}
     for name, other in sorted(others.items()):
-        seen = open_for(other, store, means.latest)
+        seen = data_for(other, store, means.latest)
         baselines[name] = _report(evaluate_model(other, seen, questions_of(seen, means.split), means))
     return {
         "run": str(checkpoint.folder),
@@ -125,16 +129,16 @@ def run_evaluate(store: FeatureStore, run: Path, means: EvaluateMeans) -> dict[s
     }
 
 
-def open_for(checkpoint: Checkpoint, store: FeatureStore, latest: bool = False) -> Opened:
+def data_for(checkpoint: Checkpoint, store: FeatureStore, latest: bool = False) -> TrainingData:
     """The store as the checkpoint's training saw it, or as it is now. Raises `FingerprintMismatch`."""
     checkpoint.require_store(store)
     versions = checkpoint.store["versions"]
     assert isinstance(versions, dict)
     pins = Pins.latest(store) if latest else Pins(**versions)
-    return Opened.read(store, pins, checkpoint.config, checkpoint.answers)
+    return TrainingData.read(store, pins, checkpoint.config, checkpoint.answers)
 
 
-def questions_of(opened: Opened, split: str) -> Examples:
+def questions_of(opened: TrainingData, split: str) -> Examples:
     """The questions of a split; `val` are those that chose the best checkpoint, also where they were held out
     from `train`. Raises `StoreError` where there are none."""
     if split == "val" and opened.config.holdout:
@@ -143,20 +147,21 @@ def questions_of(opened: Opened, split: str) -> Examples:
 
 
 def evaluate_model(
-    checkpoint: Checkpoint, opened: Opened, examples: Examples, means: EvaluateMeans
-) -> dict[str, Asked]:
+    checkpoint: Checkpoint, opened: TrainingData, examples: Examples, means: EvaluateOptions
+) -> dict[str, ConditionResult]:
     """Condition -> what the model answered. Conditions at a missing rate are named like "audio 30%"."""
     worker = Worker(device=torch.device(means.device))
     model, dataset = checkpoint.model(worker.device), opened.dataset(examples)
     asks = {name: np.full(len(examples), missing) for name, missing in MISSING_COLUMN.items()}
     for rate in means.rates:
-        asks |= at_rate(len(examples), rate)
+        asks |= missing_at_rate(len(examples), rate)
     answered = {}
     for name, missing_N in asks.items():
-        answered[name] = asked = Asked()
+        answered[name] = asked = ConditionResult()
         batches = sequential_batches(len(examples), checkpoint.config.evaluate_rows)
         prepared = prefetch(
-            lambda rows, missing_N=missing_N: dataset.batch(rows, BatchRequest(missing_B=missing_N[rows])), batches
+            lambda rows, missing_N=missing_N: dataset.batch(rows, BatchRequest(missing_B=missing_N[rows])),
+            batches,
         )
         with closing(prepared):  # also where a batch fails
             for rows, batch in zip(batches, prepared, strict=True):
@@ -167,7 +172,7 @@ def evaluate_model(
     return answered
 
 
-def at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
+def missing_at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
     """Which of `count` questions lose each modality, as `Ask.missing_B`, for every model the same ones.
 
     Those that lose it at a lower rate also do at a higher one.
@@ -179,7 +184,7 @@ def at_rate(count: int, rate: float) -> dict[str, np.ndarray]:
     }
 
 
-def _majority(opened: Opened, examples: Examples) -> Asked:
+def _majority(opened: TrainingData, examples: Examples) -> ConditionResult:
     """The most frequent answer of the question's type in training; neither model nor clip is asked.
 
     Where questions bring their choices it is the most frequent place. Types that training has not get the
@@ -192,7 +197,7 @@ def _majority(opened: Opened, examples: Examples) -> Asked:
         counts[kind][target] += 1
         overall[target] += 1
     guesses = [(counts.get(kind) or overall).most_common(1)[0][0] for kind in examples.types]
-    asked = Asked()
+    asked = ConditionResult()
     asked.tally.add(examples.types, np.equal(guesses, examples.target_B).tolist())
     return asked
 
@@ -204,15 +209,15 @@ def _data(checkpoint: Checkpoint) -> dict[str, object]:
 
 def _finished(checkpoint: Checkpoint) -> bool:
     """Whether nothing was left to train; a checkpoint by itself says nothing of it."""
-    last = find_last(checkpoint.folder)
+    last = read_last(checkpoint.folder)
     return last is None or last.finished
 
 
-def _report(answered: Mapping[str, Asked]) -> dict[str, object]:
+def _report(answered: Mapping[str, ConditionResult]) -> dict[str, object]:
     conditions = {name: asked.to_json() for name, asked in answered.items() if name in MISSING_COLUMN}
     report: dict[str, object] = {
         "conditions": conditions,
-        "average": sum(answered[name].tally.overall().accuracy for name in MISSING_COLUMN) / len(MISSING_COLUMN),
+        "average": sum(answered[name].tally.overall().accuracy for name in Condition) / len(Condition),
     }
     rates = {name: asked.to_json() for name, asked in answered.items() if name not in MISSING_COLUMN}
     return report | ({"missing_rates": rates} if rates else {})

@@ -9,10 +9,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from r2scp.jobs.console import printable
-from r2scp.pipelines.batches.dataset import MISSING_COLUMN
-from r2scp.store.schema import MODALITY_NAMES
+from r2scp.store.schema import MODALITY_NAMES, Condition, Modality
 
-HEADINGS = {"A": "A: sound only", "V": "V: picture only", "AV": "AV: both"}
 OURS = "R²ScP"
 TITLES = {
     "majority": "majority of the type",
@@ -30,14 +28,14 @@ def tables(report: Mapping[str, Any]) -> Group:
     split = printable(report["split"]) + (" split by source" if settings["disjoint"] else " split")
     main = grid(
         f"Accuracy in %, {split}, {n:,} questions\n({name}, {settings['retrieval']} retrieval)",
-        ("model", *(HEADINGS[condition] for condition in MISSING_COLUMN), "mean"),
+        ("model", *(condition.heading for condition in Condition), "mean"),
     )
     for label, row, style in _rows(report):
-        cells = [_cell(row["conditions"][condition]) for condition in MISSING_COLUMN]
+        cells = [_cell(row["conditions"][condition]) for condition in Condition]
         main.add_row(Text(label), *map(Text, cells), Text(f"{100 * row['average']:.1f}"), style=style)
     parts: list[RenderableType] = [main, _types(report)]
     if "missing_rates" in report:
-        parts += [_rates(report, modality) for modality in ("audio", "visual")]
+        parts += [_rates(report, modality) for modality in Modality]
     if report["unfinished"]:
         names = printable(", ".join(report["unfinished"]))
         parts.append(Text(f"Not trained to the end yet: {names}; `train` goes on.", style="yellow"))
@@ -72,22 +70,22 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]
 
 
 def _types(report: Mapping[str, Any]) -> Grid:
-    made = grid(f"\n{OURS} by question type", ("type", "n", *MISSING_COLUMN))
+    made = grid(f"\n{OURS} by question type", ("type", "n", *Condition))
     both = report["conditions"]["AV"]
     for group, score in both["groups"].items():
         kinds = [kind for kind in both["types"] if kind.split("/", 1)[0] == group]
-        cells = [_cell(report["conditions"][c]["groups"][group]) for c in MISSING_COLUMN]
+        cells = [_cell(report["conditions"][c]["groups"][group]) for c in Condition]
         made.add_row(
             Text(printable(group) or "(none)"), Text(str(score["n"])), *map(Text, cells), style="bold"
         )
         for kind in kinds if kinds != [group] else ():
-            cells = [_cell(report["conditions"][c]["types"][kind]) for c in MISSING_COLUMN]
+            cells = [_cell(report["conditions"][c]["types"][kind]) for c in Condition]
             label = printable(kind.partition("/")[2] or kind)
             made.add_row(Text(f"  {label}"), Text(str(both["types"][kind]["n"])), *map(Text, cells))
     return made
 
 
-def _rates(report: Mapping[str, Any], modality: str) -> Grid:
+def _rates(report: Mapping[str, Any], modality: Modality) -> Grid:
     shares = [name.split()[1] for name in report["missing_rates"] if name.split()[0] == modality]
     gone = MODALITY_NAMES[modality]
     made = grid(f"\nWhere a share of the questions lacks its {gone}", ("model", *shares))

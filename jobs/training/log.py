@@ -14,7 +14,7 @@ class TrainLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in lines(self._path) if _step(line) <= step]
+        kept = [line for line in read_metrics(self._path) if _step(line) <= step]
         replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -30,7 +30,7 @@ class TrainLog:
         self._board.close()
 
 
-def lines(path: Path) -> list[dict[str, object]]:
+def read_metrics(path: Path) -> list[dict[str, object]]:
     """All whole lines of a `metrics.jsonl`; none where there is no such file."""
     if not path.exists():
         return []

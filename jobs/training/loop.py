@@ -23,14 +23,14 @@ from r2scp.jobs.training.checkpoints import (
     EXPERTS,
     LAST,
     Checkpoint,
-    find,
-    find_last,
+    read_last,
     load_optimiser,
     optimiser_tensors,
-    write,
+    read_checkpoint,
+    write_checkpoint,
 )
 from r2scp.jobs.training.config import StageConfig
-from r2scp.jobs.training.data import Opened, complete
+from r2scp.jobs.training.data import TrainingData, complete
 from r2scp.jobs.training.log import TrainLog
 from r2scp.jobs.training.stages import ExpertsStage, MixingStage, TrainStage, Worker, described
 from r2scp.model.batch import Batch
@@ -68,21 +68,21 @@ class Training:
     `FingerprintMismatch` for experts of another run that do not fit.
     """
 
-    def __init__(self, opened: Opened, where: Where, worker: Worker) -> None:
+    def __init__(self, opened: TrainingData, where: Where, worker: Worker) -> None:
         self.config, self.where, self.worker = opened.config, where, worker
         self.opened = opened
         self._examples, chosen_by = opened.learning()
         self._validation = opened.dataset(chosen_by)
         # what a stage will miss is said before either begins
         self._complete = complete(self._examples) if self.config.stage_two.epochs else None
-        self._given = None if where.experts is None else self._fitting(find(where.experts, EXPERTS))
+        self._given = None if where.experts is None else self._fitting(read_checkpoint(where.experts, EXPERTS))
         self._step = 0
         self._best: dict[str, float] = {}
         self._log: TrainLog | None = None
 
     def run(self) -> dict[str, float]:
         """Train what is left to train; metrics of the best checkpoint."""
-        last = find_last(self.where.folder)
+        last = read_last(self.where.folder)
         if last is not None:
             self._step, self._best = last.step, last.best
             if last.finished:
@@ -113,7 +113,7 @@ class Training:
             self._best = {}  # what stage I reached is no measure for stage II
             start = self._given
             if start is None and self.config.stage_one.epochs:
-                start = find(self.where.folder, EXPERTS)
+                start = read_checkpoint(self.where.folder, EXPERTS)
         assert self._complete is not None
         train = self.opened.dataset(self._complete)
         folder = self.where.folder / "states"
@@ -165,7 +165,7 @@ class Training:
                 names = [LAST, *(stage.names if better else ())]
                 checkpoint = self._checkpoint(stage.stage, epoch + 1, metrics)
                 tensors = optimiser_tensors(optimiser, stage.model)
-                write(self.where.folder, names, checkpoint, stage.model, tensors)
+                write_checkpoint(self.where.folder, names, checkpoint, stage.model, tensors)
             if self.worker.world > 1:
                 dist.barrier()  # nobody reads what is not yet written
             self.where.told(values)

@@ -22,10 +22,10 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from r2scp.jobs.training.checkpoints import EXPERTS, Checkpoint, code_version, find, find_last
+from r2scp.jobs.training.checkpoints import EXPERTS, Checkpoint, code_version, read_last, read_checkpoint
 from r2scp.jobs.training.config import TrainConfig
-from r2scp.jobs.training.data import Opened
-from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.data import TrainingData
+from r2scp.jobs.training.log import read_metrics
 from r2scp.jobs.training.loop import Training, Where
 from r2scp.jobs.training.stages import Worker
 from r2scp.pipelines.batches.examples import Pins
@@ -36,7 +36,7 @@ from r2scp.store.feature_store import FeatureStore
 from r2scp.store.token_cache import CACHE_BYTES
 
 MAX_FAILURES = 3  # of the group of workers, before a training gives up
-TOLD_EVERY_S = 0.5  # how often the driver looks at what distant workers wrote
+POLL_S = 0.5  # how often the driver looks at what distant workers wrote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class TrainPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMeans:
+class TrainOptions:
     """What a training may use. `num_workers` 1: this process; `threads`: of each worker, on CPUs."""
 
     num_workers: int = 1
@@ -65,40 +65,40 @@ class TrainMeans:
     resources: Resources = field(default_factory=Resources)
 
 
-Told = Callable[[dict[str, object]], None]  # an epoch's line of metrics.jsonl
+OnEpoch = Callable[[dict[str, object]], None]  # an epoch's line of metrics.jsonl
 
 
-def run_training(plan: TrainPlan, means: TrainMeans, told: Told) -> Checkpoint:
+def run_training(plan: TrainPlan, options: TrainOptions, on_epoch: OnEpoch) -> Checkpoint:
     """Train, or go on training, into `plan.folder`; the best checkpoint.
 
     A folder that holds a finished training is left as it is. Raises `CheckpointError` where it holds a
     training of other settings, `StoreError` where the store lacks what is needed, `UsageError` for means
     that are not there, `KeyboardInterrupt` where it was stopped: the same call goes on.
     """
-    if means.num_workers < 1:
-        raise UsageError(f"a training needs at least 1 worker; got {means.num_workers}")
+    if options.num_workers < 1:
+        raise UsageError(f"a training needs at least 1 worker; got {options.num_workers}")
     folder = plan.folder.absolute()  # Ray's workers run in folders of their own
     experts = None if plan.experts is None else plan.experts.absolute()
     plan = replace(plan, folder=folder, experts=experts)
-    last = find_last(folder)
+    last = read_last(folder)
     if last is not None:
         plan = _going_on(plan, last)
         if last.finished:
-            return find(folder)
-    if means.num_workers == 1 and means.threads:
-        torch.set_num_threads(means.threads)
+            return read_checkpoint(folder)
+    if options.num_workers == 1 and options.threads:
+        torch.set_num_threads(options.threads)
     # here also where others will train: what cannot be is said at once, and by one
-    training = _training(plan, Worker(device=torch.device(means.device)), told)
+    training = _training(plan, Worker(device=torch.device(options.device)), on_epoch)
     plan = replace(plan, uri=training.opened.store.uri)
     document = {"config": plan.config.to_json(), "store": plan.uri, "versions": asdict(plan.pins)}
     with _alone(folder):
         replace_file(folder / "config.json", (json.dumps(document, indent=1) + "\n").encode())
-        if means.num_workers == 1:
+        if options.num_workers == 1:
             training.run()
         else:
             del training
-            _train_on_ray(plan, means, told)
-        return find(folder)
+            _train_on_ray(plan, options, on_epoch)
+        return read_checkpoint(folder)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def _going_on(plan: TrainPlan, last: Checkpoint) -> TrainPlan:
     other = config.differences(again)
     if last.store["fingerprint"] != plan.fingerprint:
         other.append(f"encoder: {last.store['fingerprint']}, {plan.fingerprint}")
-    if last.experts != ("" if plan.experts is None else find(plan.experts, EXPERTS).sha256):
+    if last.experts != ("" if plan.experts is None else read_checkpoint(plan.experts, EXPERTS).sha256):
         other.append("the experts that stage II begins with")
     if other:
         raise CheckpointError(
@@ -137,14 +137,14 @@ def _going_on(plan: TrainPlan, last: Checkpoint) -> TrainPlan:
     return replace(plan, config=config, pins=Pins(**versions), answers=last.answers)
 
 
-def _training(plan: TrainPlan, worker: Worker, told: Told) -> Training:
+def _training(plan: TrainPlan, worker: Worker, told: OnEpoch) -> Training:
     store = FeatureStore.open(plan.uri, plan.fingerprint, plan.storage_options)
-    opened = Opened.read(store, plan.pins, plan.config, plan.answers, plan.cache_bytes)
+    opened = TrainingData.read(store, plan.pins, plan.config, plan.answers, plan.cache_bytes)
     where = Where(folder=plan.folder, experts=plan.experts, code=code_version(), told=told)
     return Training(opened, where, worker)
 
 
-def _train_on_ray(plan: TrainPlan, means: TrainMeans, told: Told) -> None:
+def _train_on_ray(plan: TrainPlan, means: TrainOptions, told: OnEpoch) -> None:
     trainer = TorchTrainer(
         _in_worker,
         train_loop_config={"plan": plan, "threads": means.threads},
@@ -155,7 +155,7 @@ def _train_on_ray(plan: TrainPlan, means: TrainMeans, told: Told) -> None:
             failure_config=FailureConfig(max_failures=means.max_failures),
         ),
     )
-    with ray_session(means.resources), Following(plan.folder / "metrics.jsonl", told), _own_interrupts():
+    with ray_session(means.resources), MetricsTail(plan.folder / "metrics.jsonl", told), _own_interrupts():
         _require_room(means)
         try:
             trainer.fit()
@@ -166,7 +166,7 @@ def _train_on_ray(plan: TrainPlan, means: TrainMeans, told: Told) -> None:
             raise R2SCPError(f"Ray's controller of it died ({said}); train again to go on") from error
 
 
-def _require_room(means: TrainMeans) -> None:
+def _require_room(means: TrainOptions) -> None:
     """Ray would wait for ever for a core or a GPU that it has not."""
     kind = "GPU" if means.device == "cuda" else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
@@ -208,10 +208,10 @@ def _told_plainly(error: ray.train.TrainingFailedError) -> R2SCPError:
     return R2SCPError(f"training failed in {len(failures)} workers: {'; '.join(causes)}")
 
 
-class Following:
+class MetricsTail:
     """Tells of each epoch that workers write down, as long as it is entered."""
 
-    def __init__(self, path: Path, told: Told) -> None:
+    def __init__(self, path: Path, told: OnEpoch) -> None:
         self._path, self._told = path, told
         self._seen = len(self._epochs())
         self._over = threading.Event()
@@ -225,7 +225,7 @@ class Following:
         self._thread.join()
 
     def _follow(self) -> None:
-        while not self._over.wait(TOLD_EVERY_S):
+        while not self._over.wait(POLL_S):
             self._tell()
         self._tell()
 
@@ -236,4 +236,4 @@ class Following:
         self._seen = len(epochs)  # fewer after a restart: what was lost is told again
 
     def _epochs(self) -> list[dict[str, object]]:
-        return [line for line in lines(self._path) if line["kind"] == "epoch"]
+        return [line for line in read_metrics(self._path) if line["kind"] == "epoch"]

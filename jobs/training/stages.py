@@ -18,7 +18,7 @@ from r2scp.model.losses import Loss, LossConfig, Losses, expert_loss, mixing_los
 from r2scp.model.r2scp import R2SCP, Encoded, Stage
 from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest, Dataset
 from r2scp.pipelines.batches.expert_cache import ExpertCache
-from r2scp.pipelines.batches.prefetch import sequential_batches, prefetch
+from r2scp.pipelines.batches.prefetch import prefetch, sequential_batches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from r2scp.jobs.training.checkpoints import Checkpoint, find_last
-from r2scp.jobs.training.config import baselines, experts_of, takes_experts
-from r2scp.jobs.training.data import Opened, complete
+from r2scp.jobs.training.checkpoints import Checkpoint, read_last
+from r2scp.jobs.training.config import baselines, experts_of, shares_experts
+from r2scp.jobs.training.data import TrainingData, complete
 from r2scp.jobs.training.evaluate import BASELINES
-from r2scp.jobs.training.run import Following, TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.run import MetricsTail, TrainOptions, TrainPlan, run_training
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.ray_session import fan_out, ray_session
 from r2scp.store.feature_store import FeatureStore
@@ -31,11 +31,11 @@ Plans = dict[str, TrainPlan]
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     plan: TrainPlan
-    means: TrainMeans
+    means: TrainOptions
 
 
-def run_together(
-    plan: TrainPlan, means: TrainMeans, told: Told, with_baselines: bool = True
+def train_with_baselines(
+    plan: TrainPlan, means: TrainOptions, told: Told, with_baselines: bool = True
 ) -> dict[str, Checkpoint]:
     """Train `plan` and its baselines; best checkpoints by name, that of `plan` under `OURS`.
 
@@ -67,7 +67,7 @@ def _in_turn(plan: TrainPlan, with_baselines: bool) -> tuple[Plans, Plans]:
         plans = {EXPERTS_NAME: replace(plan, config=experts_of(plan.config), folder=folder)} | plans
     for name, config in baselines(plan.config).items() if with_baselines else ():
         plans[name] = replace(plan, config=config, folder=plan.folder / BASELINES / name)
-        if shared and takes_experts(config):
+        if shared and shares_experts(config):
             second.add(name)
     plans = _as_begun(plans)
     return (
@@ -78,7 +78,7 @@ def _in_turn(plan: TrainPlan, with_baselines: bool) -> tuple[Plans, Plans]:
 
 def _as_begun(plans: Plans) -> Plans:
     """All with the store's versions and the answers of the first that has begun: the store may have grown."""
-    last = next((last for one in plans.values() if (last := find_last(one.folder)) is not None), None)
+    last = next((last for one in plans.values() if (last := read_last(one.folder)) is not None), None)
     if last is None:
         return plans
     versions, begun = last.store["versions"], {}
@@ -96,26 +96,26 @@ def _require_inputs(plan: TrainPlan) -> None:
     """Raises what its training would raise of the store, before the experts are trained in vain."""
     if not _over(plan):
         store = FeatureStore.open(plan.uri, plan.fingerprint, plan.storage_options)
-        learned = Opened.read(store, plan.pins, plan.config, plan.answers).learning()[0]
+        learned = TrainingData.read(store, plan.pins, plan.config, plan.answers).learning()[0]
         if plan.config.stage_two.epochs:
             complete(learned)
 
 
 def _over(plan: TrainPlan) -> bool:
-    last = find_last(plan.folder)
+    last = read_last(plan.folder)
     return last is not None and last.finished
 
 
-def _one_by_one(plans: Plans, means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
+def _one_by_one(plans: Plans, means: TrainOptions, told: Told) -> dict[str, Checkpoint]:
     return {name: run_training(plan, means, partial(told, name)) for name, plan in plans.items()}
 
 
-def _side_by_side(plans: Plans, means: TrainMeans, told: Told) -> dict[str, Checkpoint]:
+def _side_by_side(plans: Plans, means: TrainOptions, told: Told) -> dict[str, Checkpoint]:
     tasks = [_Task(plan=plan, means=replace(means, threads=1)) for plan in plans.values()]
     names, found = list(plans), {}
     with ExitStack() as stack:
         for name, plan in plans.items():
-            following = Following(plan.folder / "metrics.jsonl", partial(told, name))
+            following = MetricsTail(plan.folder / "metrics.jsonl", partial(told, name))
             stack.enter_context(following)
         for at, checkpoint in fan_out(_train, tasks):
             found[names[at]] = checkpoint

@@ -21,13 +21,13 @@ from r2scp.pipelines.batches.pooled_gather import take_rows
 from r2scp.pipelines.neighbours.settings import IndexSettings, read_neighbours
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import Modality, Retrieval, Table
+from r2scp.store.schema import Condition, Modality, Retrieval, Table
 from r2scp.store.token_cache import CACHE_BYTES, NO_ROW, SequenceCache, Sequences
 
 Negatives = Literal["farthest", "random"]
 NO_MODALITY = NO_ROW  # in missing_B: nothing is missing in this row; in rows of neighbours: there is none
-#: What is missing in each condition: A has the sound alone, V the picture alone, AV both.
-MISSING_COLUMN = {"A": VISUAL, "V": AUDIO, "AV": NO_MODALITY}
+#: The value of missing_B under each condition.
+MISSING_COLUMN = {Condition.A: VISUAL, Condition.V: AUDIO, Condition.AV: NO_MODALITY}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 from unicodedata import normalize
 
-from r2scp.pipelines.corpora.corpus import AnnotationFile, ClipRow, Corpus, Format, Tally
+from r2scp.pipelines.corpora.corpus import AnnotationFile, ClipRow, Corpus, Format, CorpusTally
 from r2scp.pipelines.corpora.media_tree import MediaTree, stem
 from r2scp.pipelines.corpora.rows import AnnotationRow
 from r2scp.pipelines.corpora.values import RejectReason, InvalidRow, excerpt
@@ -26,8 +26,8 @@ class FolderCorpus(Corpus):
 
     def clips(self) -> Iterator[ClipRow]:
         """Every media file in the order of their paths, then videos of rows that are not on the disk."""
-        tally = self.clip_tally = Tally()
-        named = self._named(tally)
+        tally = self.clip_tally = CorpusTally()
+        named = self._clips_by_id(tally)
         for file in self.tree.files:
             tally.unannotated += file not in named
             split, labels = named.pop(file, (self.split, ()))
@@ -37,7 +37,7 @@ class FolderCorpus(Corpus):
         for video_id, (split, labels) in named.items():
             yield self._clip(tally, video_id, split, labels, "")
 
-    def _clip(self, tally: Tally, video_id: str, split: str, labels: tuple[str, ...], uri: str) -> ClipRow:
+    def _clip(self, tally: CorpusTally, video_id: str, split: str, labels: tuple[str, ...], uri: str) -> ClipRow:
         """A folder under a name of its own shares no source with another that has files of the same names."""
         clip = super()._clip(tally, video_id, split, labels, uri)
         return clip if self.name == "folder" else replace(clip, source_id=clip.clip_id)
@@ -53,11 +53,10 @@ class FolderCorpus(Corpus):
         names.update((file, file) for file in self.tree.files)
         return names
 
-    def _sound(self, value: object, file: AnnotationFile) -> AnnotationRow:
-        row = super()._sound(value, file)
+    def _resolve(self, row: AnnotationRow) -> AnnotationRow:
         names = self._files_by_name
-        found = names.get(row.video_id, names.get(normalize("NFC", row.video_id), row.video_id))
-        if not found:
+        file = names.get(row.video_id, names.get(normalize("NFC", row.video_id), row.video_id))
+        if not file:
             detail = f"several files have this name: {excerpt(row.video_id)}"
             raise InvalidRow(RejectReason.AMBIGUOUS_VIDEO, detail)
-        return replace(row, video_id=found)
+        return replace(row, video_id=file)

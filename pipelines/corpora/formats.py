@@ -9,8 +9,8 @@
 
 `clip_id` is `{corpus}/{video_id}` and `question_id` is `{corpus}/{published id}`; a question without an
 id gets one from its content, the same on every run. `source_id` is what the leak guard compares: the
-YouTube id for VGGSound and AVQA, whose clips are cut from the same videos; for MUSIC-AVQA and the demo
-corpus, which is written in its format, see `music_avqa_source`; for a folder the clip itself.
+YouTube id for VGGSound and AVQA, whose clips are cut from the same videos; see `music_avqa_source` for
+MUSIC-AVQA and the demo corpus, which is written in its format; for a folder the clip itself.
 """
 
 import os
@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from r2scp.pipelines.corpora.corpus import AnnotationFile, ClipRow, Corpus, Format, QuestionRow, Reject, Tally
+from r2scp.pipelines.corpora.corpus import AnnotationFile, ClipRow, Corpus, Format, QuestionRow, Reject, CorpusTally
 from r2scp.pipelines.corpora.folder import FolderCorpus
 from r2scp.pipelines.corpora.media_tree import walk
 from r2scp.pipelines.corpora.readers import NumberedRows, csv_lines, csv_records, json_rows
@@ -26,7 +26,7 @@ from r2scp.pipelines.corpora.rows import (
     FOLDER_COLUMNS,
     avqa_row,
     folder_row,
-    is_startless,
+    has_no_start,
     music_avqa_row,
     music_avqa_source,
     vggsound_name,
@@ -36,14 +36,14 @@ from r2scp.pipelines.corpora.rows import (
 from r2scp.pipelines.corpora.values import RejectReason, InvalidRow, excerpt, split_from_name, parse_split
 from r2scp.store.errors import CorpusError, UsageError
 
-__all__ = ["CORPORA", "ClipRow", "Corpus", "QuestionRow", "Reject", "RejectReason", "Tally", "open_corpus"]
+__all__ = ["CORPORA", "ClipRow", "Corpus", "QuestionRow", "Reject", "RejectReason", "CorpusTally", "open_corpus"]
 
-SEARCH_DEPTH = 2  # levels of folders below a root in which annotation files are looked for unasked
+SEARCH_DEPTH = 2  # levels of folders below a root that are searched for annotation files
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 
 
-def _same(name: str) -> str:
+def _unchanged(name: str) -> str:
     return name
 
 
@@ -52,7 +52,7 @@ def _no_split(path: Path) -> str:
 
 
 def _avqa_split(path: Path) -> str:
-    """AVQA published two files: its `val_qa.json` is what the field reports as test."""
+    """AVQA published two files; papers report its `val_qa.json` as test."""
     return "test" if re.match(r"val_qa(?![a-z_])", path.stem) else split_from_name(path)
 
 
@@ -68,10 +68,10 @@ _MUSIC_AVQA = Format(
     read=json_rows,
     parse=music_avqa_row,
     source_of=music_avqa_source,
-    name_of=_same,
+    name_of=_unchanged,
     split_of=split_from_name,
-    usual=(
-        tuple(f"json_update/{name}" for name in _AVQA_FILES),  # corrected by its makers
+    default_files=(
+        tuple(f"json_update/{name}" for name in _AVQA_FILES),  # corrected by the authors
         tuple(f"json/{name}" for name in _AVQA_FILES),
         _AVQA_FILES,
     ),
@@ -84,7 +84,7 @@ _FORMATS = {
         source_of=youtube_source,
         name_of=vggsound_name,
         split_of=split_from_name,
-        usual=(
+        default_files=(
             ("vggsound.csv",),
             ("train.csv", "test.csv"),
             ("vggsound_train.txt", "vggsound_valid.txt", "vggsound_test.txt"),
@@ -98,15 +98,15 @@ _FORMATS = {
         source_of=youtube_source,
         name_of=vggsound_name,
         split_of=_avqa_split,
-        usual=(("train_qa.json", "val_qa.json"),),
-        startless=is_startless,
+        default_files=(("train_qa.json", "val_qa.json"),),
+        has_no_start=has_no_start,
     ),
     "folder": Format(
         expects=f"JSON lines, or CSV with a header, of some of the columns {', '.join(FOLDER_COLUMNS)}",
         read=_folder_rows,
         parse=folder_row,
-        source_of=_same,
-        name_of=_same,
+        source_of=_unchanged,
+        name_of=_unchanged,
         split_of=_no_split,
     ),
     "demo": _MUSIC_AVQA,
@@ -117,15 +117,15 @@ CORPORA = tuple(_FORMATS)
 def open_corpus(
     kind: str, root: Path, annotations: Sequence[Path] = (), split: str = "", name: str = ""
 ) -> Corpus:
-    """A corpus of a `kind` with its media below `root`. `name`: what its clips' ids begin with; the kind's
-    own where none is given. Two folders in one store need a name each.
+    """A corpus of a `kind` with its media below `root`. `name`: prefix of its clip ids, by default the kind.
+    Two folders in one store need different names.
 
-    `annotations` are files, or folders in which the dataset's usual files are looked for; without any
-    they are looked for below `root` (a folder corpus needs none). `split` is what rows and files that
-    name none are in; without it a folder's clips are in train and the file's name decides elsewhere.
+    `annotations` are files, or folders to search for the dataset's usual files; without any, `root` is
+    searched (a folder corpus needs none). `split` applies to rows and files that have none; without it a
+    folder's clips are in train, and elsewhere the file's name decides.
 
-    Raises `UsageError` for a name or split that cannot be, `CorpusError` where the root holds no media,
-    an annotation file is not there, or its beginning is something else altogether.
+    Raises `UsageError` for an invalid name or split, `CorpusError` where the root holds no media or an
+    annotation file is missing or of another kind.
     """
     if kind not in _FORMATS:
         raise UsageError(f"corpus must be one of {', '.join(CORPORA)}; got {excerpt(kind)}")
@@ -141,38 +141,38 @@ def open_corpus(
             raise UsageError(f"split {fault.detail}") from fault
     layout = _FORMATS[kind]
     files = []
+    # Before the walk, which can take minutes: a wrong file should be reported at once.
     for path in _annotation_files(kind, layout, root, annotations):
-        next(iter(layout.read(path, layout.expects)), None)  # a wrong file is told before a long walk
         file_split = (split or "train") if kind == "folder" else (split or layout.split_of(path))
-        files.append(AnnotationFile(path=path, split=file_split))
+        files.append(AnnotationFile.read(path, layout, file_split))
     tree = walk(root)
     if kind == "folder":
         return FolderCorpus(name, layout, files, tree, split or "train")
     return Corpus(name, layout, files, tree)
 
 
-def _annotation_files(name: str, layout: Format, root: Path, given: Sequence[Path]) -> Iterator[Path]:
-    """The files named by the user, and those found in the folders named."""
-    for path in given or (() if name == "folder" else (root,)):
+def _annotation_files(kind: str, layout: Format, root: Path, named: Sequence[Path]) -> Iterator[Path]:
+    """The files that the user named, and the usual files in the folders that the user named."""
+    for path in named or (() if kind == "folder" else (root,)):
         if not path.is_dir():
             yield path
-        elif not layout.usual:
+        elif not layout.default_files:
             raise CorpusError(f"{excerpt(str(path), 300)}: must be {layout.expects}; got a folder")
         else:
-            yield from _usual_files(name, layout, path)
+            yield from _default_files(kind, layout, path)
 
 
-def _usual_files(name: str, layout: Format, base: Path) -> list[Path]:
-    """The first of the layout's sets of files of which some are in `base` or not far below it."""
+def _default_files(kind: str, layout: Format, base: Path) -> list[Path]:
+    """The first of the layout's sets of files that is in `base` or not far below it, even in part."""
     folders = list(_folders(base, SEARCH_DEPTH))
-    for names in layout.usual:
+    for names in layout.default_files:
         for folder in folders:
-            if found := [folder / each for each in names if (folder / each).is_file()]:
-                return found
-    looked_for = "; ".join(", ".join(names) for names in layout.usual)
+            if files := [folder / name for name in names if (folder / name).is_file()]:
+                return files
+    expected = "; ".join(", ".join(names) for names in layout.default_files)
     raise CorpusError(
-        f"{excerpt(str(base), 300)}: no {name} annotations in it or {SEARCH_DEPTH} levels of folders below; "
-        f"looked for {looked_for}; name the files with --annotations"
+        f"{excerpt(str(base), 300)}: no {kind} annotations in it or {SEARCH_DEPTH} levels of folders below; "
+        f"expected {expected}; name the files with --annotations"
     )
 
 
@@ -188,7 +188,7 @@ def _folders(base: Path, depth: int) -> Iterator[Path]:
 def _subfolders(folder: Path) -> list[Path]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:  # not ours to read
+    except OSError:  # no permission to read it
         return []
     return [
         folder / entry.name for entry in entries if not entry.name.startswith(".") and os.path.isdir(entry)

@@ -13,7 +13,7 @@ from pathlib import Path
 from r2scp.pipelines.corpora.values import excerpt
 from r2scp.store.errors import CorpusError
 
-FIRST = 20  # names kept of what is only counted
+MAX_LISTED_NAMES = 20  # names kept of what is only counted
 
 # fmt: off
 VIDEO = frozenset({
@@ -36,16 +36,16 @@ _UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characte
 
 
 @dataclass
-class Counted:
+class CountedNames:
     """How many, and the first few names, safe to print."""
 
     count: int = 0
-    first: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
         self.count += 1
-        if len(self.first) < FIRST:
-            self.first.append(excerpt(name, 300))
+        if len(self.examples) < MAX_LISTED_NAMES:
+            self.examples.append(excerpt(name, 300))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class MediaTree:
 
     root: str
     files: list[str]
-    ignored: Counted  # hidden entries, other extensions, pipes, dangling links
-    unreadable: Counted  # folders the operating system refused
-    unusable: Counted  # media whose names hold control characters or are not UTF-8
+    ignored: CountedNames  # hidden entries, other extensions, pipes, dangling links
+    unreadable: CountedNames  # folders the operating system refused
+    unusable: CountedNames  # media whose names hold control characters or are not UTF-8
 
     def uri(self, file: str) -> str:
         """The absolute path of one of `files`."""
@@ -72,7 +72,7 @@ def walk(root: Path) -> MediaTree:
     if not os.path.isdir(top):
         came = "a file" if os.path.exists(top) else "nothing"
         raise CorpusError(f"{excerpt(str(root), 300)}: must be a folder that holds the media files; got {came}")
-    tree = MediaTree(root=top, files=[], ignored=Counted(), unreadable=Counted(), unusable=Counted())
+    tree = MediaTree(root=top, files=[], ignored=CountedNames(), unreadable=CountedNames(), unusable=CountedNames())
     entered: set[tuple[int, int]] = set()
     real, linked = [""], []
     while real or linked:
@@ -86,13 +86,13 @@ def walk(root: Path) -> MediaTree:
         except OSError:
             tree.unreadable.add(folder)
             continue
-        for name, is_link in _sort(entries, folder, tree):
+        for name, is_link in _classify(entries, folder, tree):
             (linked if is_link else real).append(name)
     tree.files.sort()
     if not tree.files:
         seen = (
-            f"; {tree.ignored.count} other entries, such as {tree.ignored.first[0]}"
-            if tree.ignored.first
+            f"; {tree.ignored.count} other entries, such as {tree.ignored.examples[0]}"
+            if tree.ignored.examples
             else ""
         )
         raise CorpusError(
@@ -101,7 +101,7 @@ def walk(root: Path) -> MediaTree:
     return tree
 
 
-def _sort(entries: list["os.DirEntry[str]"], folder: str, tree: MediaTree) -> Iterator[tuple[str, bool]]:
+def _classify(entries: list["os.DirEntry[str]"], folder: str, tree: MediaTree) -> Iterator[tuple[str, bool]]:
     """Files of one folder go where they belong; its folders come out, with whether they are links."""
     for entry in entries:
         name = f"{folder}/{entry.name}" if folder else entry.name
@@ -143,10 +143,10 @@ class NameIndex:
         file = self._file.get(name)
         return self._tree.uri(file) if file else ""
 
-    def has_several(self, name: str) -> bool:
+    def is_ambiguous(self, name: str) -> bool:
         return name in self._several
 
-    def by_group(self, group_of: Callable[[str], str]) -> dict[str, str]:
+    def unique_by_group(self, group_of: Callable[[str], str]) -> dict[str, str]:
         """Group -> its name, of the groups that hold one name only. Names of group "" are left out."""
         groups: dict[str, str] = {}
         for name in self._file:

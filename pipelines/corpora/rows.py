@@ -42,11 +42,11 @@ _DERIVED = re.compile(r"e(?:sa|va|vv)([0-9]{8})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class AnnotatedQuestion:
     """The question of a row. `question_id` is "" where the row has none; `answer_index` -1: no choices."""
 
     question_id: str
-    question: str
+    text: str
     type: str
     answer: str
     choices: tuple[str | None, ...] = ()
@@ -60,7 +60,7 @@ class AnnotationRow:
     video_id: str
     split: str = ""
     labels: tuple[str, ...] = ()
-    asked: Asked | None = None
+    question: AnnotatedQuestion | None = None
     deleted: bool = False
 
 
@@ -118,14 +118,14 @@ def music_avqa_row(record: object, split: str) -> AnnotationRow:
     video_id = file_name(video)
     if _deleted(record.get("question_deleted")):
         return AnnotationRow(video_id=video_id, split=split, deleted=True)
-    question = _filled(key_of(record, "question_content"), record.get("templ_values"))
-    asked = Asked(
+    question = _fill_template(key_of(record, "question_content"), record.get("templ_values"))
+    asked = AnnotatedQuestion(
         question_id=optional_id(record.get("question_id")),
-        question=question,
+        text=question,
         type=_question_type(key_of(record, "type")),
         answer=answer_of(key_of(record, "anser", "answer")),  # the published files say `anser`
     )
-    return AnnotationRow(video_id=video_id, split=split, asked=asked)
+    return AnnotationRow(video_id=video_id, split=split, question=asked)
 
 
 def music_avqa_source(video_id: str) -> str:
@@ -142,7 +142,7 @@ def music_avqa_source(video_id: str) -> str:
     return derived[1] if derived else video_id
 
 
-def _filled(template: object, values: object) -> str:
+def _fill_template(template: object, values: object) -> str:
     """The template with its slots filled in order."""
     template = text_of(template, "question")
     if not template:
@@ -199,19 +199,19 @@ def avqa_row(record: object, split: str) -> AnnotationRow:
     if len(choices) > AVQA_CHOICES:
         raise InvalidRow(RejectReason.BAD_CHOICES, f"must be at most {AVQA_CHOICES}, got {len(choices)}")
     answer, index = match_answer(key_of(record, "answer"), choices)
-    asked = Asked(
+    asked = AnnotatedQuestion(
         question_id=optional_id(record.get("id")),
-        question=question,
+        text=question,
         type=text_of(record.get("question_type") or "", "type"),
         answer=answer,
         choices=choices,
         answer_index=index,
     )
     label = text_of(record.get("label") or "", "label")
-    return AnnotationRow(video_id=video_id, split=split, labels=(label,) if label else (), asked=asked)
+    return AnnotationRow(video_id=video_id, split=split, labels=(label,) if label else (), question=asked)
 
 
-def is_startless(video_id: str) -> bool:
+def has_no_start(video_id: str) -> bool:
     """Whether an AVQA name says only which source its clip is from (`{id}_trimmed`)."""
     return _STARTLESS.fullmatch(video_id) is not None
 
@@ -240,9 +240,9 @@ def folder_row(record: object, split: str) -> AnnotationRow:
     asked = None
     if question:
         said, index = ("", -1) if blank else match_answer(answer, choices)
-        asked = Asked(
+        asked = AnnotatedQuestion(
             question_id=optional_id(record.get("question_id")),
-            question=question,
+            text=question,
             type=text_of(record.get("type") or "", "type"),
             answer=said,
             choices=choices,
@@ -254,5 +254,5 @@ def folder_row(record: object, split: str) -> AnnotationRow:
         video_id=relative_path(key_of(record, "video")),
         split=(parse_split(row_split, strict=False) if row_split else "") or split,
         labels=labels,
-        asked=asked,
+        question=asked,
     )

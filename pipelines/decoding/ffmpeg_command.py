@@ -49,7 +49,7 @@ class DecodePass:
     """What is wanted of one run of ffmpeg."""
 
     fd: int  # the file, opened
-    probed: MediaInfo  # its tracks: each that is not None is decoded
+    info: MediaInfo  # its tracks: each that is not None is decoded
     shift: int  # see `sampling_shift`
     end_s: float  # nothing later than this is decoded
     max_pixels: int  # of one frame
@@ -94,7 +94,7 @@ def filter_graph(*filters: tuple[str, Any]) -> str:
     return ",".join(links)
 
 
-def video_graph(track: VideoTrack, order: DecodePass, program: Program) -> str:
+def video_graph(track: VideoTrack, decode_pass: DecodePass, program: Program) -> str:
     """The graph from a video stream to one RGB frame a second: the one shown at t + 0.5 s.
 
     That is the last frame whose time is not later. `fps` cuts time into slots of 1/SLOTS s and gives
@@ -122,9 +122,9 @@ def video_graph(track: VideoTrack, order: DecodePass, program: Program) -> str:
         ("zscale", {"t": "bt709"}),
     ]
     return filter_graph(
-        ("trim", {"end": order.end_s}),
+        ("trim", {"end": decode_pass.end_s}),
         ("settb", "AVTB"),
-        ("setpts", f"PTS+{order.shift + TICKS_PER_S // SLOTS_PER_S - 1}"),
+        ("setpts", f"PTS+{decode_pass.shift + TICKS_PER_S // SLOTS_PER_S - 1}"),
         ("fps", {"fps": SLOTS_PER_S, "start_time": 0, "round": "down", "eof_action": "pass"}),
         ("select", f"eq(mod(pts,{SLOTS_PER_S}),{SLOTS_PER_S // 2})"),
         ("scale", scaling),
@@ -146,7 +146,7 @@ def planar_filters(track: VideoTrack) -> tuple[tuple[str, Any], ...]:
     return ("format", "gbrp"), ("crop", {"w": SIZE, "h": SIZE})
 
 
-def audio_graph(track: AudioTrack, order: DecodePass) -> str:
+def audio_graph(track: AudioTrack, decode_pass: DecodePass) -> str:
     """The graph from an audio stream to 16 kHz mono.
 
     Gaps in the timestamps become silence, so that what follows keeps its time. Channels are weighted
@@ -155,34 +155,34 @@ def audio_graph(track: AudioTrack, order: DecodePass) -> str:
     everyone = "+".join(f"c{i}" for i in range(track.channels))
     average = ("pan", f"mono|c0<{everyone}")  # "<": weights that sum to 1
     return filter_graph(
-        ("atrim", {"end": order.end_s}),
+        ("atrim", {"end": decode_pass.end_s}),
         *([average] if track.channels and track.layout not in DOWNMIX_LAYOUTS else ()),
         ("aresample", {"osr": RATE, "async": 1, "rematrix_maxval": 1}),
         ("aformat", {"sample_fmts": "flt", "channel_layouts": "mono"}),
     )
 
 
-def build_command(order: DecodePass, program: Program, pipes: Sequence[int]) -> list[str]:
+def build_command(decode_pass: DecodePass, program: Program, pipes: Sequence[int]) -> list[str]:
     """The argument list of one run; frames go to the first of `pipes`, sound to the next.
 
     Each stream has a graph of its own: a change of the sound's format in mid-file rebuilds its graph
     and must not restart the count of frames. A change of picture size is left to `scale`.
     """
     source = ffmpeg.input(
-        f"file:/dev/fd/{order.fd}",
-        format=order.probed.format,
+        f"file:/dev/fd/{decode_pass.fd}",
+        format=decode_pass.info.format,
         protocol_whitelist="file",
         format_whitelist=FORMATS,
         threads=1,  # one core per clip: clips run side by side
-        **{"max_pixels:v": order.max_pixels, "reinit_filter:v": 0},
+        **{"max_pixels:v": decode_pass.max_pixels, "reinit_filter:v": 0},
     )
     outputs = []
-    tracks = [track for track in (order.probed.video, order.probed.audio) if track]
+    tracks = [track for track in (decode_pass.info.video, decode_pass.info.audio) if track]
     for track, pipe in zip(tracks, pipes, strict=True):
         if isinstance(track, VideoTrack):
-            options = {"format": "rawvideo", "fps_mode": "passthrough", "vf": video_graph(track, order, program)}
+            options = {"format": "rawvideo", "fps_mode": "passthrough", "vf": video_graph(track, decode_pass, program)}
         else:
-            options = {"format": "f32le", "af": audio_graph(track, order)}
+            options = {"format": "f32le", "af": audio_graph(track, decode_pass)}
         options |= {"threads": 1, "filter_threads": 1}
         options |= {"flush_packets": 0}  # sound leaves in blocks and not in packets of 23 ms
         outputs.append(source[str(track.index)].output(f"pipe:{pipe}", **options))

@@ -1,7 +1,7 @@
-"""Runs ffmpeg over one opened file and gathers what it gives: frames, sound, and its own account.
+"""Runs ffmpeg over one opened file and collects its output: frames, sound, and what it logged.
 
-ffmpeg's exit status says little (bit rot ends with 0, a missing stream with 234), so what counts is
-what came through the pipes and the tally that ffmpeg logs for each input stream at the end.
+ffmpeg's exit status says little (bit rot ends with 0, a missing stream with 234). What counts is the data
+that came through the pipes and the totals that ffmpeg logs for each input stream at the end.
 """
 
 import os
@@ -20,9 +20,9 @@ from r2scp.store.errors import FailureReason, MediaError
 FRAME_BYTES = SIZE * SIZE * 3  # uint8 RGB
 SAMPLE_BYTES = 4  # float32
 NO_BYTES = memoryview(b"")
-OVERRUN_S = 1.0  # how far past the promised end of a file is looked
+OVERRUN_S = 1.0  # how far beyond its expected end a file is decoded
 
-#: One line of ffmpeg's log that reports a fault, with `-v level+...`.
+#: A line of ffmpeg's log that reports an error, with `-v level+...`.
 ERROR_LINE = re.compile(r"^(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] .*$", re.MULTILINE)
 #: "Input stream #0:1 (audio): 432 packets read (89016 bytes); 431 frames decoded; 0 decode errors
 #: (441000 samples); " on one line.
@@ -36,18 +36,18 @@ DUPLICATED_FRAMES = re.compile(r"frames in, \d+ frames out; \d+ frames dropped, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeLimits:
-    """What one file may cost. The defaults let through 8K video and an hour of 1080p."""
+    """What decoding one file may cost. The defaults allow 8K video and an hour of 1080p."""
 
     seconds_per_file: float = 600.0  # wall time, probe included
     memory_bytes: int = 4 << 30  # of the decoding process
     max_pixels: int = 1 << 26  # of one frame as coded: 8192 x 8192
     max_duration_s: float = 3600.0  # an hour of frames takes half a gigabyte
-    stderr_bytes: int = 1 << 16  # of ffmpeg's own words that are looked at
+    stderr_bytes: int = 1 << 16  # of the end of ffmpeg's log
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeJob:
-    """One file on its way through ffmpeg."""
+    """One file to decode, and with what."""
 
     fd: int
     program: Program
@@ -57,7 +57,7 @@ class DecodeJob:
 
 @dataclass(frozen=True, slots=True)
 class StreamCounts:
-    """ffmpeg's final count for one input stream."""
+    """ffmpeg's totals for one input stream."""
 
     frames: int = 0
     errors: int = 0
@@ -66,96 +66,97 @@ class StreamCounts:
 
 @dataclass(slots=True)
 class FfmpegOutput:
-    """What ffmpeg brought of one file."""
+    """What ffmpeg made of one file."""
 
-    frames: np.ndarray | None = None  # (T, 224, 224, 3) uint8; maybe a few more than promised
+    frames: np.ndarray | None = None  # (T, 224, 224, 3) uint8; maybe a few more than expected
     waveform: np.ndarray | None = None  # (S,) float32, from the first sample of the stream
     counts: dict[int, StreamCounts] = field(default_factory=dict)  # by stream index
-    duplicates: int = 0  # slots of 1/SLOTS s for which there was no new frame
-    error_lines: str = ""  # ffmpeg's error lines
-    failed: bool = False  # ffmpeg gave up
+    duplicates: int = 0  # slots of 1/SLOTS_PER_S s that repeat the frame before
+    error_lines: str = ""  # of ffmpeg's log
+    failed: bool = False  # ffmpeg ended with an error status
 
 
-def start_offset(probed: MediaInfo, track: Track) -> float:
+def start_offset(info: MediaInfo, track: Track) -> float:
     """Seconds from the start of the presentation to the start of the track."""
-    if track.start_s is None or probed.start_s is None:
+    if track.start_s is None or info.start_s is None:
         return 0.0
-    return max(0.0, track.start_s - probed.start_s)
+    return max(0.0, track.start_s - info.start_s)
 
 
-def track_end(probed: MediaInfo, track: Track | None) -> float | None:
-    """When the track should end, in seconds; None where it does not say so itself."""
+def track_end(info: MediaInfo, track: Track | None) -> float | None:
+    """When the track should end by its own header, in seconds; None if it does not say."""
     if track is None or track.duration_s is None:
         return None
-    return start_offset(probed, track) + track.duration_s
+    return start_offset(info, track) + track.duration_s
 
 
-def expected_end(probed: MediaInfo) -> float | None:
-    """When the whole file should end, in seconds."""
-    known = [probed.duration_s, track_end(probed, probed.video), track_end(probed, probed.audio)]
-    return max((e for e in known if e is not None), default=None)
+def expected_end(info: MediaInfo) -> float | None:
+    """When the whole file should end, in seconds; None if nothing in it says."""
+    ends = [info.duration_s, track_end(info, info.video), track_end(info, info.audio)]
+    return max((end for end in ends if end is not None), default=None)
 
 
-def run_ffmpeg(job: DecodeJob, probed: MediaInfo) -> FfmpegOutput:
-    """Decodes the tracks of `probed`: in one pass, or each alone after that pass has failed.
+def run_ffmpeg(job: DecodeJob, info: MediaInfo) -> FfmpegOutput:
+    """Decodes the tracks of `info` in one pass, or each alone if that pass fails.
 
-    Raises MediaError for what concerns the file as a whole: time, flood, a crash.
+    Raises MediaError for what concerns the whole file: a timeout, too much data, a crash.
     """
-    shift = sampling_shift(track_end(probed, probed.video) or probed.duration_s)
-    harvest = _run_pass(job, probed, shift)
-    if harvest.failed and probed.video and probed.audio:
-        seen = _run_pass(job, replace(probed, audio=None), shift)
-        harvest = _merge(seen, _run_pass(job, replace(probed, video=None), 0))
-    if probed.video and harvest.frames is None and harvest.counts.get(probed.video.index, StreamCounts()).frames:
-        # there are frames, but none was on show at 0.5 s: shorter than it promised
-        harvest = _merge(_run_pass(job, replace(probed, audio=None), sampling_shift(0.0)), harvest)
-    return harvest
+    shift = sampling_shift(track_end(info, info.video) or info.duration_s)
+    output = _run_pass(job, info, shift)
+    if output.failed and info.video and info.audio:
+        picture = _run_pass(job, replace(info, audio=None), shift)
+        sound = _run_pass(job, replace(info, video=None), 0)
+        output = _merge(picture, sound)
+    if info.video and output.frames is None and output.counts.get(info.video.index, StreamCounts()).frames:
+        # frames were decoded, but none is shown at 0.5 s: the track is shorter than its header says
+        output = _merge(_run_pass(job, replace(info, audio=None), sampling_shift(0.0)), output)
+    return output
 
 
-def _merge(seen: FfmpegOutput, heard: FfmpegOutput) -> FfmpegOutput:
-    """The picture of one run and the sound of another."""
+def _merge(picture: FfmpegOutput, sound: FfmpegOutput) -> FfmpegOutput:
+    """The frames of one pass and the waveform of another."""
     return FfmpegOutput(
-        frames=seen.frames,
-        waveform=heard.waveform,
-        counts=heard.counts | seen.counts,
-        duplicates=seen.duplicates,
-        error_lines=seen.error_lines + heard.error_lines,
-        failed=seen.failed or heard.failed,
+        frames=picture.frames,
+        waveform=sound.waveform,
+        counts=sound.counts | picture.counts,
+        duplicates=picture.duplicates,
+        error_lines=picture.error_lines + sound.error_lines,
+        failed=picture.failed or sound.failed,
     )
 
 
-def _run_pass(job: DecodeJob, probed: MediaInfo, shift: int) -> FfmpegOutput:
-    """One pass of ffmpeg over the tracks of `probed`."""
-    end_s = (expected_end(probed) or job.limits.max_duration_s) + OVERRUN_S
-    room = {"video": int(end_s + 2) * FRAME_BYTES, "audio": int((end_s + 2) * RATE) * SAMPLE_BYTES}
-    kinds = [kind for kind in room if getattr(probed, kind)]
+def _run_pass(job: DecodeJob, info: MediaInfo, shift: int) -> FfmpegOutput:
+    """One pass of ffmpeg over the tracks of `info`."""
+    end_s = (expected_end(info) or job.limits.max_duration_s) + OVERRUN_S
+    max_bytes = {"video": int(end_s + 2) * FRAME_BYTES, "audio": int((end_s + 2) * RATE) * SAMPLE_BYTES}
+    kinds = [kind for kind in max_bytes if getattr(info, kind)]
     if not kinds:
         return FfmpegOutput()
-    order = DecodePass(fd=job.fd, probed=probed, shift=shift, end_s=end_s, max_pixels=job.limits.max_pixels)
+    decode_pass = DecodePass(fd=job.fd, info=info, shift=shift, end_s=end_s, max_pixels=job.limits.max_pixels)
     os.lseek(job.fd, 0, os.SEEK_SET)  # where /dev/fd duplicates, as on macOS, the position is shared
-    finished = supervise(
-        lambda pipes: build_command(order, job.program, pipes),
+    result = supervise(
+        lambda pipes: build_command(decode_pass, job.program, pipes),
         Limits(
             deadline=job.deadline,
             memory_bytes=job.limits.memory_bytes,
-            pipe_bytes=tuple(room[kind] for kind in kinds),
+            pipe_bytes=tuple(max_bytes[kind] for kind in kinds),
             stderr_bytes=job.limits.stderr_bytes,
         ),
         inherit=(job.fd,),
     )
-    faults = "".join(line + "\n" for line in ERROR_LINE.findall(finished.stderr))
-    _raise_if_killed(finished, faults, job)
-    brought = dict(zip(kinds, finished.pipes, strict=True))
-    frames = _to_array(brought.get("video", NO_BYTES), np.uint8, FRAME_BYTES)
-    waveform = _to_array(brought.get("audio", NO_BYTES), np.float32, SAMPLE_BYTES)
-    repeats = DUPLICATED_FRAMES.findall(finished.stderr)
+    error_lines = "".join(line + "\n" for line in ERROR_LINE.findall(result.stderr))
+    _raise_if_killed(result, error_lines, job)
+    data = dict(zip(kinds, result.pipes, strict=True))
+    frames = _to_array(data.get("video", NO_BYTES), np.uint8, FRAME_BYTES)
+    waveform = _to_array(data.get("audio", NO_BYTES), np.float32, SAMPLE_BYTES)
+    duplicates = DUPLICATED_FRAMES.findall(result.stderr)
     return FfmpegOutput(
         frames=frames.reshape(-1, SIZE, SIZE, 3) if len(frames) else None,
         waveform=waveform if len(waveform) else None,
-        counts=_stream_counts(finished.stderr, faults),
-        duplicates=int(repeats[-1]) if repeats else 0,
-        error_lines=faults,
-        failed=finished.returncode != 0,
+        counts=_stream_counts(result.stderr, error_lines),
+        duplicates=int(duplicates[-1]) if duplicates else 0,
+        error_lines=error_lines,
+        failed=result.returncode != 0,
     )
 
 
@@ -164,29 +165,28 @@ def _to_array(data: memoryview, dtype: type[np.generic], unit: int) -> np.ndarra
     return np.frombuffer(data, dtype, count=len(data) // unit * unit // np.dtype(dtype).itemsize)
 
 
-def _stream_counts(log: str, faults: str) -> dict[int, StreamCounts]:
-    """ffmpeg's final tallies. A version that does not count errors gets the number of error lines."""
+def _stream_counts(log: str, error_lines: str) -> dict[int, StreamCounts]:
+    """ffmpeg's totals by stream index. A version that does not count errors gets the number of error lines."""
     return {
-        int(found["index"]): StreamCounts(
-            frames=int(found["frames"]),
-            errors=int(found["errors"] or faults.count("\n")),
-            samples=int(found["samples"] or 0),
+        int(match["index"]): StreamCounts(
+            frames=int(match["frames"]),
+            errors=int(match["errors"] or error_lines.count("\n")),
+            samples=int(match["samples"] or 0),
         )
-        for found in STREAM_COUNTS_LINE.finditer(log)
+        for match in STREAM_COUNTS_LINE.finditer(log)
     }
 
 
-def _raise_if_killed(finished: RunResult, faults: str, job: DecodeJob) -> None:
-    """Raises for a run that was ended by us or by a signal."""
-    if finished.stopped is StopReason.TIMEOUT or finished.returncode == -signal.SIGXCPU:
-        allowed = job.limits.seconds_per_file
-        raise MediaError(FailureReason.TIMEOUT, f"decoding took more than the {allowed:g} s allowed")
-    if finished.stopped is StopReason.FLOOD:
-        raise MediaError(FailureReason.TOO_LARGE, "decoding brought more than the file's length allows")
-    if (
-        classify(faults, FailureReason.CORRUPT) is FailureReason.OUT_OF_MEMORY
-    ):  # the rest would look like damage
-        raise MediaError(FailureReason.OUT_OF_MEMORY, summarise_log(faults))
-    if finished.returncode < 0:
-        how = f"ffmpeg ended by signal {-finished.returncode}"
-        raise MediaError(FailureReason.DECODER_CRASHED, "; ".join(filter(None, [how, summarise_log(faults)])))
+def _raise_if_killed(result: RunResult, error_lines: str, job: DecodeJob) -> None:
+    """Raises MediaError for a run that was ended by us or by a signal."""
+    if result.stopped is StopReason.TIMEOUT or result.returncode == -signal.SIGXCPU:
+        limit_s = job.limits.seconds_per_file
+        raise MediaError(FailureReason.TIMEOUT, f"decoding took more than the {limit_s:g} s allowed")
+    if result.stopped is StopReason.FLOOD:
+        raise MediaError(FailureReason.TOO_LARGE, "decoding produced more data than the length of the file allows")
+    if classify(error_lines, FailureReason.CORRUPT) is FailureReason.OUT_OF_MEMORY:
+        # otherwise the frames it lost would pass for damage of the file
+        raise MediaError(FailureReason.OUT_OF_MEMORY, summarise_log(error_lines))
+    if result.returncode < 0:
+        cause = f"ffmpeg ended by signal {-result.returncode}"
+        raise MediaError(FailureReason.DECODER_CRASHED, "; ".join(filter(None, [cause, summarise_log(error_lines)])))

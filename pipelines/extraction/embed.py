@@ -16,13 +16,13 @@ import torch
 from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import log_mel, windows
 from r2scp.model.imagebind.tokenizer import Tokenizer
-from r2scp.pipelines.extraction.stages import DECODED_SCHEMA, FRAME_SHAPE, dead
+from r2scp.pipelines.extraction.stages import DECODED_SCHEMA, FRAME_SHAPE, failure_columns
 from r2scp.store.errors import FailureReason
 from r2scp.store.schema import sequence, vector
 
 TOKENS_PER_FORWARD = {"cpu": 16, "cuda": 128}  # frames or windows that go through a tower together
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names, malloc.h
-KEPT_BYTES = 1 << 30  # of memory that was freed; more goes back to the system
+MAX_FREE_BYTES = 1 << 30  # of memory that was freed; more goes back to the system
 QUESTIONS_PER_FORWARD = 64
 
 
@@ -112,8 +112,8 @@ def keep_freed_memory() -> None:
     the system, which then has to find and clear the pages anew. No effect with another C library.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        if libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):  # some versions refuse so high a bound
-            libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        if libc.mallopt(M_MMAP_THRESHOLD, MAX_FREE_BYTES):  # some versions refuse so high a bound
+            libc.mallopt(M_TRIM_THRESHOLD, MAX_FREE_BYTES)
 
 
 def key_of(sequence_TD: np.ndarray) -> np.ndarray:
@@ -123,12 +123,12 @@ def key_of(sequence_TD: np.ndarray) -> np.ndarray:
 
 
 #: After embedding: the four embeddings in place of the frames and the waveform.
-_RAW = ("frames", "waveform")
+_RAW_COLUMNS = ("frames", "waveform")
 
 
 def embedded_schema(dim: int) -> pa.Schema:
     """What `EmbedClips` gives, for an encoder of width `dim`."""
-    kept = [field for field in DECODED_SCHEMA if field.name not in _RAW]
+    kept = [field for field in DECODED_SCHEMA if field.name not in _RAW_COLUMNS]
     return pa.schema(
         [
             *kept,
@@ -156,10 +156,10 @@ class EmbedClips:
         waveforms = [_view(cell, np.float32, ()) for cell in batch["waveform"]]
         visual = self._visual(frames)
         audio = _scattered(waveforms, self._encoder.audio)
-        rows = batch.drop_columns(list(_RAW)).to_pylist()
+        rows = batch.drop_columns(list(_RAW_COLUMNS)).to_pylist()
         for row, seen, heard in zip(rows, visual, audio, strict=True):
             if not all(np.isfinite(part).all() for part in (seen, heard) if part is not None):
-                row |= dead(
+                row |= failure_columns(
                     "embed", FailureReason.EMBED_FAILED, "the encoder gave numbers that are not finite"
                 )
                 seen = heard = None

@@ -79,12 +79,12 @@ def extract(
             num_cpus=CPU_SHARE,
         )
     )
-    with _told():
+    with ray_errors():
         yield from staged.iter_rows()
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def ray_errors() -> Iterator[None]:
     """What comes of the store or the machines, not of our code, as one line: `StoreError`, `R2SCPError`.
 
     Ray brings an exception of a worker as text.

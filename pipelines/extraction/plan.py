@@ -14,23 +14,23 @@ import pyarrow as pa
 from r2scp.pipelines.corpora.corpus import ClipRow, Corpus
 from r2scp.pipelines.extraction.stages import SOURCE_SCHEMA
 from r2scp.store.errors import TRANSIENT_REASONS
-from r2scp.store.feature_store import DESCRIBED, Known, describe
+from r2scp.store.feature_store import METADATA_COLUMNS, InputRecord, metadata_of
 
 
 @dataclass
-class Plan:
+class ClipPlan:
     """The account of one pass over a corpus. `inputs` are clips whose file is on the disk."""
 
     inputs: int = 0
     unchanged: int = 0
-    dead_before: int = 0  # failed before, same file, not worth another try
+    already_failed: int = 0  # failed before, same file, not worth another try
     missing_files: int = 0  # named by annotations, not on the disk
     new: int = 0  # of those to be done: the store knows nothing of them
     changed: int = 0  # touched since: maybe with the same content
-    other_fingerprint: int = 0  # decoded in a way that is no longer ours
+    decoder_changed: int = 0  # decoded in a way that is no longer ours
     retried: int = 0  # dead letters of untouched files
     gone: list[str] = field(default_factory=list)  # in the store, no longer on the disk or no longer named
-    redescribed: list[dict[str, object]] = field(
+    metadata_changed: list[dict[str, object]] = field(
         default_factory=list
     )  # same file, other annotations or place
     pending: dict[str, None] = field(default_factory=dict)  # clip ids to be done, in order
@@ -38,7 +38,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scope:
+class PlanOptions:
     """How much of a corpus one run takes on."""
 
     decode_fingerprint: str
@@ -46,7 +46,7 @@ class Scope:
     retry_failed: bool = False  # all dead letters of untouched files
     attempts: int = 0  # else those whose reason may go away by itself, up to so many attempts in all
 
-    def tries_again(self, before: Known) -> bool:
+    def should_retry(self, before: InputRecord) -> bool:
         """Whether a dead letter of an untouched file is worth another look."""
         passing = before.failure in TRANSIENT_REASONS and before.attempts < self.attempts
         return self.retry_failed or passing
@@ -55,56 +55,56 @@ class Scope:
 ROWS_PER_BLOCK = 1_024  # as Python objects at a time
 
 
-def make_plan(corpus: Corpus, known: Mapping[str, Known], scope: Scope) -> Plan:
+def plan_clips(corpus: Corpus, known: Mapping[str, InputRecord], options: PlanOptions) -> ClipPlan:
     """Compare a corpus with what the store remembers of it."""
-    plan = Plan()
+    plan = ClipPlan()
     seen: set[str] = set()
-    rows = _pending(corpus, known, scope, plan, seen)
+    rows = _pending(corpus, known, options, plan, seen)
     plan.sources = pa.concat_tables([plan.sources, *_blocks(rows)])
-    if scope.limit is None:
+    if options.limit is None:
         plan.gone = [clip_id for clip_id in known if clip_id not in seen]
     return plan
 
 
 def _pending(
-    corpus: Corpus, known: Mapping[str, Known], scope: Scope, plan: Plan, seen: set[str]
+    corpus: Corpus, known: Mapping[str, InputRecord], options: PlanOptions, plan: ClipPlan, seen: set[str]
 ) -> Iterator[dict[str, object]]:
     for clip in corpus.clips():
         if not clip.uri:
             plan.missing_files += 1
             continue
-        if scope.limit is not None and plan.inputs == scope.limit:
+        if options.limit is not None and plan.inputs == options.limit:
             break
         plan.inputs += 1
         seen.add(clip.clip_id)
         before = known.get(clip.clip_id)
-        if before and _untouched(clip, before, scope.decode_fingerprint):
+        if before and _untouched(clip, before, options.decode_fingerprint):
             if not before.failure:
                 plan.unchanged += 1
-                _redescribe(clip, before, plan)
+                _check_metadata(clip, before, plan)
                 continue
-            if not scope.tries_again(before):
-                plan.dead_before += 1
+            if not options.should_retry(before):
+                plan.already_failed += 1
                 continue
             plan.retried += 1
         elif before is None:
             plan.new += 1
-        elif before.decode_fingerprint != scope.decode_fingerprint:
-            plan.other_fingerprint += 1
+        elif before.decode_fingerprint != options.decode_fingerprint:
+            plan.decoder_changed += 1
         else:
             plan.changed += 1
         plan.pending[clip.clip_id] = None
-        yield _source(clip, before, scope.decode_fingerprint)
+        yield _source_row(clip, before, options.decode_fingerprint)
 
 
-def _redescribe(clip: ClipRow, before: Known, plan: Plan) -> None:
+def _check_metadata(clip: ClipRow, before: InputRecord, plan: ClipPlan) -> None:
     """Note a clip whose annotations, or whose place on the disk, are no longer what the store says."""
-    row = {name: getattr(clip, name) for name in DESCRIBED}
-    if describe(row) != before.described:
-        plan.redescribed.append({"clip_id": clip.clip_id, **row})
+    row = {name: getattr(clip, name) for name in METADATA_COLUMNS}
+    if metadata_of(row) != before.metadata:
+        plan.metadata_changed.append({"clip_id": clip.clip_id, **row})
 
 
-def _untouched(clip: ClipRow, before: Known, fingerprint: str) -> bool:
+def _untouched(clip: ClipRow, before: InputRecord, fingerprint: str) -> bool:
     try:
         facts = os.stat(clip.uri)
     except OSError:
@@ -113,7 +113,7 @@ def _untouched(clip: ClipRow, before: Known, fingerprint: str) -> bool:
     return same_file and before.decode_fingerprint == fingerprint
 
 
-def _source(clip: ClipRow, before: Known | None, fingerprint: str) -> dict[str, object]:
+def _source_row(clip: ClipRow, before: InputRecord | None, fingerprint: str) -> dict[str, object]:
     held = before is not None and not before.failure and before.decode_fingerprint == fingerprint
     return {
         "clip_id": clip.clip_id,

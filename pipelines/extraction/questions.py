@@ -30,23 +30,23 @@ class QuestionPlan:
     store), `rejects`, `duplicates`, `dropped` (in the store, and no longer asked or without their clip).
     """
 
-    wanted: list[QuestionRow]
-    dropped: list[str]  # question ids
+    to_store: list[QuestionRow]
+    to_delete: list[str]  # question ids
     counts: dict[str, int]
 
     @property
-    def due(self) -> bool:
-        return bool(self.wanted or self.dropped)
+    def has_work(self) -> bool:
+        return bool(self.to_store or self.to_delete)
 
 
-def plan_questions(corpus: Corpus, store: FeatureStore, drop: bool = False) -> QuestionPlan:
+def plan_questions(corpus: Corpus, store: FeatureStore, delete_missing: bool = False) -> QuestionPlan:
     """Compare a corpus's questions with the store's. Without `drop` what is no longer asked stays."""
     counts = {"inputs": 0, "stored": 0, "unchanged": 0, "without_clip": 0}
     where = f"corpus = {sql_literal(corpus.name)}"
     clips = set(store.clips(columns=["clip_id"], where=where)["clip_id"].to_pylist())
     held = store.questions(columns=["question_id", *COMPARED], where=where).to_pylist()
     known = {row["question_id"]: _content(row) for row in held}
-    plan = QuestionPlan(wanted=[], dropped=[], counts=counts)
+    plan = QuestionPlan(to_store=[], to_delete=[], counts=counts)
     asked: set[str] = set()
     for question in corpus.questions():
         counts["inputs"] += 1
@@ -58,25 +58,25 @@ def plan_questions(corpus: Corpus, store: FeatureStore, drop: bool = False) -> Q
             counts["unchanged"] += 1
         else:
             counts["stored"] += 1
-            plan.wanted.append(question)
+            plan.to_store.append(question)
     counts["rejects"] = corpus.question_tally.rejects.total()
     counts["duplicates"] = corpus.question_tally.duplicates
-    if drop:
-        plan.dropped = [question_id for question_id in known if question_id not in asked]
-    counts["dropped"] = len(plan.dropped)
+    if delete_missing:
+        plan.to_delete = [question_id for question_id in known if question_id not in asked]
+    counts["dropped"] = len(plan.to_delete)
     return plan
 
 
 def write_questions(plan: QuestionPlan, store: FeatureStore, encoder: EncoderSpec, run_id: str) -> None:
     """Embed and store what is wanted and remove what is dropped, in one new version."""
     staged = []
-    if plan.wanted:
+    if plan.to_store:
         loaded = encoder.load()
         staged = [
-            store.stage(Table.QUESTIONS, table) for table in _tables(plan.wanted, loaded, store, run_id)
+            store.stage(Table.QUESTIONS, table) for table in _tables(plan.to_store, loaded, store, run_id)
         ]
     properties = {"run": run_id, "sequence": "questions"}
-    store.commit(Table.QUESTIONS, staged, properties, also_delete=plan.dropped)
+    store.commit(Table.QUESTIONS, staged, properties, also_delete=plan.to_delete)
 
 
 def _plain(question: QuestionRow) -> dict[str, object]:
@@ -94,7 +94,7 @@ def choice_texts(question: str, choices: Sequence[str | None]) -> list[str | Non
     return [None if choice is None else f"{question} {choice}" for choice in choices]
 
 
-class Texts:
+class TextEmbeddings:
     """Embeddings of the texts met so far. A choice's words are not kept: nothing reads them."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -118,7 +118,7 @@ def _tables(
     questions: Sequence[QuestionRow], encoder: Encoder, store: FeatureStore, run_id: str
 ) -> Iterator[pa.Table]:
     schema = store.address(Table.QUESTIONS).schema
-    texts = Texts(encoder)
+    texts = TextEmbeddings(encoder)
     missing = np.zeros(store.dim, np.float16)
     for start in range(0, len(questions), ROWS_PER_FRAGMENT):
         part = questions[start : start + ROWS_PER_FRAGMENT]

@@ -77,7 +77,7 @@ class DecodeClips:
             values, raw = self._decoded(row)
             table = pa.Table.from_pylist([row | values], schema=DECODED_SCHEMA)
             for name, array in raw.items():
-                table = table.set_column(DECODED_SCHEMA.get_field_index(name), name, cell(array))
+                table = table.set_column(DECODED_SCHEMA.get_field_index(name), name, binary_cell(array))
             yield table
 
     def _decoded(self, row: Mapping[str, str]) -> tuple[dict[str, object], dict[str, np.ndarray]]:
@@ -89,14 +89,14 @@ class DecodeClips:
                 return facts | {"outcome": "unchanged"}, {}
             clip = decode(row["uri"], self._limits, self._ffmpeg)
         except MediaError as error:
-            return facts | dead("decode", error.reason, error.detail), {}
+            return facts | failure_columns("decode", error.reason, error.detail), {}
         raw = {"frames": clip.frames, "waveform": clip.waveform}
         return facts | {"outcome": "decoded"} | _columns(clip), {
             name: array for name, array in raw.items() if array is not None
         }
 
 
-def cell(array: np.ndarray) -> pa.LargeBinaryArray:
+def binary_cell(array: np.ndarray) -> pa.LargeBinaryArray:
     """The bytes of one C-contiguous array as the one cell of a column, in the array's own memory: no copy."""
     data = pa.py_buffer(array)
     ends = pa.py_buffer(np.array([0, data.size], np.int64))
@@ -118,7 +118,7 @@ def file_facts(path: str) -> dict[str, object]:
     return {"content_sha256": digest.hexdigest(), "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
 
-def dead(stage_name: str, reason: FailureReason, detail: str) -> dict[str, object]:
+def failure_columns(stage_name: str, reason: FailureReason, detail: str) -> dict[str, object]:
     """The columns that make a row a dead letter."""
     return {"outcome": "dead", "stage": stage_name, "reason": reason.value, "detail": detail}
 
@@ -170,8 +170,8 @@ class StageRows:
         )
         attempts = pa.array([(before or 0) + 1 for before in failed["attempts"].to_pylist()], pa.int32())
         failed = failed.set_column(failed.schema.get_field_index("attempts"), "attempts", attempts)
-        clips = _fitted(decoded, self._clips.schema, self._provenance | {"ingested_at": now()})
-        failures = _fitted(failed, self._failures.schema, self._provenance | {"at": now()})
+        clips = _conform(decoded, self._clips.schema, self._provenance | {"ingested_at": now()})
+        failures = _conform(failed, self._failures.schema, self._provenance | {"at": now()})
         statuses = zip(*(clips[name].to_pylist() for name in ("visual_status", "audio_status")), strict=True)
         return pa.table(
             {
@@ -184,7 +184,7 @@ class StageRows:
         )
 
 
-def _fitted(rows: pa.Table, schema: pa.Schema, same: Mapping[str, object]) -> pa.Table:
+def _conform(rows: pa.Table, schema: pa.Schema, same: Mapping[str, object]) -> pa.Table:
     """`rows` in the columns of `schema`, with the values of `same` in every row; embeddings stay in Arrow."""
 
     def column(field: pa.Field) -> pa.Array | pa.ChunkedArray:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.pipelines.neighbours.changes import Changes, clip_changes
-from r2scp.pipelines.neighbours.queries import chunks_of, query_table
+from r2scp.pipelines.neighbours.queries import query_chunks, query_clips
 from r2scp.pipelines.neighbours.settings import Counts, IndexSettings
 from r2scp.store.commits import sql_literal
 from r2scp.store.errors import StoreError
@@ -77,11 +77,11 @@ class ModePlan:
 
 def index_key(settings: IndexSettings, retrieval: Retrieval) -> str:
     """Key in `indexes` of one search: 16 hex digits, of the settings and of this program's way to search."""
-    parts = [SEARCH_VERSION, settings.named(retrieval)]
+    parts = [SEARCH_VERSION, settings.settings_key(retrieval)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def validity(store: FeatureStore, index: str) -> Validity | None:
+def read_validity(store: FeatureStore, index: str) -> Validity | None:
     """What `indexes` says of one search; None where it was never made."""
     if not store.address(Table.INDEXES).exists():  # a store of an earlier version
         return None
@@ -95,7 +95,7 @@ def validity(store: FeatureStore, index: str) -> Validity | None:
 def neighbours_current(store: FeatureStore, settings: IndexSettings) -> bool:
     """Whether nothing is due, told without a look at any key: `clips` is still at the version searched."""
     version = store.dataset(Table.CLIPS).version
-    said = [validity(store, index_key(settings, retrieval)) for retrieval in settings.retrieval]
+    said = [read_validity(store, index_key(settings, retrieval)) for retrieval in settings.retrieval]
     return all(v and v.bank_version == version and v.covers(settings.query_corpora) for v in said)
 
 
@@ -104,7 +104,7 @@ def plan_neighbours(bank: MemoryBank, settings: IndexSettings) -> list[ModePlan]
     changes: dict[int, Changes | None] = {}
     modes = [_Mode.open(bank, settings, retrieval, changes) for retrieval in settings.retrieval]
     for missing in Modality:
-        queries = _Queries.of(query_table(bank, missing), settings.query_corpora)
+        queries = _Queries.of(query_clips(bank, missing), settings.query_corpora)
         unsettled = [mode.settle(missing, queries) for mode in modes]
         if any(left.at for left in unsettled):
             _compare(bank, missing, unsettled)
@@ -165,7 +165,7 @@ class _Mode:
         changes: dict[int, Changes | None],
     ) -> "_Mode":
         plan = ModePlan(retrieval=retrieval, index=index_key(settings, retrieval))
-        plan.valid = validity(bank.store, plan.index)
+        plan.valid = read_validity(bank.store, plan.index)
         mode = cls(bank=bank, settings=settings, plan=plan)
         if plan.valid is None:
             return mode
@@ -185,7 +185,7 @@ class _Mode:
 
     def settle(self, missing: Modality, queries: _Queries) -> _Unsettled:
         """Tell the rows that must be searched again from those that a product of keys decides on."""
-        named, plan = self.settings.named(self.plan.retrieval), self.plan
+        named, plan = self.settings.settings_key(self.plan.retrieval), self.plan
         known = _known(self.bank.store, named, missing, bool(self.entered or self.left))
         ours = known.filter(pc.field("index") == plan.index) if plan.valid else known.slice(0, 0)
         pairs = zip(known["neighbour_id"].to_pylist(), known["clip_id"].to_pylist(), strict=True)
@@ -266,7 +266,7 @@ def _worst(scores: pa.ChunkedArray, n: int, room: float) -> np.ndarray:
 
 def _compare(bank: MemoryBank, missing: Modality, modes: list[_Unsettled]) -> None:
     """Tell which clips come near enough to one of a mode's new keys."""
-    for chunk in chunks_of(bank, missing, set().union(*(mode.at.keys() for mode in modes))):
+    for chunk in query_chunks(bank, missing, set().union(*(mode.at.keys() for mode in modes))):
         for mode in modes:
             rows = [row for row, clip_id in enumerate(chunk.clip_ids) if clip_id in mode.at]
             if not rows:

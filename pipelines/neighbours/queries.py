@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.commits import sql_literal
+from r2scp.store.commits import sql_in
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import KEY_COLUMNS, OTHER, MemoryBank, Queries, unit_keys
 from r2scp.store.sources import source_of
@@ -45,13 +45,13 @@ class Chunk:
         )
 
 
-def query_table(bank: MemoryBank, missing: Modality) -> pa.Table:
+def query_clips(bank: MemoryBank, missing: Modality) -> pa.Table:
     """clip_id, source_id, corpus of all clips that have the modality that is not `missing`."""
     where = f"{KEY_COLUMNS[OTHER[missing]]} IS NOT NULL"
     return bank.store.clips(["clip_id", "source_id", "corpus"], where, bank.version)
 
 
-def chunks_of(bank: MemoryBank, missing: Modality, pending: set[str]) -> Iterator[Chunk]:
+def query_chunks(bank: MemoryBank, missing: Modality, pending: set[str]) -> Iterator[Chunk]:
     """The queries of `pending`."""
     if not pending:
         return
@@ -67,7 +67,7 @@ def _read(bank: MemoryBank, missing: Modality, pending: Collection[str]) -> Iter
     column = KEY_COLUMNS[OTHER[missing]]
     where = f"{column} IS NOT NULL"
     if len(pending) <= FEW:
-        where = f"{where} AND clip_id IN ({', '.join(map(sql_literal, sorted(pending)))})"
+        where = f"{where} AND {sql_in('clip_id', sorted(pending))}"
     dataset = bank.store.dataset(Table.CLIPS, bank.version)
     batches = dataset.to_batches(
         columns=["clip_id", "source_id", column], filter=where, batch_size=QUERY_CHUNK

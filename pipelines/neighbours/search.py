@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from r2scp.pipelines.neighbours.plan import ModePlan
-from r2scp.pipelines.neighbours.queries import Chunk, chunks_of
+from r2scp.pipelines.neighbours.queries import Chunk, query_chunks
 from r2scp.pipelines.neighbours.settings import Counts, IndexSettings
 from r2scp.store.commits import sql_literal
 from r2scp.store.lease import now
@@ -49,7 +49,7 @@ def write_neighbours(bank: MemoryBank, settings: IndexSettings, plan: ModePlan, 
 def _due(bank: MemoryBank, plan: ModePlan) -> Iterator[tuple[Modality, Chunk, Known | None]]:
     """Chunks of queries: those that know nothing of use, then those that go on from what they know."""
     for missing, pending in plan.pending.items():
-        for chunk in chunks_of(bank, missing, pending):
+        for chunk in query_chunks(bank, missing, pending):
             yield missing, chunk, None
     columns = ["clip_id", "nearest_ids", "nearest_scores", "farthest_ids", "farthest_scores"]
     for missing, touched in plan.touched.items():
@@ -58,7 +58,7 @@ def _due(bank: MemoryBank, plan: ModePlan) -> Iterator[tuple[Modality, Chunk, Kn
         where = f"index = {sql_literal(plan.index)} AND missing = {sql_literal(missing.value)}"
         table = bank.store.neighbours(columns, where)
         place = {clip_id: row for row, clip_id in enumerate(table["clip_id"].to_pylist())}
-        for chunk in chunks_of(bank, missing, touched):
+        for chunk in query_chunks(bank, missing, touched):
             rows = table.take([place[clip_id] for clip_id in chunk.clip_ids])
             yield missing, chunk, _known(rows, plan.entered)
 
@@ -85,7 +85,7 @@ def note_valid(bank: MemoryBank, settings: IndexSettings, plan: ModePlan, run_id
         {
             "index": plan.index,
             "retrieval": plan.retrieval.value,
-            "settings": settings.named(plan.retrieval),
+            "settings": settings.settings_key(plan.retrieval),
             "query_corpora": list(before.with_corpora(corpora) if before else corpora),
             "bank_fingerprint": bank.fingerprint,
             "bank_version": bank.version,
@@ -113,7 +113,7 @@ def _rows(
         "missing": found.missing.value,
         "retrieval": plan.retrieval.value,
         "leak_guard": settings.leak_guard,
-        "settings": settings.named(plan.retrieval),
+        "settings": settings.settings_key(plan.retrieval),
         "index": plan.index,
         "bank_fingerprint": bank.fingerprint,
         "bank_version": bank.version,

@@ -49,7 +49,7 @@ class IndexSettings:
             cross_weight=self.cross_weight,
         )
 
-    def named(self, retrieval: Retrieval) -> str:
+    def settings_key(self, retrieval: Retrieval) -> str:
         """All that tells rows of one mode from rows of other settings, as JSON."""
         said: dict[str, object] = {
             "retrieval": retrieval.value,
@@ -91,7 +91,7 @@ def read_neighbours(
 
     Raises `StoreError` where there are none.
     """
-    named = settings.named(retrieval)
+    named = settings.settings_key(retrieval)
     rows = store.neighbours(where=f"settings = {sql_literal(named)}", version=version)
     if not rows.num_rows:
         raise StoreError(f"the store at {store.uri} has no neighbours for {named}; run `r2scp-pipe index`")

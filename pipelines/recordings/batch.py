@@ -1,5 +1,4 @@
-"""Questions about recordings to `Batch`: what `r2scp.pipelines.batches.dataset` makes of store rows,
-for files from outside the store.
+"""Makes a `Batch` of questions about recordings, as `r2scp.pipelines.batches.dataset` does of store rows.
 
 Legend: the shapes of a batch are those of `r2scp.model.batch`; T tokens of one stream.
 """
@@ -20,12 +19,12 @@ from r2scp.store.schema import Modality
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordedQuestion:
-    """One question about one recording, embedded, with what stands in for a modality that is missing.
+    """One question about one recording, embedded, with the clips retrieved for a missing modality.
 
     `choices_KD` is None for a model that has classes.
     """
 
-    tokens: Mapping[Modality, np.ndarray]  # float16 (T, D), of what is there
+    tokens: Mapping[Modality, np.ndarray]  # float16 (T, D), of the available modalities
     retrieved: Sequence[RetrievedClip]
     words_WD: np.ndarray  # float16
     sentence_D: np.ndarray  # float32
@@ -33,17 +32,16 @@ class RecordedQuestion:
 
     @property
     def missing(self) -> Modality | None:
-        """What is not there."""
+        """The missing modality; None if both are available."""
         return next((modality for modality in MODALITIES if modality not in self.tokens), None)
 
 
 def recorded_batch(questions: Sequence[RecordedQuestion], neighbours: int) -> Batch:
-    """One row a question. `neighbours`: how many the model uses."""
-    dim = len(questions[0].sentence_D)
-    nothing = np.zeros((0, dim), dtype=np.float16)
-    streams = {m: _padded([one.tokens.get(m, nothing) for one in questions]) for m in MODALITIES}
-    words_BWC, words_mask_BW = _padded([one.words_WD for one in questions])
-    choices = [one.choices_KD for one in questions if one.choices_KD is not None]
+    """One row per question. `neighbours`: how many the model uses."""
+    no_tokens_0D = np.zeros((0, len(questions[0].sentence_D)), dtype=np.float16)
+    streams = {m: _padded([each.tokens.get(m, no_tokens_0D) for each in questions]) for m in MODALITIES}
+    words_BWC, words_mask_BW = _padded([each.words_WD for each in questions])
+    choices = [each.choices_KD for each in questions if each.choices_KD is not None]
     choices_BKC, choices_mask_BK = _padded(choices) if choices else (None, None)
     if choices_BKC is not None and choices_mask_BK is not None:
         choices_mask_BK &= choices_BKC.any(dim=-1)
@@ -54,30 +52,33 @@ def recorded_batch(questions: Sequence[RecordedQuestion], neighbours: int) -> Ba
         visual_mask_BL=streams[Modality.VISUAL][1],
         words_BWC=words_BWC,
         words_mask_BW=words_mask_BW,
-        sentence_BC=torch.from_numpy(np.stack([one.sentence_D for one in questions])),
-        present_BM=torch.tensor([[m in one.tokens for m in MODALITIES] for one in questions]),
-        retrieved=_neighbours(questions, neighbours, nothing),
+        sentence_BC=torch.from_numpy(np.stack([each.sentence_D for each in questions])),
+        present_BM=torch.tensor([[m in each.tokens for m in MODALITIES] for each in questions]),
+        retrieved=_neighbours(questions, neighbours, no_tokens_0D),
         choices_BKC=choices_BKC,
         choices_mask_BK=choices_mask_BK,
     )
 
 
-def _neighbours(asked: Sequence[RecordedQuestion], count: int, nothing_0D: np.ndarray) -> Neighbours | None:
-    """None where nothing is missing anywhere."""
-    if all(one.missing is None for one in asked):
+def _neighbours(
+    questions: Sequence[RecordedQuestion], count: int, no_tokens_0D: np.ndarray
+) -> Neighbours | None:
+    """None if no question misses a modality."""
+    if all(each.missing is None for each in questions):
         return None
     parts, ids = [], []
-    for one in asked:
-        found = list(one.retrieved[:count])
-        parts += [each.tokens_TD for each in found] + [nothing_0D] * (count - len(found))
-        ids.append([*range(len(found)), *[-1] * (count - len(found))])
+    for each in questions:
+        clips = list(each.retrieved[:count])
+        absent = count - len(clips)
+        parts += [clip.tokens_TD for clip in clips] + [no_tokens_0D] * absent
+        ids.append([*range(len(clips)), *[-1] * absent])
     tokens, mask = _padded(parts)
-    shape = (len(asked), count)
+    shape = (len(questions), count)
     return Neighbours(tokens.unflatten(0, shape), mask.unflatten(0, shape), torch.tensor(ids))
 
 
 def _padded(parts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """(B, longest, C) float16, zeros behind each one's end, and the mask of what is real."""
+    """(B, longest, C) float16, padded with zeros, and the mask of real tokens."""
     padded = pad_sequence([torch.from_numpy(part.astype(np.float16)) for part in parts], batch_first=True)
     if not padded.shape[1]:
         padded = padded.new_zeros(len(parts), 1, padded.shape[2])

@@ -64,7 +64,7 @@ class Recording:
             content_sha256=str(facts["content_sha256"]),
             duration_s=clip.duration_s,
             streams=streams,
-            empty={modality: why for modality, why in empty.items() if why},
+            unusable={modality: why for modality, why in empty.items() if why},
             frames=clip.frames,
             waveform=clip.waveform,
         )

@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.commits import sql_literal
+from r2scp.store.commits import sql_in
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
@@ -51,7 +51,7 @@ class BankScope:
     def where(self) -> str | None:
         """As an SQL condition on `clips`, as far as it is one: a disjoint split is not."""
         named = [("corpus", self.corpora), ("split", () if self.disjoint else self.splits)]
-        parts = [f"{name} IN ({', '.join(map(sql_literal, values))})" for name, values in named if values]
+        parts = [sql_in(name, values) for name, values in named if values]
         return " AND ".join(parts) or None
 
     def takes(self, corpus: str, split: str, source: str) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from r2scp.store.commits import lance_errors, sql_literal
+from r2scp.store.commits import lance_errors, sql_in
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys
@@ -158,7 +158,7 @@ def _draw(store: FeatureStore, version: int, sampling: Sampling) -> dict[Modalit
     drawn = {modality: _Sample(clip_ids=[], keys_QD=np.zeros((0, store.dim))) for modality in KEY_COLUMNS}
     for start in range(0, min(order.size, ROWS_PER_QUERY * sampling.queries), sampling.queries):
         ids = clip_ids[order[start : start + sampling.queries]].tolist()
-        where = f"clip_id IN ({', '.join(map(sql_literal, ids))})"
+        where = sql_in("clip_id", ids)
         table = store.clips(["clip_id", *KEY_COLUMNS.values()], where, version)
         table = table.take(pa.array([table["clip_id"].to_pylist().index(clip_id) for clip_id in ids]))
         for modality, column in KEY_COLUMNS.items():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from r2scp.pipelines.decoding import decode as decode_module
-from r2scp.pipelines.decoding import sandbox as supervise_module
+from r2scp.pipelines.decoding import sandbox
 from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.decoding.fault_reasons import ENDS_BYTES, is_encrypted
 from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, DecodePass, find_program, video_graph, planar_filters
@@ -81,7 +81,7 @@ def test_a_program_that_writes_in_bits_does_not_wake_us_for_each(counts: Counter
 
     plain = select.poll
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervise_module.select, "poll", Counted)
+        patch.setattr(sandbox.select, "poll", Counted)
         done = supervise(
             lambda pipes: ["/bin/sh", "-c", script, "sh", str(pipes[0])],
             Limits(
@@ -110,14 +110,14 @@ def test_the_room_of_a_pipe_is_reserved_once_and_grows_only_past_its_first(
     tail: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[int] = []
-    plain = supervise_module._reserve
+    plain = sandbox._reserve
 
-    def untouched(size: int) -> memoryview:
+    def reserve(size: int) -> memoryview:
         reserved.append(size)
         return plain(size)
 
-    monkeypatch.setattr(supervise_module, "_untouched", untouched)
-    monkeypatch.setattr(supervise_module, "FIRST_ROOM", 2 * PIPE_BYTES)
+    monkeypatch.setattr(sandbox, "_reserve", reserve)
+    monkeypatch.setattr(sandbox, "FIRST_BUFFER_BYTES", 2 * PIPE_BYTES)
     reading, writing = os.pipe()
     try:
         drain = PipeReader(reading, writing, max_bytes=8 * PIPE_BYTES if not tail else PIPE_BYTES, tail_only=tail)
@@ -137,7 +137,7 @@ def test_the_room_of_a_pipe_is_reserved_once_and_grows_only_past_its_first(
 
 def test_a_pipe_that_could_not_be_enlarged_is_not_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look then waits for data and not for the clock: a small pipe would hold the program up."""
-    monkeypatch.setattr(supervise_module, "F_SETPIPE_SZ", None)
+    monkeypatch.setattr(sandbox, "F_SETPIPE_SZ", None)
     reading, writing = os.pipe()
     drain = PipeReader(reading, writing, max_bytes=PIPE_BYTES, tail_only=False)
     os.write(writing, b"x" * 4000)
@@ -174,10 +174,10 @@ def test_planes_cut_before_interleaving_hold_the_same_values(
     """Scaling into planes is a matter of speed alone."""
     wide, high = map(int, size.split("x"))
     track = VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)
-    order = DecodePass(fd=0, probed=None, shift=0, end_s=2.0, max_pixels=1 << 20)  # type: ignore[arg-type]
+    order = DecodePass(fd=0, info=None, shift=0, end_s=2.0, max_pixels=1 << 20)  # type: ignore[arg-type]
     program = find_program(None)
     fast = video_graph(track, order, program)
-    monkeypatch.setattr("r2scp.pipelines.decoding.ffmpeg_command.LEAST_TAPS", 1 << 30)
+    monkeypatch.setattr("r2scp.pipelines.decoding.ffmpeg_command.MIN_PLANAR_SIDE", 1 << 30)
     plain = video_graph(track, order, program)
     assert fast != plain
     source = f"testsrc2=s={size}:r=4:d=1,noise=alls=60,format={pixels}"

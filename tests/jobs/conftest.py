@@ -14,8 +14,8 @@ from factories import LEARNABLE, learnable_clip, learnable_question, odd_questio
 from r2scp.jobs.ingest.index import run_index
 from r2scp.jobs.training.config import StageConfig, TrainConfig
 from r2scp.jobs.training.data import answers_of
-from r2scp.jobs.training.run import TrainMeans, TrainPlan
-from r2scp.jobs.training.with_baselines import run_together
+from r2scp.jobs.training.run import TrainOptions, TrainPlan
+from r2scp.jobs.training.with_baselines import train_with_baselines
 from r2scp.model.config import ModelConfig
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
@@ -79,7 +79,7 @@ def evaluated_run(
     store = FeatureStore.open(shutil.copytree(learnable_store.uri, folder / "store").as_posix())
     clips = {row["clip_id"]: row for row in store.clips(["clip_id", "corpus", "split", "labels"]).to_pylist()}
     write_rows(store, Table.QUESTIONS, odd_questions([clips[f"music-avqa/{at}"] for at in range(26)]))
-    run_together(quick_plan(folder / "run", store, evaluate_rows=7), TrainMeans(threads=1), lambda *_: None)
+    train_with_baselines(quick_plan(folder / "run", store, evaluate_rows=7), TrainOptions(threads=1), lambda *_: None)
     return store, folder / "run"
 
 

@@ -78,7 +78,7 @@ def test_an_absent_modality_never_enters(cmr: bool, cap: bool, missing: int, fus
     assert torch.equal(clean.logits_BK, poisoned.logits_BK)
     assert torch.isfinite(clean.logits_BK).all()
     recovers = cmr or cap
-    assert clean.evidence.there_BM[:, missing].tolist() == [recovers] * 6
+    assert clean.evidence.available_BM[:, missing].tolist() == [recovers] * 6
     if not recovers:
         assert (clean.evidence.router_BS[:, missing] == 0).all()
         torch.testing.assert_close(clean.evidence.router_BS.sum(dim=1), torch.ones(6))
@@ -177,12 +177,12 @@ def test_negatives_that_were_not_found_fall_back_too() -> None:
     step = MixingObjective(model(cap=False), LossConfig(rank="paper"))(replace(make(), farthest=empty), AUDIO)
     near = MixingObjective(model(cmr=False, cap=True, k=0), LossConfig(rank="paper"))(make(), AUDIO)
     # unpurified common features on both sides: one is R⁻ here, the other R⁺ there
-    assert step.lacking is not None
-    assert near.lacking is not None
+    assert step.incomplete is not None
+    assert near.incomplete is not None
     target_B = make().target_B
     assert target_B is not None
     parts = [
-        F.cross_entropy(part.logits_BK, target_B, reduction="none") for part in (step.lacking, near.lacking)
+        F.cross_entropy(part.logits_BK, target_B, reduction="none") for part in (step.incomplete, near.incomplete)
     ]
     torch.testing.assert_close(step.loss.parts["rank_negative"], (parts[0] - parts[1]).relu().mean())
 
@@ -329,9 +329,9 @@ def test_stage_two_compares_the_three_passes(missing: int) -> None:
     real = net(batch).logits_BK
     near = net(batch.drop(missing)).logits_BK
     far = net(replace(batch, retrieved=batch.farthest).drop(missing)).logits_BK
-    assert step.lacking is not None
+    assert step.incomplete is not None
     torch.testing.assert_close(step.full.logits_BK, real)
-    torch.testing.assert_close(step.lacking.logits_BK, near)
+    torch.testing.assert_close(step.incomplete.logits_BK, near)
     assert batch.target_B is not None
     losses = [F.cross_entropy(part, batch.target_B, reduction="none") for part in (real, near, far)]
     rank = (losses[0] - losses[1]).relu().mean() + (losses[1] - losses[2]).relu().mean()
@@ -428,10 +428,10 @@ def test_the_baseline_without_recovery_comes_in_two_forms() -> None:
     plain = MixingObjective(net, LossConfig(modality_dropout=False))(batch, AUDIO)
     dropped = MixingObjective(net, LossConfig(modality_dropout=True))(batch, AUDIO)
     assert set(plain.loss.parts) == {"real"}
-    assert plain.lacking is None
+    assert plain.incomplete is None
     assert set(dropped.loss.parts) == {"real", "lacking"}
-    assert dropped.lacking is not None
-    assert (dropped.lacking.evidence.router_BS[:, AUDIO] == 0).all()
+    assert dropped.incomplete is not None
+    assert (dropped.incomplete.evidence.router_BS[:, AUDIO] == 0).all()
 
 
 @torch.no_grad()

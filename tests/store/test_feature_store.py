@@ -15,7 +15,7 @@ import pytest
 
 from r2scp.store import feature_store
 from r2scp.store.errors import FailureReason, FingerprintMismatch, LeaseHeld, StoreError
-from r2scp.store.feature_store import FeatureStore, Known
+from r2scp.store.feature_store import FeatureStore, InputRecord
 from r2scp.store.maintenance import clean
 from r2scp.store.schema import SCHEMA_VERSION, Table
 
@@ -162,16 +162,16 @@ def test_known_takes_the_newer_of_row_and_failure(store: FeatureStore) -> None:
         failure("c/never", bytes=None, mtime_ns=None, content_sha256=None),
         failure("other/2"),
     )
-    known = store.known("c")
-    described = ("train", ("a", "b"), None, None)
-    stored = Known(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1", described=described)
+    known = store.input_records("c")
+    metadata = ("train", ("a", "b"), None, None)
+    stored = InputRecord(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1", metadata=described)
     assert known == {
         "c/fine": stored,
         "c/mended": stored,
-        "c/broke": Known(20, 5, "cd" * 32, "grid1", "corrupt", 3),
-        "c/never": Known(None, None, None, "grid1", "corrupt", 1),
+        "c/broke": InputRecord(20, 5, "cd" * 32, "grid1", "corrupt", 3),
+        "c/never": InputRecord(None, None, None, "grid1", "corrupt", 1),
     }
-    assert store.known("o'ther") == {}
+    assert store.input_records("o'ther") == {}
     assert store.superseded() == (["c/broke"], ["c/mended"])
 
 
@@ -245,11 +245,11 @@ def test_clips_are_described_anew_without_touching_their_features(store: Feature
     before = {row["clip_id"]: row for row in store.clips().to_pylist()}
     version = store.dataset(Table.CLIPS).version
     new = {"split": "test", "labels": ["it's", "b;--"], "uri": "/new/2.mp4", "source_id": "s2"}
-    store.redescribe([{"clip_id": "c/2"} | new], {"run": "r"})
+    store.update_metadata([{"clip_id": "c/2"} | new], {"run": "r"})
     after = {row["clip_id"]: row for row in store.clips().to_pylist()}
     assert after == before | {"c/2": before["c/2"] | new}
     assert store.dataset(Table.CLIPS).version == version + 1
-    store.redescribe([], {"run": "r"})
+    store.update_metadata([], {"run": "r"})
     assert store.dataset(Table.CLIPS).version == version + 1
 
 

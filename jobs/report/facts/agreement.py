@@ -20,7 +20,7 @@ from r2scp.model.metrics import CONFIDENCE_Z, wilson
 NO_ROW = -1  # in hits: there is none
 
 
-class Fact(NamedTuple):
+class ClipAnswer(NamedTuple):
     """What one question says of one clip."""
 
     clip: int  # row
@@ -29,7 +29,7 @@ class Fact(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bank:
+class BankClips:
     """What may serve: `serves_R` bool, and `sources_R`, a number for where each clip comes from."""
 
     serves_R: np.ndarray
@@ -37,7 +37,7 @@ class Bank:
 
     def others(self, clip: int) -> np.ndarray:
         """Rows that may serve a clip: none of its own source."""
-        return np.flatnonzero(self.serves_R & (self.sources_R != self.sources_R[clip]))
+        return np.flatnonzero(self.in_bank_R & (self.sources_R != self.sources_R[clip]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +100,7 @@ class Share:
 
 
 def label_agreement(
-    labels: Sequence[Sequence[str]], queries_Q: np.ndarray, hits_QN: np.ndarray, bank: Bank
+    labels: Sequence[Sequence[str]], queries_Q: np.ndarray, hits_QN: np.ndarray, bank: BankClips
 ) -> Agreements:
     """`labels` of all clips, by row; a clip without any can be told nothing of."""
     sets, set_R = _distinct(labels)
@@ -126,7 +126,7 @@ def label_agreement(
 
 
 def answer_agreement(
-    asked: Sequence[Fact], known: Sequence[Fact], hits_RN: np.ndarray, bank: Bank
+    asked: Sequence[ClipAnswer], known: Sequence[ClipAnswer], hits_RN: np.ndarray, bank: BankClips
 ) -> Agreements:
     """A query is a question of `asked`; `known` are those of which a hit's answers are told.
 
@@ -137,7 +137,7 @@ def answer_agreement(
     own_said: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     for fact in known:
         said[fact.clip, fact.question].append(fact.answer)
-        if bank.serves_R[fact.clip]:
+        if bank.in_bank_R[fact.clip]:
             bank_said[fact.question][fact.answer] += 1
             own_said[fact.question, int(bank.sources_R[fact.clip])][fact.answer] += 1
     agree_QN = np.full((len(asked), hits_RN.shape[1]), math.nan)

@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 from r2scp.jobs.report.facts.agreement import (
     NO_ROW,
     Agreements,
-    Bank,
-    Fact,
+    BankClips,
+    ClipAnswer,
     answer_agreement,
     label_agreement,
 )
-from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.data import TrainingData
 from r2scp.pipelines.batches.examples import MODALITIES, Examples
 from r2scp.pipelines.neighbours.settings import read_neighbours
 from r2scp.store.schema import Table
@@ -23,7 +23,7 @@ SIDES = ("nearest", "farthest")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Purity:
+class RetrievalPrecision:
     """`agreements` by (label | answer, missing modality, side); `scores` by modality: nearest, farthest.
 
     `leaks`: modality -> side -> (hits of the clip's own source, clips that had any, clips searched for), over
@@ -42,7 +42,7 @@ class Purity:
     leaks: dict[str, dict[str, tuple[int, int, int]]]
 
 
-def purity_of(opened: Opened, asked: Examples) -> Purity:
+def retrieval_precision(opened: TrainingData, asked: Examples) -> RetrievalPrecision:
     """Of the index that a run reads, for the clips of some questions. Raises `StoreError` without one."""
     config, store, clips = opened.config, opened.store, opened.clips
     rows = read_neighbours(store, config.index, config.retrieval, opened.pins.neighbours)
@@ -58,7 +58,7 @@ def purity_of(opened: Opened, asked: Examples) -> Purity:
     facts = _facts(opened, asked), _facts(opened, opened.learning()[0])
     for column, modality in enumerate(MODALITIES):
         mine = rows.filter(pc.field("missing") == modality.value)
-        bank = Bank(serves_R=in_bank & clips.present_RM[:, column], sources_R=sources)
+        bank = BankClips(in_bank_R=in_bank & clips.present_RM[:, column], sources_R=sources)
         kept = []
         for side in SIDES:
             hits_RN = _hits(mine, f"{side}_ids", clips.row_of, config.index.n)
@@ -68,7 +68,7 @@ def purity_of(opened: Opened, asked: Examples) -> Purity:
             kept.append(_scores(mine, f"{side}_scores", clips.row_of, set(queries.tolist())))
         scores[modality.value] = (kept[0], kept[1])
         leaks[modality.value] = {side: _leaks(mine, f"{side}_own_source") for side in SIDES}
-    return Purity(
+    return RetrievalPrecision(
         retrieval=config.retrieval.value,
         n=config.model.neighbours,
         depth=config.index.n,
@@ -82,14 +82,14 @@ def purity_of(opened: Opened, asked: Examples) -> Purity:
     )
 
 
-def _facts(opened: Opened, examples: Examples) -> list[Fact]:
+def _facts(opened: TrainingData, examples: Examples) -> list[ClipAnswer]:
     """What the questions say of their clips; those without an answer say nothing."""
     dataset = opened.store.dataset(Table.QUESTIONS, opened.pins.questions)
     table = dataset.take(examples.question_row_B, columns=["question", "answer"])
     said = zip(
         examples.clip_row_B.tolist(), *(table[c].to_pylist() for c in ("question", "answer")), strict=True
     )
-    return [Fact(clip, question, answer) for clip, question, answer in said if question and answer]
+    return [ClipAnswer(clip, question, answer) for clip, question, answer in said if question and answer]
 
 
 def _hits(rows: pa.Table, column: str, row_of: dict[str, int], n: int) -> np.ndarray:

@@ -16,32 +16,32 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from r2scp.jobs.report.facts.agreement import chance_agreement, mean_interval, neighbour_agreement
-from r2scp.jobs.training.checkpoints import Checkpoint, find
+from r2scp.jobs.training.checkpoints import Checkpoint, read_checkpoint
 from r2scp.jobs.training.config import NO_RECOVERY_DROPOUT
-from r2scp.jobs.training.data import Opened
-from r2scp.jobs.training.evaluate import BASELINES, open_for, questions_of
+from r2scp.jobs.training.data import TrainingData
+from r2scp.jobs.training.evaluate import BASELINES, data_for, questions_of
 from r2scp.jobs.training.evaluation_table import TITLES
 from r2scp.jobs.training.stages import Worker
 from r2scp.model.r2scp import R2SCP
 from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest
 from r2scp.pipelines.batches.examples import MODALITIES, NO_ANSWER, Examples
-from r2scp.pipelines.batches.prefetch import sequential_batches, prefetch
+from r2scp.pipelines.batches.prefetch import prefetch, sequential_batches
 from r2scp.store.errors import CheckpointError, StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
 SPLIT = "val"
-SAMPLE = 600  # questions
+SAMPLE_SIZE = 600  # questions
 SEED = 0  # of the sample and of t-SNE
 PERPLEXITY = 30.0
-FEWEST = 12  # vectors of which a picture makes sense
-NEAREST = 10  # joint vectors that should agree in their answer
-WITH, OFF = "with recovery", "same weights, recovery off"
-WITHOUT = f"trained without ({TITLES[NO_RECOVERY_DROPOUT]})"
+MIN_VECTORS = 12  # vectors of which a picture makes sense
+NEAREST_VECTORS = 10  # joint vectors that should agree in their answer
+WITH_RECOVERY, RECOVERY_OFF = "with recovery", "same weights, recovery off"
+TRAINED_WITHOUT = f"trained without ({TITLES[NO_RECOVERY_DROPOUT]})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class ModelOutputs:
     """What one model made of the sample under one condition."""
 
     joint_QD: np.ndarray  # float32
@@ -52,19 +52,19 @@ class Seen:
 class Probe:
     """The sample, and what each model made of it. `of`: how many questions it is a sample of."""
 
-    opened: Opened
+    opened: TrainingData
     examples: Examples
     of: int
     answers: list[str]  # the right ones
-    seen: dict[tuple[str, str], Seen] = field(default_factory=dict)  # by model and condition
+    seen: dict[tuple[str, str], ModelOutputs] = field(default_factory=dict)  # by model and condition
     dissonance: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # see `_told_of`
 
     def numbers(self) -> list[list[object]]:
         """Model, condition, accuracy, then how far joint vectors of one answer are together."""
         chance = chance_agreement(self.answers, self.examples.types)
         rows = []
-        for (model, condition), seen in self.seen.items():
-            agree_Q = neighbour_agreement(seen.joint_QD, self.answers, NEAREST)
+        for (model, condition), seen in self.outputs.items():
+            agree_Q = neighbour_agreement(seen.joint_QD, self.answers, NEAREST_VECTORS)
             low, high = mean_interval(agree_Q, self.examples.clip_row_B)
             ends = [round(100 * float(share), 2) for share in (agree_Q.mean(), low, high, chance)]
             rows.append(
@@ -72,7 +72,7 @@ class Probe:
             )
         return rows
 
-    def _silhouette(self, seen: Seen) -> float | None:
+    def _silhouette(self, seen: ModelOutputs) -> float | None:
         if not 2 <= len(set(self.answers)) < len(self.answers):
             return None
         return round(float(silhouette_score(seen.joint_QD, self.answers, metric="cosine")), 3)
@@ -86,7 +86,7 @@ class Probe:
         """(Q, 2): t-SNE of the joint vectors, the same on every run on one machine."""
         tsne = TSNE(perplexity=self.perplexity, init="pca", random_state=SEED, metric="cosine", n_jobs=1)
         with threadpool_limits(1):  # many threads wait for each other over so few points
-            return tsne.fit_transform(self.seen[model, condition].joint_QD)
+            return tsne.fit_transform(self.outputs[model, condition].joint_QD)
 
 
 def probe(checkpoint: Checkpoint, store: FeatureStore, device: str = "cpu") -> Probe:
@@ -94,24 +94,24 @@ def probe(checkpoint: Checkpoint, store: FeatureStore, device: str = "cpu") -> P
 
     Raises `StoreError`, `FingerprintMismatch` or `CheckpointError` for what is not there or does not fit.
     """
-    opened = open_for(checkpoint, store)
+    opened = data_for(checkpoint, store)
     everything = questions_of(opened, SPLIT)
     known = everything.keep(everything.target_B != NO_ANSWER, "answer not known")
     if not len(known):
         raise StoreError(f"no question of the split {SPLIT!r} has an answer that training knows")
     keep = np.zeros(len(known), dtype=bool)
-    drawn = np.random.default_rng(SEED).permutation(len(known))[:SAMPLE]
+    drawn = np.random.default_rng(SEED).permutation(len(known))[:SAMPLE_SIZE]
     keep[drawn] = True
     examples = known.keep(keep, "not in the sample")
     found = Probe(opened=opened, examples=examples, of=len(known), answers=_answers(opened, examples))
     worker = Worker(device=torch.device(device))
     ours = checkpoint.model(worker.device)
-    _ask(found, WITH, ours, checkpoint, worker)
+    _ask(found, WITH_RECOVERY, ours, checkpoint, worker)
     if ours.recovers:
         ours.config = replace(ours.config, cmr=False, cap=False)
-        _ask(found, OFF, ours, checkpoint, worker)
+        _ask(found, RECOVERY_OFF, ours, checkpoint, worker)
         if (rival := _baseline(checkpoint, NO_RECOVERY_DROPOUT)) is not None:
-            _ask(found, WITHOUT, rival.model(worker.device), rival, worker)
+            _ask(found, TRAINED_WITHOUT, rival.model(worker.device), rival, worker)
     return found
 
 
@@ -119,14 +119,14 @@ def _baseline(checkpoint: Checkpoint, name: str) -> Checkpoint | None:
     """One that was trained on the same data; None where it was not."""
     folder: Path = checkpoint.folder / BASELINES / name
     try:
-        rival = find(folder)
+        rival = read_checkpoint(folder)
     except CheckpointError:
         return None
     same = rival.store["versions"] == checkpoint.store["versions"] and rival.answers == checkpoint.answers
     return rival if same and rival.config.sees == "everything" else None
 
 
-def _answers(opened: Opened, examples: Examples) -> list[str]:
+def _answers(opened: TrainingData, examples: Examples) -> list[str]:
     table = opened.store.dataset(Table.QUESTIONS, opened.pins.questions).take(
         examples.question_row_B, columns=["answer", "choices"]
     )
@@ -137,11 +137,11 @@ def _answers(opened: Opened, examples: Examples) -> list[str]:
 
 
 def _ask(found: Probe, name: str, model: R2SCP, checkpoint: Checkpoint, worker: Worker) -> None:
-    opened = found.opened if name != WITHOUT else replace(found.opened, neighbours=None)
+    opened = found.opened if name != TRAINED_WITHOUT else replace(found.opened, neighbours=None)
     dataset = opened.dataset(found.examples)
     batches = sequential_batches(len(found.examples), checkpoint.config.evaluate_rows)
     for condition, missing in MISSING_COLUMN.items():
-        if missing == NO_MODALITY and name == OFF:
+        if missing == NO_MODALITY and name == RECOVERY_OFF:
             continue  # nothing to recover: as with recovery
         asked = BatchRequest.uniform(len(found.examples), missing)
         prepared = prefetch(
@@ -156,8 +156,10 @@ def _ask(found: Probe, name: str, model: R2SCP, checkpoint: Checkpoint, worker: 
                 right.append(answer.logits_BK.argmax(dim=1).cpu().numpy() == found.examples.target_B[rows])
                 if missing != NO_MODALITY and (purified := answer.evidence.purified[missing]) is not None:
                     noted.append(_told_of(purified.dissonance_BL, purified.noise_BL))
-        found.seen[name, condition] = Seen(joint_QD=np.concatenate(vectors), right_Q=np.concatenate(right))
-        if noted and name == WITH:
+        found.outputs[name, condition] = ModelOutputs(
+            joint_QD=np.concatenate(vectors), right_Q=np.concatenate(right)
+        )
+        if noted and name == WITH_RECOVERY:
             parts = zip(*noted, strict=True)
             found.dissonance[MODALITIES[missing].value] = tuple(np.concatenate(part) for part in parts)  # pyright: ignore
 

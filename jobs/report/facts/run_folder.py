@@ -8,20 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r2scp.jobs.training.checkpoints import BEST, Checkpoint, find
+from r2scp.jobs.training.checkpoints import BEST, Checkpoint, read_checkpoint
 from r2scp.jobs.training.evaluate import BASELINES
 from r2scp.jobs.training.evaluation_table import OURS, TITLES
 from r2scp.model.config import Stage
-from r2scp.pipelines.batches.dataset import MISSING_COLUMN
 from r2scp.store.errors import R2SCPError
+from r2scp.store.schema import Condition
 
 EXPERTS_FOLDER = "experts"  # where a run with baselines keeps stage I, which they share
-TEST = "evaluation-test.json"
-MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError)  # of JSON that somebody else may have written
+TEST_EVALUATION = "evaluation-test.json"
+INVALID_JSON = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)  # of JSON that somebody else may have written
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
+class MissingPart:
     """What a report lacks, why, and the command that makes it; "" where none does."""
 
     section: str
@@ -31,7 +36,7 @@ class Gap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class Accuracy:
     """An accuracy in [0, 1], of n, with its 95 % interval."""
 
     accuracy: float
@@ -40,7 +45,7 @@ class Judged:
     high: float
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Judged":
+    def from_json(cls, values: Mapping[str, Any]) -> "Accuracy":
         low, high = values["interval"]
         said = cls(accuracy=float(values["accuracy"]), n=int(values["n"]), low=float(low), high=float(high))
         if not 0 <= said.low <= said.high <= 1 or not 0 <= said.accuracy <= 1:
@@ -49,22 +54,22 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionResult:
+class ConditionScores:
     """What one model reached under one condition, by group and type too."""
 
-    overall: Judged
-    groups: dict[str, Judged]
-    types: dict[str, Judged]
+    overall: Accuracy
+    groups: dict[str, Accuracy]
+    types: dict[str, Accuracy]
     router: dict[str, float]
     recovered: int
     fallbacks: int
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ConditionResult":
+    def from_json(cls, values: Mapping[str, Any]) -> "ConditionScores":
         return cls(
-            overall=Judged.from_json(values),
-            groups={str(name): Judged.from_json(one) for name, one in values["groups"].items() if one["n"]},
-            types={str(name): Judged.from_json(one) for name, one in values["types"].items() if one["n"]},
+            overall=Accuracy.from_json(values),
+            groups={str(name): Accuracy.from_json(one) for name, one in values["groups"].items() if one["n"]},
+            types={str(name): Accuracy.from_json(one) for name, one in values["types"].items() if one["n"]},
             router={str(name): float(weight) for name, weight in values["router"].items()},
             recovered=int(values["recovered"]),
             fallbacks=int(values["fallbacks"]),
@@ -72,21 +77,21 @@ class ConditionResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelScores:
     """One row of an evaluation: ours or a baseline. `rates`: modality -> share missing -> accuracy."""
 
     name: str
-    conditions: dict[str, ConditionResult]
+    conditions: dict[str, ConditionScores]
     average: float
-    rates: dict[str, dict[float, Judged]]
+    rates: dict[str, dict[float, Accuracy]]
 
     @classmethod
-    def from_json(cls, name: str, values: Mapping[str, Any]) -> "Model":
-        conditions = {one: ConditionResult.from_json(values["conditions"][one]) for one in MISSING_COLUMN}
-        rates: dict[str, dict[float, Judged]] = {}
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> "ModelScores":
+        conditions = {one: ConditionScores.from_json(values["conditions"][one]) for one in Condition}
+        rates: dict[str, dict[float, Accuracy]] = {}
         for told, score in values.get("missing_rates", {}).items():
             modality, share = told.split()
-            rates.setdefault(modality, {})[float(share.rstrip("%")) / 100] = Judged.from_json(score)
+            rates.setdefault(modality, {})[float(share.rstrip("%")) / 100] = Accuracy.from_json(score)
         return cls(name=name, conditions=conditions, average=float(values["average"]), rates=rates)
 
 
@@ -97,7 +102,7 @@ class Evaluation:
     file: str
     split: str
     latest: bool
-    models: list[Model]
+    models: list[ModelScores]
     leak_guard: bool
     disjoint: bool
     unfinished: list[str]
@@ -107,7 +112,7 @@ class Evaluation:
     code: str
 
     @property
-    def ours(self) -> Model:
+    def ours(self) -> ModelScores:
         return self.models[0]
 
     @property
@@ -117,13 +122,15 @@ class Evaluation:
     @classmethod
     def from_json(cls, file: str, values: Mapping[str, Any]) -> "Evaluation":
         """Raises one of `MISSHAPEN` for what `evaluate` does not write."""
-        others = [Model.from_json(TITLES.get(key, str(key)), row) for key, row in values["baselines"].items()]
+        others = [
+            ModelScores.from_json(TITLES.get(key, str(key)), row) for key, row in values["baselines"].items()
+        ]
         settings = values["settings"]
         return cls(
             file=file,
             split=str(values["split"]),
             latest=bool(values["latest"]),
-            models=[Model.from_json(OURS, values), *sorted(others, key=lambda model: -model.average)],
+            models=[ModelScores.from_json(OURS, values), *sorted(others, key=lambda model: -model.average)],
             leak_guard=bool(settings["leak_guard"]),
             disjoint=bool(settings["disjoint"]),
             unfinished=[str(name) for name in values["unfinished"]],
@@ -165,7 +172,7 @@ class RunFacts:
     evaluation: Evaluation | None = None
     other_files: list[str] = field(default_factory=list)  # evaluations that are there and not shown
     curves: dict[str, Curves] = field(default_factory=dict)  # by model, ours first
-    gaps: list[Gap] = field(default_factory=list)
+    gaps: list[MissingPart] = field(default_factory=list)
 
     @property
     def seed(self) -> int | None:
@@ -174,10 +181,10 @@ class RunFacts:
 
 def read_runs(folders: Sequence[Path], store: str | None) -> list[RunFacts]:
     """All that the folders hold. Raises `CheckpointError` for a folder that is no run at all."""
-    return [_read(folder, name, store) for folder, name in zip(folders, unlike_names(folders), strict=True)]
+    return [_read(folder, name, store) for folder, name in zip(folders, unique_names(folders), strict=True)]
 
 
-def unlike_names(folders: Sequence[Path]) -> list[str]:
+def unique_names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names, with as much of their parents as tells them apart."""
     whole = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, whole)) + 1):
@@ -195,11 +202,11 @@ def command(*words: str, store: str | None = None) -> str:
 def _read(folder: Path, name: str, store: str | None) -> RunFacts:
     facts = RunFacts(name=name, folder=folder)
     try:
-        facts.checkpoint = find(folder, BEST)
+        facts.checkpoint = read_checkpoint(folder, BEST)
     except R2SCPError as error:
-        if not any((folder / file).exists() for file in ("config.json", "metrics.jsonl", TEST)):
+        if not any((folder / file).exists() for file in ("config.json", "metrics.jsonl", TEST_EVALUATION)):
             raise
-        facts.gaps.append(Gap(section="run", what=f"best checkpoint of {name}", why=str(error)))
+        facts.missing.append(MissingPart(section="run", what=f"best checkpoint of {name}", why=str(error)))
     if store is None and facts.checkpoint is not None:
         store = str(facts.checkpoint.store["uri"])
     facts.curves = _curves(facts)
@@ -209,7 +216,9 @@ def _read(folder: Path, name: str, store: str | None) -> RunFacts:
 
 def _evaluation(facts: RunFacts, store: str | None) -> None:
     """That of the test split, else any; never made here."""
-    files = sorted(facts.folder.glob("evaluation-*.json"), key=lambda path: (path.name != TEST, path.name))
+    files = sorted(
+        facts.folder.glob("evaluation-*.json"), key=lambda path: (path.name != TEST_EVALUATION, path.name)
+    )
     make = command("evaluate", str(facts.folder), "--missing-rates", store=store)
     for path in files:
         if facts.evaluation is not None:
@@ -217,15 +226,15 @@ def _evaluation(facts: RunFacts, store: str | None) -> None:
             continue
         try:
             facts.evaluation = Evaluation.from_json(path.name, json.loads(path.read_bytes()))
-        except (OSError, *MISSHAPEN) as error:
+        except (OSError, *INVALID_JSON) as error:
             why = f"{path.name} is not what evaluate writes: {type(error).__name__}: {error}"
-            facts.gaps.append(Gap(section="accuracy", what=facts.name, why=why, make=make))
+            facts.missing.append(MissingPart(section="accuracy", what=facts.name, why=why, make=make))
     if facts.evaluation is None and not files:
         why = "the run was not evaluated, and a report reads no test split by itself"
-        facts.gaps.append(Gap(section="accuracy", what=facts.name, why=why, make=make))
+        facts.missing.append(MissingPart(section="accuracy", what=facts.name, why=why, make=make))
     elif facts.evaluation is not None and not facts.evaluation.ours.rates:
         why = f"{facts.evaluation.file} was made without missing rates"
-        facts.gaps.append(Gap(section="missing-rates", what=facts.name, why=why, make=make))
+        facts.missing.append(MissingPart(section="missing-rates", what=facts.name, why=why, make=make))
 
 
 def _curves(facts: RunFacts) -> dict[str, Curves]:
@@ -241,10 +250,10 @@ def _curves(facts: RunFacts) -> dict[str, Curves]:
     for name, found in curves.items():
         if found.broken:
             why = f"{found.broken} lines of its metrics.jsonl cannot be read and are left out"
-            facts.gaps.append(Gap(section="training", what=f"{facts.name}: {name}", why=why))
+            facts.missing.append(MissingPart(section="training", what=f"{facts.name}: {name}", why=why))
     if not ours.epochs:
         why = "no epoch of the model is told in metrics.jsonl"
-        facts.gaps.append(Gap(section="training", what=facts.name, why=why))
+        facts.missing.append(MissingPart(section="training", what=facts.name, why=why))
     return curves
 
 
@@ -267,7 +276,7 @@ def read_curves(path: Path) -> Curves:
                 train=dict(_numbers(values["train"])),
                 validation=dict(_numbers(values["validation"])),
             )
-        except MISSHAPEN:
+        except INVALID_JSON:
             broken += 1
             continue
         found[epoch.stage, epoch.epoch] = epoch

@@ -4,97 +4,91 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 
-from r2scp.jobs.report.facts.run_folder import Evaluation, Judged, Model, RunFacts
+from r2scp.jobs.report.facts.run_folder import Accuracy, Evaluation, ModelScores, RunFacts
 from r2scp.jobs.report.figures.marks import (
     ROW_HEIGHT,
     Dot,
     Line,
     Mark,
+    add_legend,
     draw_dots,
     draw_lines,
-    key,
     mark_of,
-    percent,
+    percent_axis,
 )
-from r2scp.jobs.report.figures.style import QUIET, STONE, Drawing, Panel, short
+from r2scp.jobs.report.figures.style import QUIET, STONE, Figure, Panel, shorten
 from r2scp.jobs.training.evaluation_table import OURS, TITLES
-from r2scp.pipelines.batches.dataset import MISSING_COLUMN
+from r2scp.store.schema import MODALITY_NAMES, Condition, Modality
 
-CONDITION_TITLES = {
-    "A": "A: sound only",
-    "V": "V: picture only",
-    "AV": "AV: both there",
-}
-LOST = {"audio": ("sound", "V"), "visual": ("picture", "A")}  # its name, and the condition without any of it
-MOST_TYPES = 18  # rows of a figure; the table beside it has all
+MAX_TYPES = 18  # rows of a figure; the table beside it has all
 MAJORITY = TITLES["majority"]
 TO_PERCENT = 100
 
 
-def shared_of(evaluation: Evaluation) -> str:
+def evaluation_scope(evaluation: Evaluation) -> str:
     """What an evaluation asked, for captions."""
-    split = f"{short(evaluation.split)} split" + (" by source" if evaluation.disjoint else "")
+    split = f"{shorten(evaluation.split)} split" + (" by source" if evaluation.disjoint else "")
     guard = "" if evaluation.leak_guard else "; made WITHOUT the leak guard"
     return f"{split}, n = {evaluation.n:,} questions{guard}"
 
 
-def accuracy(runs: Sequence[RunFacts]) -> Drawing | None:
+def accuracy_figure(runs: Sequence[RunFacts]) -> Figure | None:
     """Accuracy of ours and the baselines under each condition, of all runs that were evaluated."""
     judged = [(run.name, run.evaluation) for run in runs if run.evaluation]
     if not judged:
         return None
     names = list(dict.fromkeys(model.name for _, one in judged for model in one.models))
-    rows, dots = [], {condition: [] for condition in MISSING_COLUMN}
+    rows, dots = [], {condition: [] for condition in Condition}
     for at, (run, evaluation) in enumerate(judged):
         lift = (at - (len(judged) - 1) / 2) * 0.7 / len(judged)
         for model in evaluation.models:
-            mark = _weight(model.name, at)
+            mark = _model_mark(model.name, at)
             cells: list[object] = [run, model.name]
-            for condition in MISSING_COLUMN:
+            for condition in Condition:
                 score = model.conditions[condition].overall
                 dots[condition].append(_dot(names.index(model.name), score, mark, lift))
-                cells += [*_cells(score)]
+                cells += [*_accuracy_cells(score)]
             rows.append([*cells, round(TO_PERCENT * model.average, 2)])
     ends = [end for found in dots.values() for dot in found for end in (dot.low, dot.high)]
     span = (max(-0.02, min(ends) - 0.05), min(1.08, max(ends) + 0.1))  # of all three, to compare
     several = len(judged) > 1
     height = 0.75 + ROW_HEIGHT * len(names) * (1 + 0.55 * (len(judged) - 1)) + 0.2 * several * len(judged)
 
-    def panel(condition: str) -> Callable[[Axes], None]:
+    def panel(condition: Condition) -> Callable[[Axes], None]:
         def draw(ax: Axes) -> None:
             draw_dots(ax, names, dots[condition])
             ax.set_xlim(*span)
-            ax.set_title(CONDITION_TITLES[condition])
+            ax.set_title(condition.heading)
             ax.set_xlabel("accuracy, %")
             for dot in dots[condition]:
                 if names[dot.row] == MAJORITY and not several:
                     ax.axvline(dot.share, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
             if several:
-                key(ax, [(run, _weight(OURS, at)) for at, (run, _) in enumerate(judged)])
+                add_legend(ax, [(run, _model_mark(OURS, at)) for at, (run, _) in enumerate(judged)])
 
         return draw
 
-    shared = "; ".join(f"{short(run)}: {shared_of(one)}" for run, one in judged)
+    shared = "; ".join(f"{shorten(run)}: {evaluation_scope(one)}" for run, one in judged)
     best = max(
         (model for _, one in judged for model in one.models[1:]), key=lambda m: m.average, default=None
     )
-    beside = f"; the best baseline, {short(best.name)}, {_three(best)}" if best else ""
-    return Drawing(
+    beside = f"; the best baseline, {shorten(best.name)}, {_three(best)}" if best else ""
+    return Figure(
         name="accuracy",
         title="Accuracy by condition",
         caption="Accuracy under each condition, ours beside what it must beat. Bars are 95 % Wilson "
         f"intervals, which hold for questions drawn by themselves, not for seeds. {shared}.",
         alt="Accuracy in % with sound alone, picture alone, both: "
-        + "; ".join(f"{short(run)} {OURS} {_three(one.ours)}" for run, one in judged)
+        + "; ".join(f"{shorten(run)} {OURS} {_three(one.ours)}" for run, one in judged)
         + beside
         + ".",
-        panels=[Panel(draw=panel(condition), height=height) for condition in MISSING_COLUMN],
-        columns=["run", "model", *_score_columns([*MISSING_COLUMN]), "mean of the three, %"],
+        panels=[Panel(draw=panel(condition), height=height) for condition in Condition],
+        columns=["run", "model", *_score_columns([*Condition]), "mean of the three, %"],
         rows=rows,
     )
 
 
-def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
+def accuracy_by_type_figure(run: RunFacts, number: int) -> Figure | None:
     """Accuracy by question type of one run, ours beside the best baseline and the majority."""
     evaluation = run.evaluation
     if evaluation is None:
@@ -105,12 +99,12 @@ def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
     shown += [(model, mark_of(1, filled=False)) for model in rivals]
     shown += [(model, Mark(colour=STONE, marker="|")) for model in majority]
     counts = {name: score.n for name, score in evaluation.ours.conditions["AV"].types.items()}
-    most = sorted(counts, key=lambda name: -counts[name])[:MOST_TYPES]
+    most = sorted(counts, key=lambda name: -counts[name])[:MAX_TYPES]
     names = sorted(most)
     lifts = (-0.16, 0.16, 0.0)
-    labels = [f"{short(name, 26)} ({counts[name]})" for name in names]
+    labels = [f"{shorten(name, 26)} ({counts[name]})" for name in names]
 
-    def panel(condition: str) -> Callable[[Axes], None]:
+    def panel(condition: Condition) -> Callable[[Axes], None]:
         def draw(ax: Axes) -> None:
             dots = []
             for (model, mark), lift in zip(shown, lifts, strict=False):
@@ -119,9 +113,9 @@ def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
                         bare = mark.marker == "|"
                         dots.append(_dot(row, score, mark, lift, bare=bare))
             draw_dots(ax, labels, dots, told=False)
-            ax.set_title(CONDITION_TITLES[condition])
+            ax.set_title(condition.heading)
             ax.set_xlabel("accuracy, %")
-            key(ax, [(model.name, mark) for model, mark in shown])
+            add_legend(ax, [(model.name, mark) for model, mark in shown])
 
         return draw
 
@@ -129,9 +123,9 @@ def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
     for model in evaluation.models:
         for name in sorted(counts):
             cells: list[object] = [model.name, name]
-            for condition in MISSING_COLUMN:
+            for condition in Condition:
                 score = model.conditions[condition].types.get(name)
-                cells += [None, None, None, None] if score is None else [*_cells(score)]
+                cells += [None, None, None, None] if score is None else [*_accuracy_cells(score)]
             rows.append(cells)
     left = (
         f" The {len(names)} types with the most questions of {len(counts)}."
@@ -139,42 +133,41 @@ def accuracy_by_type(run: RunFacts, number: int) -> Drawing | None:
         else ""
     )
     spread = [evaluation.ours.conditions["AV"].types[name] for name in names]
-    low, high = min(spread, key=lambda s: s.accuracy), max(spread, key=lambda s: s.accuracy)
-    beside = ", ".join(short(model.name) for model, _ in shown[1:])
-    return Drawing(
+    low, high = min(spread, key=lambda s: s.accuracy), max(spread, add_legend=lambda s: s.accuracy)
+    beside = ", ".join(shorten(model.name) for model, _ in shown[1:])
+    return Figure(
         name="accuracy-by-type" + (f"-{number}" if number else ""),
-        title="Accuracy by question type" + (f", {short(run.name)}" if number else ""),
-        caption=f"{OURS} of {short(run.name)} beside {beside or 'nothing'}, by question type (in brackets "
+        title="Accuracy by question type" + (f", {shorten(run.name)}" if number else ""),
+        caption=f"{OURS} of {shorten(run.name)} beside {beside or 'nothing'}, by question type (in brackets "
         f"how many questions). Bars are 95 % Wilson intervals; the tick is the majority's.{left} "
-        f"{shared_of(evaluation)}.",
+        f"{evaluation_scope(evaluation)}.",
         alt=f"With both modalities {OURS} ranges over {len(names)} question types from "
         f"{_percent(low.accuracy)} to {_percent(high.accuracy)} %.",
         panels=[
-            Panel(draw=panel(condition), width=3.9, height=1.3 + 0.24 * len(names))
-            for condition in MISSING_COLUMN
+            Panel(draw=panel(condition), width=3.9, height=1.3 + 0.24 * len(names)) for condition in Condition
         ],
-        columns=["model", "type", *_score_columns([*MISSING_COLUMN])],
+        columns=["model", "type", *_score_columns([*Condition])],
         rows=rows,
     )
 
 
-def missing_rates(runs: Sequence[RunFacts]) -> Drawing | None:
+def missing_rates_figure(runs: Sequence[RunFacts]) -> Figure | None:
     """Fig. 5: accuracy over the share of questions that lack a modality; 0 and 100 % are AV and A or V."""
     judged = [(run.name, run.evaluation) for run in runs if run.evaluation and run.evaluation.ours.rates]
     if not judged:
         return None
     names = list(dict.fromkeys(model.name for _, one in judged for model in one.models))
     curves = {
-        (modality, run, model.name): _over_rates(model, modality)
-        for modality in LOST
+        (modality, run, model.name): _rate_curve(model, modality)
+        for modality in Modality
         for run, one in judged
         for model in one.models
     }
 
-    def panel(modality: str) -> Callable[[Axes], None]:
+    def panel(modality: Modality) -> Callable[[Axes], None]:
         def draw(ax: Axes) -> None:
             mine = {at: curve for at, curve in curves.items() if at[0] == modality}
-            percent(
+            percent_axis(
                 ax, [end for curve in mine.values() for _, score in curve for end in (score.low, score.high)]
             )
             lines = [
@@ -182,7 +175,7 @@ def missing_rates(runs: Sequence[RunFacts]) -> Drawing | None:
                     name=name,
                     xs=[share for share, _ in curve],
                     ys=[score.accuracy for _, score in curve],
-                    mark=_weight(name, names.index(name)),
+                    mark=_model_mark(name, names.index(name)),
                     low=[score.low for _, score in curve] if name == OURS else (),
                     high=[score.high for _, score in curve] if name == OURS else (),
                     faint=run != judged[0][0],
@@ -190,8 +183,8 @@ def missing_rates(runs: Sequence[RunFacts]) -> Drawing | None:
                 for (_, run, name), curve in mine.items()
             ]
             draw_lines(ax, lines)
-            ax.set_title(f"{LOST[modality][0].capitalize()} missing")
-            ax.set_xlabel(f"questions without {LOST[modality][0]}, %")
+            ax.set_title(f"{MODALITY_NAMES[modality].capitalize()} missing")
+            ax.set_xlabel(f"questions without {MODALITY_NAMES[modality]}, %")
             ax.set_ylabel("accuracy, %")
             ax.set_xticks(sorted({share for curve in mine.values() for share, _ in curve}))
             ax.xaxis.set_major_formatter(lambda value, _: f"{TO_PERCENT * value:.0f}")
@@ -199,50 +192,49 @@ def missing_rates(runs: Sequence[RunFacts]) -> Drawing | None:
         return draw
 
     rows = [
-        [run, name, LOST[modality][0], round(TO_PERCENT * share), *_cells(score)]
+        [run, name, MODALITY_NAMES[modality], round(TO_PERCENT * share), *_accuracy_cells(score)]
         for (modality, run, name), curve in curves.items()
         for share, score in curve
     ]
     run, first = judged[0]
     ends = []
-    for modality, (word, _) in LOST.items():
+    for modality in Modality:
         curve = curves[modality, run, OURS]
-        ends.append(
-            f"without {word} from {_percent(curve[0][1].accuracy)} to {_percent(curve[-1][1].accuracy)} %"
-        )
-    return Drawing(
+        start, end = (_percent(score.accuracy) for _, score in (curve[0], curve[-1]))
+        ends.append(f"without {MODALITY_NAMES[modality]} from {start} to {end} %")
+    return Figure(
         name="missing-rates",
         title="Missing rates (Fig. 5)",
         caption="Accuracy where each question loses the modality with a probability, the same questions "
         "for every model; 0 % is condition AV, 100 % V or A. Bars: 95 % Wilson intervals, of ours alone, "
-        f"so that they can be told apart; the table has all. {short(run)}: {shared_of(first)}.",
-        alt=f"From no question to every question lacking it, {OURS} of {short(run)} goes "
+        f"so that they can be told apart; the table has all. {shorten(run)}: {evaluation_scope(first)}.",
+        alt=f"From no question to every question lacking it, {OURS} of {shorten(run)} goes "
         + " and ".join(ends)
         + ".",
-        panels=[Panel(draw=panel(modality), width=4.4, height=3.0) for modality in LOST],
+        panels=[Panel(draw=panel(modality), width=4.4, height=3.0) for modality in Modality],
         columns=["run", "model", "missing", "share missing, %", *_score_columns(("",))],
         rows=rows,
     )
 
 
-def _over_rates(model: Model, modality: str) -> list[tuple[float, Judged]]:
+def _rate_curve(model: ModelScores, modality: Modality) -> list[tuple[float, Accuracy]]:
     """(share missing, accuracy), ascending, with the conditions at the ends."""
-    everywhere = model.conditions[LOST[modality][1]].overall
+    everywhere = model.conditions[Condition.without(modality)].overall
     curve = {0.0: model.conditions["AV"].overall, **model.rates.get(modality, {}), 1.0: everywhere}
     return sorted(curve.items())
 
 
-def _weight(name: str, at: int) -> Mark:
+def _model_mark(name: str, at: int) -> Mark:
     """Ours filled, what it must beat hollow, in one size; the majority as a tick of its own."""
     return mark_of(at, filled=name == OURS)
 
 
-def _dot(row: int, score: Judged, mark: Mark, lift: float, bare: bool = False) -> Dot:
+def _dot(row: int, score: Accuracy, mark: Mark, lift: float, bare: bool = False) -> Dot:
     low, high = (score.accuracy, score.accuracy) if bare else (score.low, score.high)
-    return Dot(row=row, share=score.accuracy, low=low, high=high, mark=mark, lift=lift)
+    return Dot(row=row, share=score.accuracy, low=low, high=high, mark=mark, offset=lift)
 
 
-def _cells(score: Judged) -> tuple[object, ...]:
+def _accuracy_cells(score: Accuracy) -> tuple[object, ...]:
     ends = (score.accuracy, score.low, score.high)
     return (*(round(TO_PERCENT * end, 2) for end in ends), score.n)
 
@@ -252,8 +244,8 @@ def _score_columns(conditions: Sequence[str]) -> list[str]:
     return [f"{condition}: {part}" if condition else part for condition in conditions for part in parts]
 
 
-def _three(model: Model) -> str:
-    return ", ".join(f"{_percent(model.conditions[c].overall.accuracy)}" for c in MISSING_COLUMN)
+def _three(model: ModelScores) -> str:
+    return ", ".join(f"{_percent(model.conditions[c].overall.accuracy)}" for c in Condition)
 
 
 def _percent(share: float) -> str:

@@ -8,9 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
 from r2scp.jobs.report.facts.agreement import Agreements
-from r2scp.jobs.report.facts.precision import Purity
-from r2scp.jobs.report.facts.probe import FEWEST, NEAREST, OFF, SEED, WITH, WITHOUT, Probe
-from r2scp.jobs.report.figures.marks import Line, Mark, draw_lines, mark_of, percent
+from r2scp.jobs.report.facts.precision import RetrievalPrecision
+from r2scp.jobs.report.facts.probe import (
+    MIN_VECTORS,
+    NEAREST_VECTORS,
+    RECOVERY_OFF,
+    SEED,
+    TRAINED_WITHOUT,
+    WITH_RECOVERY,
+    Probe,
+)
+from r2scp.jobs.report.figures.marks import Line, Mark, draw_lines, mark_of, percent_axis
 from r2scp.jobs.report.figures.style import (
     BLUE,
     COLOURS,
@@ -18,27 +26,27 @@ from r2scp.jobs.report.figures.style import (
     ORANGE,
     PAPER,
     STONE,
-    Drawing,
+    Figure,
     Panel,
-    short,
+    shorten,
 )
-from r2scp.store.schema import MODALITY_NAMES
+from r2scp.store.schema import MODALITY_NAMES, Condition
 
 NAMED = 6  # answers with a colour and a name; the others are grey
 BINS = 40
-LOST = {"A": "picture missing", "V": "sound missing"}
+ABLATED = {c: f"{MODALITY_NAMES[c.missing]} missing" for c in Condition if c.missing}
 
 
-def joint_vectors(probe: Probe) -> Drawing | None:
+def joint_vectors_figure(probe: Probe) -> Figure | None:
     """Fig. 7: t-SNE of joint vectors by answer, with and without recovery."""
-    if len(probe.answers) < FEWEST or (WITH, "A") not in probe.seen:
+    if len(probe.answers) < MIN_VECTORS or (WITH_RECOVERY, "A") not in probe.outputs:
         return None
-    others = [name for name in (WITHOUT, OFF) if (name, "A") in probe.seen][:1]
-    shown = [(name, condition) for condition in LOST for name in (WITH, *others)]
+    others = [name for name in (TRAINED_WITHOUT, RECOVERY_OFF) if (name, "A") in probe.outputs][:1]
+    shown = [(name, condition) for condition in ABLATED for name in (WITH_RECOVERY, *others)]
     common = [answer for answer, _ in Counter(probe.answers).most_common(NAMED)]
-    places = {at: probe.placed(*at) for at in shown}
+    places = {at: probe.tsne(*at) for at in shown}
     answers = np.asarray(probe.answers)
-    rows = probe.numbers()
+    rows = probe.metrics()
     told = {(row[0], row[1]): row for row in rows}
 
     def panel(at: tuple[str, str]) -> Callable[[Axes], None]:
@@ -54,7 +62,7 @@ def joint_vectors(probe: Probe) -> Drawing | None:
             for order, answer in enumerate(common):
                 x, y = _thickest(place[answers == answer])
                 text = ax.annotate(
-                    short(answer, 18),
+                    shorten(answer, 18),
                     (x, y),
                     fontsize=8.5,
                     color=COLOURS[order],
@@ -66,18 +74,20 @@ def joint_vectors(probe: Probe) -> Drawing | None:
             ax.set_xticks([])
             ax.set_yticks([])
             ax.grid(visible=False)
-            ax.set_title(f"{LOST[at[1]].capitalize()}: {short(at[0], 44)}", fontsize=9)
-            ax.set_xlabel(f"{NEAREST} nearest agree: {told[at][3]:.1f} % (chance {told[at][6]:.1f} %)")
+            ax.set_title(f"{ABLATED[at[1]].capitalize()}: {shorten(at[0], 44)}", fontsize=9)
+            ax.set_xlabel(
+                f"{NEAREST_VECTORS} nearest agree: {told[at][3]:.1f} % (chance {told[at][6]:.1f} %)"
+            )
 
         return draw
 
-    ours = {condition: told[WITH, condition] for condition in LOST}
+    ours = {condition: told[WITH_RECOVERY, condition] for condition in ABLATED}
     beside = "; ".join(
-        f"{LOST[c]}: {ours[c][3]:.1f} % with recovery"
-        + "".join(f", {told[name, c][3]:.1f} % {short(name, 44)}" for name in others)
-        for c in LOST
+        f"{ABLATED[c]}: {ours[c][3]:.1f} % with recovery"
+        + "".join(f", {told[name, c][3]:.1f} % {shorten(name, 44)}" for name in others)
+        for c in ABLATED
     )
-    return Drawing(
+    return Figure(
         name="joint-vectors",
         title="Joint vectors by answer (Fig. 7)",
         caption=f"t-SNE (perplexity {probe.perplexity:.0f}, cosine, seed {SEED}) of what the joint head "
@@ -85,16 +95,16 @@ def joint_vectors(probe: Probe) -> Drawing | None:
         "most frequent answers have a colour and a mark, all others are grey. t-SNE keeps neighbours, not "
         "distances: sizes of clusters, gaps between them and places on the page mean nothing, each panel "
         "is a fit of its own, and a question's wording alone can make clusters. The numbers do not depend "
-        f"on it: of the {NEAREST} nearest vectors in the full space by cosine, the share with the same "
+        f"on it: of the {NEAREST_VECTORS} nearest vectors in the full space by cosine, the share with the same "
         "answer; chance is two questions of one type.",
-        alt=f"Share of the {NEAREST} nearest joint vectors with the same answer. {beside}.",
+        alt=f"Share of the {NEAREST_VECTORS} nearest joint vectors with the same answer. {beside}.",
         panels=[Panel(draw=panel(at), width=4.6, height=3.7) for at in shown],
         columns=[
             *(
                 "model",
                 "condition",
                 "accuracy on the sample, %",
-                f"{NEAREST} nearest with the same answer, %",
+                f"{NEAREST_VECTORS} nearest with the same answer, %",
                 "from, %",
             ),
             *("to, %", "chance, %", "silhouette by answer (cosine)"),
@@ -112,7 +122,7 @@ def _thickest(place_Q2: np.ndarray) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def purity_by_rank(purity: Purity) -> Drawing | None:
+def agreement_figure(purity: RetrievalPrecision) -> Figure | None:
     """Share of neighbours that agree, by rank, nearest and farthest, beside chance."""
     told = {at: one for at, one in purity.agreements.items() if one.share().pairs}
     if not told:
@@ -140,7 +150,7 @@ def purity_by_rank(purity: Purity) -> Drawing | None:
             mine = {side: one for (k, m, side), one in told.items() if (k, m) == (kind, missing)}
             lines = [_ranked(one, side, at) for at, (side, one) in enumerate(mine.items())]
             lines.append(_chance(mine))
-            percent(ax, [y for line in lines for y in (*line.ys, *line.low, *line.high)])
+            percent_axis(ax, [y for line in lines for y in (*line.ys, *line.low, *line.high)])
             ax.axvspan(0.5, purity.n + 0.5, color=STONE, alpha=0.12, linewidth=0)
             draw_lines(ax, lines)
             ax.set_xlim(0.4, purity.depth + 0.6)
@@ -157,7 +167,7 @@ def purity_by_rank(purity: Purity) -> Drawing | None:
         for (kind, missing, side), one in told.items()
         if side == "nearest" and (share := one.share(slice(purity.n))).pairs
     ]
-    return Drawing(
+    return Figure(
         name="purity",
         title="Retrieval purity by rank",
         caption=f"Queries: the {purity.clips} clips of the validation questions, {purity.retrieval} "
@@ -209,7 +219,7 @@ def _chance(sides: Mapping[str, Agreements]) -> Line:
     )
 
 
-def scores(purity: Purity) -> Drawing | None:
+def scores_figure(purity: RetrievalPrecision) -> Figure | None:
     """Cosines of the nearest and the farthest that were kept."""
     found = {missing: sides for missing, sides in purity.scores.items() if all(len(s) for s in sides)}
     if not found:
@@ -231,7 +241,7 @@ def scores(purity: Purity) -> Drawing | None:
         f"{MODALITY_NAMES[m]} missing: nearest {np.median(a):.2f}, farthest {np.median(b):.2f}"
         for m, (a, b) in found.items()
     )
-    return Drawing(
+    return Figure(
         name="scores",
         title="Scores of neighbours",
         caption=f"Cosine between a clip's key and the keys compared with it, of the {purity.depth} nearest "
@@ -255,7 +265,7 @@ def _by_side(
     ]
 
 
-def dissonance(probe: Probe, k: int) -> Drawing | None:
+def dissonance_figure(probe: Probe, k: int) -> Figure | None:
     """δ of eq. 3 of recovered tokens, with those that were purged."""
     found = {
         m: (values[~purged], values[purged])
@@ -287,7 +297,7 @@ def dissonance(probe: Probe, k: int) -> Drawing | None:
         )
         for m, (a, b) in found.items()
     )
-    return Drawing(
+    return Figure(
         name="dissonance",
         title="Dissonance of recovered tokens",
         caption="δ = 1 − cos(H_miss·W_proj, g_u) of eq. 3, in [0, 2], of all tokens recovered for "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from r2scp.jobs.report.figures.style import COLOURS, DASHES, INK, MARKERS, PAPER, QUIET, short
+from r2scp.jobs.report.figures.style import COLOURS, DASHES, INK, MARKERS, PAPER, QUIET, shorten
 
 LINE_GAP = 0.15  # inches between names
 ROW_HEIGHT = 0.27  # inches, of a row with a name at its left
@@ -70,20 +70,20 @@ def draw_lines(ax: Axes, lines: Sequence[Line], points: bool = True) -> None:
             ax.errorbar(
                 line.xs, line.ys, yerr=[below, above], fmt="none", ecolor=mark.colour, elinewidth=1, capsize=2
             )
-        if line.ring is not None:
+        if line.highlight is not None:
             ax.plot(
-                line.xs[line.ring],
-                line.ys[line.ring],
+                line.xs[line.highlight],
+                line.ys[line.highlight],
                 marker="o",
                 markersize=10,
                 markerfacecolor="none",
                 markeredgecolor=mark.colour,
                 linestyle="",
             )
-    name_ends(ax, [line for line in lines if len(line.xs) and not line.faint])
+    label_line_ends(ax, [line for line in lines if len(line.xs) and not line.faint])
 
 
-def name_ends(ax: Axes, lines: Sequence[Line]) -> None:
+def label_line_ends(ax: Axes, lines: Sequence[Line]) -> None:
     """Names right of the axes, as near to the ends of their lines as they can be without overlapping."""
     if not lines:
         return
@@ -98,7 +98,7 @@ def name_ends(ax: Axes, lines: Sequence[Line]) -> None:
         placed = [(max(at - over, 0.0 + gap * order), line) for order, (at, line) in enumerate(placed)]
     for at, line in placed:
         ax.annotate(
-            short(line.name),
+            shorten(line.name),
             xy=(1.0, (line.ys[-1] - low) / ((high - low) or 1)),
             xytext=(1.03, at),
             xycoords="axes fraction",
@@ -110,12 +110,12 @@ def name_ends(ax: Axes, lines: Sequence[Line]) -> None:
         )
 
 
-def whole_numbers(ax: Axes) -> None:
+def integer_axis(ax: Axes) -> None:
     """Epochs, ranks and the like on the x axis."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
 
 
-def percent(ax: Axes, values: Sequence[float], floor: float | None = None) -> None:
+def percent_axis(ax: Axes, values: Sequence[float], floor: float | None = None) -> None:
     """A y axis of shares in [0, 1], told in %, around `values`; never cut so that differences look big."""
     low = min(values) if floor is None else floor
     high = max(values)
@@ -140,7 +140,7 @@ class Dot:
 def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], told: bool = True) -> None:
     """Rows with a name at the left; the first at the top. `told`: the share in % beside each dot."""
     for dot in dots:
-        y = dot.row + dot.lift
+        y = dot.row + dot.offset
         ax.plot([dot.low, dot.high], [y, y], color=dot.mark.colour, linewidth=1.3)
         ax.plot(
             dot.share,
@@ -161,7 +161,7 @@ def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], told: bool = 
                 va="center",
                 annotation_clip=False,
             )
-    ax.set_yticks(range(len(names)), [short(name) for name in names])
+    ax.set_yticks(range(len(names)), [shorten(name) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
@@ -172,7 +172,7 @@ def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], told: bool = 
     ax.xaxis.set_major_formatter(_whole_percent)
 
 
-def key(ax: Axes, entries: Sequence[tuple[str, Mark]], columns: int = 1) -> None:
+def add_legend(ax: Axes, entries: Sequence[tuple[str, Mark]], columns: int = 1) -> None:
     """A legend below the axes, where names at the marks would not fit."""
     for name, mark in entries:
         ax.plot(
@@ -182,16 +182,16 @@ def key(ax: Axes, entries: Sequence[tuple[str, Mark]], columns: int = 1) -> None
             color=mark.colour,
             markerfacecolor=mark.face,
             linestyle="",
-            label=short(name, 44),
+            label=shorten(name, 44),
         )
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=columns, borderaxespad=0, handletextpad=0.4)
 
 
-def reference(ax: Axes, level: float, name: str) -> None:
+def reference_line(ax: Axes, level: float, name: str) -> None:
     """A level to compare with: chance, or even shares."""
     ax.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     ax.annotate(
-        short(name, 40),
+        shorten(name, 40),
         xy=(0.99, level),
         xycoords=("axes fraction", "data"),
         xytext=(0, -2),

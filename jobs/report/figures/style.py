@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as MplFigure
 from matplotlib.font_manager import fontManager
 
 from r2scp.jobs.console import printable
@@ -46,8 +46,8 @@ VARIABLES = {INK: "--ink", QUIET: "--quiet", RULE: "--rule", PAPER: "--page"} | 
 }
 DPI = 200  # of the PNG copies
 PX_PER_INCH = 96  # CSS
-GROWS = 1.2  # a panel of a page, at most, where there is room
-LABEL = 30  # characters of a name in a figure; the table beside it has all of it
+MAX_GROWTH = 1.2  # a panel of a page, at most, where there is room
+LABEL_LENGTH = 30  # characters of a name in a figure; the table beside it has all of it
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": QUIET,
@@ -98,7 +98,7 @@ class Panel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class Figure:
     """A figure, what it says, and the numbers it is drawn from. `name`: of its files; ours, not outside's."""
 
     name: str
@@ -111,24 +111,24 @@ class Drawing:
     per_row: int = 3  # panels beside each other, in files
 
 
-def short(text: str, most: int = LABEL) -> str:
+def shorten(text: str, most: int = LABEL_LENGTH) -> str:
     """A name from outside, fit for a figure."""
     text = printable(" ".join(text.split()) or "(none)")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def page_markup(drawing: Drawing) -> Markup:
+def figure_markup(drawing: Figure) -> Markup:
     """The panels for a page: colours are its variables, text has its font."""
     parts = []
     for at, panel in enumerate(drawing.panels):
         svg = inline_svg(_with_page_font(_svg([panel], 1)), f"{drawing.name}-{at}", VARIABLES)
-        width, most = panel.width * PX_PER_INCH, panel.width * PX_PER_INCH * GROWS
+        width, most = panel.width * PX_PER_INCH, panel.width * PX_PER_INCH * MAX_GROWTH
         style = f"flex: 1 1 {width:.0f}px; max-width: {most:.0f}px"
         parts.append(Markup('<div class="panel" style="{}">{}</div>').format(style, svg))
     return Markup('<div class="panels">{}</div>').format(Markup("").join(parts))
 
 
-def write_copies(drawing: Drawing, folder: Path) -> list[Path]:
+def write_images(drawing: Figure, folder: Path) -> list[Path]:
     """`NAME.png` (200 dpi) and `NAME.svg`, on white. Raises `R2SCPError` where they cannot be written."""
     png, svg = folder / f"{drawing.name}.png", folder / f"{drawing.name}.svg"
     out = io.BytesIO()
@@ -151,13 +151,13 @@ def _styled() -> Iterator[None]:
         yield
 
 
-def _figure(panels: Sequence[Panel], per_row: int, paper: str) -> Figure:
+def _figure(panels: Sequence[Panel], per_row: int, paper: str) -> MplFigure:
     columns = min(per_row, len(panels))
     rows = -(-len(panels) // columns)
     lines = [panels[at * columns : (at + 1) * columns] for at in range(rows)]
     widths = [max(line[at].width for line in lines if at < len(line)) for at in range(columns)]
     heights = [max(panel.height for panel in line) for line in lines]
-    figure = Figure(figsize=(sum(widths), sum(heights)), layout="constrained", facecolor=paper)
+    figure = MplFigure(figsize=(sum(widths), sum(heights)), layout="constrained", facecolor=paper)
     grid = figure.add_gridspec(rows, columns, width_ratios=widths, height_ratios=heights)
     for at, panel in enumerate(panels):
         panel.draw(figure.add_subplot(grid[at // columns, at % columns]))

@@ -6,18 +6,23 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from r2scp.jobs.report.facts.run_folder import Epoch, RunFacts
-from r2scp.jobs.report.figures.evaluation import CONDITION_TITLES
-from r2scp.jobs.report.figures.marks import Line, Mark, draw_lines, mark_of, percent, reference, whole_numbers
-from r2scp.jobs.report.figures.style import Drawing, Panel, short
+from r2scp.jobs.report.figures.marks import (
+    Line,
+    Mark,
+    draw_lines,
+    integer_axis,
+    mark_of,
+    percent_axis,
+    reference_line,
+)
+from r2scp.jobs.report.figures.style import Figure, Panel, shorten
 from r2scp.jobs.training.evaluation_table import OURS
 from r2scp.jobs.training.study.run import MEASURES
 from r2scp.model.batch import SOURCES
 from r2scp.model.config import Stage
-from r2scp.pipelines.batches.dataset import MISSING_COLUMN
-from r2scp.store.schema import MODALITY_NAMES
+from r2scp.store.schema import MODALITY_NAMES, Condition
 
 SOURCE_NAMES: dict[str, str] = {**MODALITY_NAMES, "text": "question"}
-GONE = {"A": "visual", "V": "audio", "AV": ""}  # the source that a condition lacks
 TO_PERCENT = 100
 LOSSES = ("loss", "loss/real", "loss/lacking", "loss/rank_positive", "loss/rank_negative")
 LOSS_NAMES = {
@@ -26,13 +31,13 @@ LOSS_NAMES = {
     "loss/rank_positive": "rank⁺",
     "loss/rank_negative": "rank⁻",
 }
-VALIDATED = (*MISSING_COLUMN, "mean")
-VARIED = {"n": "neighbours n", "k": "tokens purged, k"}  # studies along a number, Fig. 4
+VALIDATED = (*Condition, "mean")
+NUMERIC_STUDIES = {"n": "neighbours n", "k": "tokens purged, k"}  # studies along a number, Fig. 4
 
 Value = Callable[[Epoch], float | None]
 
 
-def training(runs: Sequence[RunFacts]) -> Drawing | None:
+def training_figure(runs: Sequence[RunFacts]) -> Figure | None:
     """Losses and validation accuracy by epoch of both stages, ours and the baselines."""
     if not any(curves.epochs for run in runs for curves in run.curves.values()):
         return None
@@ -48,7 +53,7 @@ def training(runs: Sequence[RunFacts]) -> Drawing | None:
         _own_panel(
             runs, (f"{OURS}: parts of its loss", "nats"), {LOSS_NAMES[p]: _part(p) for p in LOSS_NAMES}
         ),
-        _own_panel(runs, (f"{OURS}: validation", "accuracy, %"), {c: _validated(c) for c in MISSING_COLUMN}),
+        _own_panel(runs, (f"{OURS}: validation", "accuracy, %"), {c: _validated(c) for c in Condition}),
     ]
     rows = [
         [run.name, name, epoch.stage, epoch.epoch, *(epoch.train.get(part) for part in LOSSES)]
@@ -58,12 +63,12 @@ def training(runs: Sequence[RunFacts]) -> Drawing | None:
         for epoch in curves.epochs
     ]
     ends = [
-        f"{short(run.name)}: best mean {TO_PERCENT * max(_mean(e) or 0 for e in epochs):.1f} % in epoch "
+        f"{shorten(run.name)}: best mean {TO_PERCENT * max(_mean(e) or 0 for e in epochs):.1f} % in epoch "
         f"{max(epochs, key=lambda e: _mean(e) or 0).epoch} of {len(epochs)}"
         for run in runs
         if OURS in run.curves and (epochs := run.curves[OURS].of(two))
     ]
-    return Drawing(
+    return Figure(
         name="training",
         title="Training",
         caption="Means over each epoch's batches, and accuracy on the validation split after it, nothing "
@@ -78,13 +83,13 @@ def training(runs: Sequence[RunFacts]) -> Drawing | None:
     )
 
 
-def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
+def expert_loads_figure(runs: Sequence[RunFacts]) -> Figure | None:
     """Fig. 6: whom the router listens to over stage II."""
     epochs = {run.name: run.curves[OURS].of(Stage.MIXING) for run in runs if OURS in run.curves}
     rows: list[list[object]] = []
     for name, found in epochs.items():
         for epoch in found:
-            weights = [epoch.train.get(f"router/{c}/{s}") for c in MISSING_COLUMN for s in SOURCES]
+            weights = [epoch.train.get(f"router/{c}/{s}") for c in Condition for s in SOURCES]
             if any(weight is not None for weight in weights):
                 rows.append([name, epoch.epoch, *weights])
     if not rows:
@@ -92,17 +97,17 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
     for run in runs:
         if run.evaluation:
             told = run.evaluation.ours.conditions
-            weights = [told[c].router.get(s) for c in MISSING_COLUMN for s in SOURCES]
+            weights = [told[c].router.get(s) for c in Condition for s in SOURCES]
             rows.append([run.name, f"{run.evaluation.split} split, best checkpoint", *weights])
 
-    def panel(condition: str) -> Callable[[Axes], None]:
+    def panel(condition: Condition) -> Callable[[Axes], None]:
         def draw(ax: Axes) -> None:
             lines, most = [], 0.0
             for at, found in enumerate(epochs.values()):
                 for column, source in enumerate(SOURCES):
                     word = f"router/{condition}/{source}"
                     told = [(epoch.epoch, epoch.train[word]) for epoch in found if word in epoch.train]
-                    recovered = " (recovered)" if GONE[condition] == source else ""
+                    recovered = " (recovered)" if source == condition.missing else ""
                     name = SOURCE_NAMES[source] + recovered
                     mark = mark_of(column, filled=not recovered)
                     lines.append(
@@ -116,10 +121,10 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
                     )
                     most = max([most, *(y for _, y in told)])
             ax.set_ylim(0, max(0.6, 1.15 * most))
-            reference(ax, 1 / len(SOURCES), "even")
+            reference_line(ax, 1 / len(SOURCES), "even")
             draw_lines(ax, lines)
-            whole_numbers(ax)
-            ax.set_title(CONDITION_TITLES[condition])
+            integer_axis(ax)
+            ax.set_title(condition.heading)
             ax.set_xlabel("epoch of stage II")
             ax.set_ylabel("router weight, mean")
 
@@ -133,23 +138,23 @@ def expert_loads(runs: Sequence[RunFacts]) -> Drawing | None:
             f"{SOURCE_NAMES[s]} {last.train.get(f'router/{condition}/{s}', float('nan')):.2f}"
             for s in SOURCES
         )
-        for condition in MISSING_COLUMN
+        for condition in Condition
     ]
-    return Drawing(
+    return Figure(
         name="expert-loads",
         title="Expert loads over training (Fig. 6)",
         caption="Router weights α of eq. 11, means over each epoch's training questions, by what was "
         "missing; hollow marks: the source that was recovered. The paper draws them on its test set: the "
         "table's last lines have them there, for the best checkpoint alone."
         + (" Faint: further runs." if len(epochs) > 1 else ""),
-        alt=f"Router weights at the end of {short(first)}. " + "; ".join(ends) + ".",
-        panels=[Panel(draw=panel(condition)) for condition in MISSING_COLUMN],
-        columns=["run", "epoch", *(f"{c}: {SOURCE_NAMES[s]}" for c in MISSING_COLUMN for s in SOURCES)],
+        alt=f"Router weights at the end of {shorten(first)}. " + "; ".join(ends) + ".",
+        panels=[Panel(draw=panel(condition)) for condition in Condition],
+        columns=["run", "epoch", *(f"{c}: {SOURCE_NAMES[s]}" for c in Condition for s in SOURCES)],
         rows=rows,
     )
 
 
-def along(study: Mapping[str, Any]) -> Drawing | None:
+def study_figure(study: Mapping[str, Any]) -> Figure | None:
     """Fig. 4: accuracy over n or k, with each seed's own and the spread over them. Raises `MISSHAPEN`."""
     name, seeds = study["study"], study["seeds"]
     points = sorted(
@@ -167,7 +172,7 @@ def along(study: Mapping[str, Any]) -> Drawing | None:
 
     def draw(ax: Axes) -> None:
         values = [value for _, row in points for measure in MEASURES for value in row[measure]["values"]]
-        percent(ax, values)
+        percent_axis(ax, values)
         lines = []
         for order, measure in enumerate(MEASURES):
             mark = mark_of(order)
@@ -189,16 +194,16 @@ def along(study: Mapping[str, Any]) -> Drawing | None:
             lines.append(Line(name=measure, xs=places, ys=means, mark=mark, low=low, high=high))
         draw_lines(ax, lines)
         ax.set_xticks(range(len(points)), [f"{at}*" if at == chosen else str(at) for at, _ in points])
-        ax.set_xlabel(f"{VARIED[name]} (* as configured)")
+        ax.set_xlabel(f"{NUMERIC_STUDIES[name]} (* as configured)")
         ax.set_ylabel("accuracy, %")
-        ax.set_title(f"Over {VARIED[name]}")
+        ax.set_title(f"Over {NUMERIC_STUDIES[name]}")
 
     at, row = max(points, key=lambda point: point[1]["average"]["mean"])
     mean = TO_PERCENT * row["average"]["mean"]
-    return Drawing(
+    return Figure(
         name=f"study-{name}",
-        title=f"Accuracy over {VARIED[name]} (Fig. 4)",
-        caption=f"{short(study['split'])} split, n = {int(study['n']):,} questions; means over "
+        title=f"Accuracy over {NUMERIC_STUDIES[name]} (Fig. 4)",
+        caption=f"{shorten(study['split'])} split, n = {int(study['n']):,} questions; means over "
         f"{len(seeds)} seeds, bars one standard deviation of the seeds (not an interval), ticks each seed. "
         "Places on the axis are even, not to scale."
         + ("" if study["leak_guard"] else " Made WITHOUT the leak guard."),
@@ -250,19 +255,19 @@ def _own_panel(
     return _over_epochs(lines, titles, "epoch of stage II", shares=titles[1].endswith("%"))
 
 
-def _over_epochs(lines: Sequence[Line], titles: tuple[str, str], along: str, *, shares: bool) -> Panel:
+def _over_epochs(lines: Sequence[Line], titles: tuple[str, str], study_figure: str, *, shares: bool) -> Panel:
     """Lines over epochs; `titles` of the panel and of its axis of values."""
     values = [y for line in lines for y in line.ys]
 
     def draw(ax: Axes) -> None:
         if shares:
-            percent(ax, values)
+            percent_axis(ax, values)
         else:
             ax.set_ylim(0, 1.08 * max(values) or 1)
         draw_lines(ax, lines, points=False)
-        whole_numbers(ax)
+        integer_axis(ax)
         ax.set_title(titles[0])
-        ax.set_xlabel(along)
+        ax.set_xlabel(study_figure)
         ax.set_ylabel(titles[1])
 
     return Panel(draw=draw, width=4.4)

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from r2scp.jobs.console import absolute, default_workers, log
 from r2scp.jobs.ingest.encoders import pick_device
-from r2scp.jobs.training.command import Wanted, plan_of
+from r2scp.jobs.training.command import TrainRequest, plan_training
 from r2scp.jobs.training.study.definitions import study_of
-from r2scp.jobs.training.study.run import StudyMeans, run_study
+from r2scp.jobs.training.study.run import StudyOptions, run_study
 from r2scp.jobs.training.study.table import markdown, tables
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.atomic_file import replace_file
@@ -29,17 +29,17 @@ class Machines:
 
 
 def study_with_progress(
-    store: FeatureStore, name: str, folder: Path, wanted: Wanted, seeds: int, split: str, machines: Machines
+    store: FeatureStore, name: str, folder: Path, wanted: TrainRequest, seeds: int, split: str, machines: Machines
 ) -> dict[str, Any]:
     """`run_study`, told on stderr; the table is printed and kept as `NAME.md` beside `NAME.json`."""
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1; got {seeds}")
     folder = absolute(folder)
-    plan = plan_of(store, folder, wanted)
+    plan = plan_training(store, folder, wanted)
     corpora = tuple(sorted(set(store.clips(["corpus"], version=plan.pins.clips)["corpus"].to_pylist())))
     study = study_of(name, plan.config, corpora)
     device = pick_device(machines.device)
-    means = StudyMeans(
+    means = StudyOptions(
         plan=plan,
         folder=folder,
         seeds=tuple(range(wanted.seed, wanted.seed + seeds)),

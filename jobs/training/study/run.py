@@ -12,28 +12,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from r2scp.jobs.training.checkpoints import find
-from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.checkpoints import read_checkpoint
+from r2scp.jobs.training.data import TrainingData
 from r2scp.jobs.training.evaluate import questions_of
-from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.log import read_metrics
 from r2scp.jobs.training.run import TrainPlan
 from r2scp.jobs.training.study.definitions import Study
-from r2scp.jobs.training.study.trainings import Contents, Job, experts_job, job_of, work
-from r2scp.pipelines.batches.dataset import MISSING_COLUMN
+from r2scp.jobs.training.study.trainings import StoreContents, Job, experts_task, training_task, work
 from r2scp.pipelines.ray_session import Resources, fan_out, ray_session
 from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import Condition
 
 AVERAGE = "average"
-MEASURES = (*MISSING_COLUMN, AVERAGE)
+MEASURES = (*Condition, AVERAGE)
 
 Told = Callable[[str], None]
 Jobs = Mapping[tuple[str, int], Job]  # by variant and seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyMeans:
+class StudyOptions:
     """What a study may use. `plan`: how its trainings read the store; config and folder are set for each."""
 
     plan: TrainPlan
@@ -46,23 +46,23 @@ class StudyMeans:
     told: Told = lambda _: None
 
 
-def run_study(name: str, study: Study, means: StudyMeans) -> dict[str, Any]:
+def run_study(name: str, study: Study, means: StudyOptions) -> dict[str, Any]:
     """Train what is not trained yet, evaluate, and write `NAME.json`; what it holds.
 
     Raises `StoreError` before anything is trained where the store lacks what a variant or the split needs,
     and `R2SCPError` at the end where trainings failed: what the others reached stays.
     """
     store = FeatureStore.open(means.plan.uri, means.plan.fingerprint, means.plan.storage_options)
-    contents = Contents(store=store, pins=means.plan.pins)
+    contents = StoreContents(store=store, pins=means.plan.pins)
     plan = replace(means.plan, folder=means.folder.absolute())
     template = Job(name=name, plan=plan, split=means.split, rates=study.rates, device=means.device)
     jobs, begun = {}, []
     for variant, config in study.variants.items():
         for seed in means.seeds:
             seeded, named = replace(config, seed=seed), f"{variant}, seed {seed}"
-            jobs[variant, seed] = job = job_of(named, template, contents, seeded)
+            jobs[variant, seed] = job = training_task(named, template, contents, seeded)
             if job.plan.experts is not None:
-                begun.append(experts_job(named, template, contents, seeded))
+                begun.append(experts_task(named, template, contents, seeded))
     _require_split(store, template)
     with ExitStack() as stack:
         if not all(job.done for job in [*begun, *jobs.values()]):
@@ -78,11 +78,11 @@ def _require_split(store: FeatureStore, template: Job) -> None:
     """Raises `StoreError` for a split without questions, before hours are spent."""
     config = template.plan.config
     plain = replace(config, model=replace(config.model, cmr=False))  # reads no neighbours
-    opened = Opened.read(store, template.plan.pins, plain, template.plan.answers)
+    opened = TrainingData.read(store, template.plan.pins, plain, template.plan.answers)
     questions_of(opened, template.split)
 
 
-def _run(jobs: Sequence[Job], what: str, means: StudyMeans) -> None:
+def _run(jobs: Sequence[Job], what: str, means: StudyOptions) -> None:
     """Those that are not done yet, each once."""
     due = list({job.plan.folder: job for job in jobs if not job.done}.values())
     failed = []
@@ -97,7 +97,7 @@ def _run(jobs: Sequence[Job], what: str, means: StudyMeans) -> None:
         )
 
 
-def _report(name: str, study: Study, jobs: Jobs, means: StudyMeans) -> dict[str, Any]:
+def _report(name: str, study: Study, jobs: Jobs, means: StudyOptions) -> dict[str, Any]:
     reports = {at: json.loads(job.evaluation.read_bytes()) for at, job in jobs.items()}
     measures = {at: _measures(report) for at, report in reports.items()}
     variants = {}
@@ -108,7 +108,7 @@ def _report(name: str, study: Study, jobs: Jobs, means: StudyMeans) -> dict[str,
             [measures[study.against, seed] for seed in means.seeds],
         )
         row["runs"] = [job.plan.folder.relative_to(means.folder.absolute()).as_posix() for job in mine]
-        row["validation"] = [find(job.plan.folder).metrics["mean"] for job in mine]
+        row["validation"] = [read_checkpoint(job.plan.folder).metrics["mean"] for job in mine]
         if study.loads:
             row["loads"] = [_loads(job) for job in mine]
     return {
@@ -137,7 +137,7 @@ def _row(values: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, fl
 
 
 def _measures(report: Mapping[str, Any]) -> dict[str, float]:
-    accuracies = {name: report["conditions"][name]["accuracy"] for name in MISSING_COLUMN}
+    accuracies = {name: report["conditions"][name]["accuracy"] for name in Condition}
     accuracies[AVERAGE] = report[AVERAGE]
     return accuracies | {name: part["accuracy"] for name, part in report.get("missing_rates", {}).items()}
 
@@ -151,7 +151,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def _loads(job: Job) -> list[dict[str, float]]:
     """The router's mean weights by condition and source, epoch by epoch."""
     found = []
-    for line in lines(job.plan.folder / "metrics.jsonl"):
+    for line in read_metrics(job.plan.folder / "metrics.jsonl"):
         train = line.get("train")
         if line["kind"] == "epoch" and isinstance(train, Mapping):
             weights = {name: value for name, value in train.items() if name.startswith("router/")}

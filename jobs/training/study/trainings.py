@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 import torch
 
-from r2scp.jobs.training.checkpoints import find, find_last
+from r2scp.jobs.training.checkpoints import read_last, read_checkpoint
 from r2scp.jobs.training.config import TrainConfig, experts_of
-from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateOptions, run_evaluate
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.atomic_file import replace_file
@@ -51,7 +51,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether it is trained to the end and, if it is to be, evaluated as it then was."""
-        last = find_last(self.plan.folder)
+        last = read_last(self.plan.folder)
         if last is None or not last.finished:
             return False
         if not self.split:
@@ -59,7 +59,7 @@ class Job:
         if not self.evaluation.exists():
             return False
         said = json.loads(self.evaluation.read_bytes())
-        return said["checkpoint"]["sha256"] == find(self.plan.folder).sha256
+        return said["checkpoint"]["sha256"] == read_checkpoint(self.plan.folder).sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Outcome:
 
 
 @dataclass(kw_only=True)
-class Contents:
+class StoreContents:
     """What a store holds at pinned versions, as far as it decides what a training comes to."""
 
     store: FeatureStore
@@ -101,13 +101,13 @@ class Contents:
         """Names the neighbours that a training reads; "" where it reads none."""
         if not config.model.cmr or config.sees == "question":
             return ""
-        named = config.index.named(config.retrieval)
+        named = config.index.settings_key(config.retrieval)
         if named not in self._indexes:
             self._indexes[named] = self._find(named)
         if not self._indexes[named]:
             raise StoreError(
                 f"the store at {self.store.uri} lacks neighbours; run "
-                f"`r2scp-pipe index {index_words(config.index, config.retrieval)}`"
+                f"`r2scp-pipe index {index_options(config.index, config.retrieval)}`"
             )
         return self._indexes[named]
 
@@ -119,7 +119,7 @@ class Contents:
         return " ".join(sorted(set(rows["index"].to_pylist())))
 
 
-def index_words(settings: IndexSettings, retrieval: Retrieval) -> str:
+def index_options(settings: IndexSettings, retrieval: Retrieval) -> str:
     """The options of `index` that make these neighbours."""
     words = [f"--retrieval {retrieval}", *(f"--bank-corpus {name}" for name in settings.bank.corpora)]
     if settings.bank.splits != ("train",):
@@ -133,19 +133,19 @@ def index_words(settings: IndexSettings, retrieval: Retrieval) -> str:
     return " ".join(words if settings.leak_guard else [*words, "--no-leak-guard"])
 
 
-def job_of(name: str, template: Job, contents: Contents, config: TrainConfig) -> Job:
+def training_task(name: str, template: Job, contents: StoreContents, config: TrainConfig) -> Job:
     """A variant's training below the folder of `template`; one without a stage II is that of its experts."""
     if not config.stage_two.epochs:
-        job = experts_job(name, template, contents, config)
+        job = experts_task(name, template, contents, config)
         return replace(job, split=template.split, rates=template.rates)
-    experts = experts_job(name, template, contents, config).plan.folder if config.stage_one.epochs else None
+    experts = experts_task(name, template, contents, config).plan.folder if config.stage_one.epochs else None
     folder = template.plan.folder / "runs" / contents.key(config)
     return replace(
         template, name=name, plan=replace(template.plan, config=config, folder=folder, experts=experts)
     )
 
 
-def experts_job(name: str, template: Job, contents: Contents, config: TrainConfig) -> Job:
+def experts_task(name: str, template: Job, contents: StoreContents, config: TrainConfig) -> Job:
     """Stage I of a variant; not evaluated."""
     experts = experts_of(config)
     folder = template.plan.folder / "experts" / contents.key(experts)
@@ -157,11 +157,11 @@ def work(job: Job) -> Outcome:
     """Runs in a task: train, or go on training, and evaluate. What goes wrong leaves others alone."""
     torch.set_num_threads(1)
     try:
-        run_training(job.plan, TrainMeans(device=job.device, threads=1), lambda _: None)
-        best = find(job.plan.folder)
+        run_training(job.plan, TrainOptions(device=job.device, threads=1), lambda _: None)
+        best = read_checkpoint(job.plan.folder)
         if job.split:
             store = FeatureStore.open(job.plan.uri, job.plan.fingerprint, job.plan.storage_options)
-            means = EvaluateMeans(
+            means = EvaluateOptions(
                 split=job.split, rates=MISSING_RATES if job.rates else (), device=job.device
             )
             report = run_evaluate(store, job.plan.folder, means)

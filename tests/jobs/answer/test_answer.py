@@ -21,14 +21,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from r2scp.jobs.answer.answerer import Answerer, AnswerMeans
-from r2scp.jobs.answer.records import Answered, Ask, Refused
+from r2scp.jobs.answer.answerer import Answerer, AnswerOptions
+from r2scp.jobs.answer.records import Rejected, Request, Result
 from r2scp.jobs.cli.main import app
 from r2scp.jobs.ingest.encoders import encoder_spec
 from r2scp.jobs.ingest.index import run_index
-from r2scp.jobs.training.checkpoints import BEST, Checkpoint, find, write
+from r2scp.jobs.training.checkpoints import BEST, Checkpoint, read_checkpoint, write_checkpoint
 from r2scp.jobs.training.config import demo
-from r2scp.jobs.training.evaluate import open_for
+from r2scp.jobs.training.evaluate import data_for
 from r2scp.model.batch import AUDIO, VISUAL, Batch, Neighbours
 from r2scp.model.config import Stage
 from r2scp.model.r2scp import R2SCP
@@ -37,7 +37,7 @@ from r2scp.pipelines.corpora.formats import open_corpus
 from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, decode_fingerprint
 from r2scp.pipelines.demo.corpus import generate
 from r2scp.pipelines.extraction.embed import EmbedClips, EncoderSpec
-from r2scp.pipelines.extraction.plan import Scope, make_plan
+from r2scp.pipelines.extraction.plan import PlanOptions, plan_clips
 from r2scp.pipelines.extraction.questions import plan_questions, write_questions
 from r2scp.pipelines.extraction.stages import DecodeClips, Provenance, StageRows
 from r2scp.pipelines.neighbours.settings import IndexSettings
@@ -107,7 +107,7 @@ def checkpoint_in(
         stage=stage, epoch=1, step=1, config=config, answers=answers, store=told, metrics={}, best={}, code=""
     )
     folder.mkdir(parents=True)
-    write(folder, [BEST], named, model, {})
+    write_checkpoint(folder, [BEST], named, model, {})
     return folder
 
 
@@ -118,7 +118,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     spec = encoder_spec("imagebind-demo", None, "cpu")
     store = FeatureStore.create(str(folder / "store"), spec.fingerprint, spec.dim)
     corpus = open_corpus("demo", folder / "corpus")
-    plan = make_plan(corpus, {}, Scope(decode_fingerprint=decode_fingerprint()))
+    plan = plan_clips(corpus, {}, PlanOptions(decode_fingerprint=decode_fingerprint()))
     stage = StageRows(
         store.address(Table.CLIPS),
         store.address(Table.FAILURES),
@@ -136,10 +136,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def answerer(world: World) -> Answerer:
-    return Answerer.open(world.store, world.run, AnswerMeans(workers=2))
+    return Answerer.open(world.store, world.run, AnswerOptions(workers=2))
 
 
-def logits(answered: Answered) -> dict[str, float]:
+def logits(answered: Result) -> dict[str, float]:
     return {one.answer: one.logit for one in answered.answers}
 
 
@@ -147,8 +147,8 @@ def logits(answered: Answered) -> dict[str, float]:
 def test_a_clip_of_the_store_gets_the_logits_that_evaluation_gives_it(
     world: World, answerer: Answerer, missing: str
 ) -> None:
-    checkpoint = find(world.run)
-    opened = open_for(checkpoint, world.store)
+    checkpoint = read_checkpoint(world.run)
+    opened = data_for(checkpoint, world.store)
     examples = opened.examples("train")
     whole = examples.present_BM.all(axis=1)
     rows = np.flatnonzero(whole)[:6]
@@ -173,7 +173,7 @@ def test_a_clip_of_the_store_gets_the_logits_that_evaluation_gives_it(
 
 
 def replayed(
-    world: World, answered: Answered, tokens: Mapping[str, np.ndarray], names: Sequence[str]
+    world: World, answered: Result, tokens: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> tuple:
     """(logits by answer, seconds purged -> what replaced them) from what an answer names alone."""
     there = OTHER[str(answered.missing)]
@@ -203,7 +203,7 @@ def replayed(
             torch.arange(len(near))[None],
         ),
     )
-    checkpoint = find(Path(str(answered.model["run"])))
+    checkpoint = read_checkpoint(Path(str(answered.model["run"])))
     assert checkpoint.sha256 == answered.model["sha256"]
     with torch.no_grad():
         answer = checkpoint.model()(batch)
@@ -284,11 +284,11 @@ def test_nothing_of_the_same_source_stands_in(
     copied = tmp_path / "renamed.mp4"
     shutil.copy(world.video(clip_id), copied)
     answerer = Answerer.open(store, world.run)
-    found = answerer.ask(Ask(video=str(copied), question=QUESTION, missing="audio", **ask))
+    found = answerer.ask(Request(video=str(copied), question=QUESTION, missing="audio", **ask))
     assert len(found.neighbours) == 3
     assert not {"demo/twin", clip_id} & {each.clip_id for each in found.neighbours}
     if ask:  # or nothing was shown
-        bare = answerer.ask(Ask(video=str(copied), question=QUESTION, missing="audio"))
+        bare = answerer.ask(Request(video=str(copied), question=QUESTION, missing="audio"))
         assert bare.neighbours[0].clip_id == "demo/twin"
         assert any("may be the same" in note for note in bare.notes)
     assert not any("may be the same" in note for note in found.notes)
@@ -376,11 +376,11 @@ def test_a_partial_stream_is_used_and_said_to_be(
 def test_what_cannot_be_asked_is_one_clear_error(
     world: World, answerer: Answerer, changes: dict, says: str
 ) -> None:
-    ask = replace(Ask(video=world.video(world.whole()[0]), question=QUESTION), **changes)
+    ask = replace(Request(video=world.video(world.whole()[0]), question=QUESTION), **changes)
     with pytest.raises(UsageError, match=says):
         answerer.ask(ask)
     refused = next(answerer.answers([ask]))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, Rejected)
     assert refused.reason == "usage"
 
 
@@ -391,7 +391,7 @@ def test_what_does_not_fit_together_is_one_clear_error(
     with pytest.raises(FingerprintMismatch, match="was trained on features of encoder"):
         Answerer.open(other, world.run)
     with pytest.raises(FingerprintMismatch, match="name the encoder that filled it"):
-        Answerer.open(world.store, world.run, AnswerMeans(weights=str(tiny_weights)))
+        Answerer.open(world.store, world.run, AnswerOptions(weights=str(tiny_weights)))
     foreign = checkpoint_in(tmp_path / "foreign", other_fingerprint(world, tmp_path), ["a", "b"])
     with pytest.raises(FingerprintMismatch, match="was filled by encoder"):
         Answerer.open(other_fingerprint(world, tmp_path), foreign)
@@ -399,7 +399,7 @@ def test_what_does_not_fit_together_is_one_clear_error(
     with pytest.raises(R2SCPError, match="holds no clip"):
         Answerer.open(empty, world.run)
     with pytest.raises(R2SCPError, match="no snapshot 'nowhere'"):
-        Answerer.open(world.store, world.run, AnswerMeans(at="nowhere"))
+        Answerer.open(world.store, world.run, AnswerOptions(at="nowhere"))
 
 
 def other_fingerprint(world: World, tmp_path: Path) -> FeatureStore:
@@ -448,15 +448,15 @@ def test_choices_of_questions_asked_together_are_their_own(
     opened = Answerer.open(world.store, checkpoint_in(tmp_path / "run", world.store, None))
     lists = [("one", "two"), ("three", "", "four", "five"), (), ("one",), ("six", "seven", "eight")]
     asked = [
-        Ask(id=str(at), video=str(damaged["deaf"]), question=QUESTION, choices=lists[at % len(lists)])
+        Request(id=str(at), video=str(damaged["deaf"]), question=QUESTION, choices=lists[at % len(lists)])
         for at in range(3 * len(lists))
     ]
     for ask, one in zip(asked, opened.answers(asked), strict=True):
         if not ask.choices:
-            assert isinstance(one, Refused)
+            assert isinstance(one, Rejected)
             assert "give some" in one.message
             continue
-        assert isinstance(one, Answered)
+        assert isinstance(one, Result)
         assert {each.answer for each in one.answers} == set(filter(None, ask.choices))
         assert sum(each.probability for each in one.answers) == pytest.approx(1, abs=1e-5)
         expected = logits(opened.ask(ask))
@@ -467,7 +467,7 @@ def test_a_clip_that_may_be_the_recording_is_said_to_be_however_it_was_found(
     world: World, damaged: dict[str, Path], tmp_path: Path
 ) -> None:
     run = checkpoint_in(tmp_path / "run", world.store, ["a", "b"], retrieval=Retrieval.CROSS)
-    config = find(run).config
+    config = read_checkpoint(run).config
     wide = replace(config.model, neighbours=config.index.n)
     opened = Answerer.open(world.store, run)
     opened.checkpoint = replace(opened.checkpoint, config=replace(config, model=wide))
@@ -492,15 +492,15 @@ def test_every_way_to_retrieve_has_its_evidence(
 # -- many
 
 
-def many(world: World, damaged: dict[str, Path]) -> list[Ask | Refused]:
+def many(world: World, damaged: dict[str, Path]) -> list[Request | Rejected]:
     videos = [*map(str, damaged.values()), *(world.video(name) for name in world.whole()[:3]), "/nowhere.mp4"]
-    asked: list[Ask | Refused] = [
-        Ask(id=str(at), video=videos[at % len(videos)], question=(QUESTION, "Is it loud?")[at % 2])
+    asked: list[Request | Rejected] = [
+        Request(id=str(at), video=videos[at % len(videos)], question=(QUESTION, "Is it loud?")[at % 2])
         for at in range(2 * len(videos) + 5)
     ]
     for at, missing in enumerate(("audio", "visual", "none", "auto")):  # of one file, one after another
-        asked.append(Ask(id=missing, video=videos[at // 4 - 2], question=QUESTION, missing=missing))
-    asked.insert(3, Refused(reason="usage", message="a line that is none", id="bad"))
+        asked.append(Request(id=missing, video=videos[at // 4 - 2], question=QUESTION, missing=missing))
+    asked.insert(3, Rejected(reason="usage", message="a line that is none", id="bad"))
     return asked
 
 
@@ -511,10 +511,10 @@ def test_many_are_answered_like_one_by_one_and_in_order(
     found = list(answerer.answers(asked))
     assert [one.id for one in found] == [one.id for one in asked]
     assert found[3] is asked[3]
-    refused = Counter(one.reason for one in found if isinstance(one, Refused))
+    refused = Counter(one.reason for one in found if isinstance(one, Rejected))
     assert refused == {"usage": 1, "nothing_recorded": 3, "unreadable": 2}
     for ask, one in zip(asked, found, strict=True):
-        if isinstance(one, Refused) or isinstance(ask, Refused):
+        if isinstance(one, Rejected) or isinstance(ask, Rejected):
             continue
         expected = answerer.ask(ask)
         scale = np.ptp(list(logits(expected).values()))
@@ -528,12 +528,12 @@ def test_many_are_answered_like_one_by_one_and_in_order(
 def test_one_question_that_cannot_be_asked_spoils_no_other_of_its_file(
     world: World, answerer: Answerer
 ) -> None:
-    good = Ask(video=world.video(world.whole()[0]), question=QUESTION)
+    good = Request(video=world.video(world.whole()[0]), question=QUESTION)
     bad = [replace(good, question=" "), replace(good, choices=("a", "b")), replace(good, missing="smell")]
     for asked in ([good, *bad, good], [*bad, good, *bad]):
         for ask, one in zip(asked, answerer.answers(asked), strict=True):
-            assert isinstance(one, Answered if ask is good else Refused)
-            assert isinstance(one, Answered) or one.reason == "usage"
+            assert isinstance(one, Result if ask is good else Rejected)
+            assert isinstance(one, Result) or one.reason == "usage"
 
 
 def test_a_file_is_decoded_once_however_often_it_is_asked_about(
@@ -548,18 +548,18 @@ def test_a_file_is_decoded_once_however_often_it_is_asked_about(
 
     monkeypatch.setattr(Recording, "read", classmethod(counted))
     videos = [world.video(name) for name in world.whole()[:2]]
-    asked = [Ask(video=videos[at % 2], question=f"{QUESTION} {at % 5}") for at in range(40)]
-    assert all(isinstance(one, Answered) for one in answerer.answers(asked))
+    asked = [Request(video=videos[at % 2], question=f"{QUESTION} {at % 5}") for at in range(40)]
+    assert all(isinstance(one, Result) for one in answerer.answers(asked))
     assert counts == dict.fromkeys(videos, 1)
 
 
 def test_a_question_is_answered_before_the_next_one_comes(world: World, answerer: Answerer) -> None:
     video, answered = world.video(world.whole()[0]), threading.Event()
 
-    def slowly() -> Iterator[Ask]:
-        yield Ask(video=video, question=QUESTION, id="first")
+    def slowly() -> Iterator[Request]:
+        yield Request(video=video, question=QUESTION, id="first")
         assert answered.wait(timeout=60), "the first answer waited for the second question"
-        yield Ask(video=video, question=QUESTION, id="second")
+        yield Request(video=video, question=QUESTION, id="second")
 
     found = []
     for one in answerer.answers(slowly()):
@@ -569,23 +569,23 @@ def test_a_question_is_answered_before_the_next_one_comes(world: World, answerer
 
 
 def test_what_goes_wrong_with_the_asking_is_not_swallowed(world: World, answerer: Answerer) -> None:
-    def broken() -> Iterator[Ask]:
-        yield Ask(video=world.video(world.whole()[0]), question=QUESTION)
+    def broken() -> Iterator[Request]:
+        yield Request(video=world.video(world.whole()[0]), question=QUESTION)
         raise OSError("the line went dead")
 
     found = answerer.answers(broken())
-    assert isinstance(next(found), Answered)
+    assert isinstance(next(found), Result)
     with pytest.raises(OSError, match="went dead"):
         next(found)
 
 
 def test_whoever_has_read_enough_may_go(world: World, answerer: Answerer) -> None:
-    def endless() -> Iterator[Ask]:
+    def endless() -> Iterator[Request]:
         while True:
-            yield Ask(video=world.video(world.whole()[0]), question=QUESTION)
+            yield Request(video=world.video(world.whole()[0]), question=QUESTION)
 
     found = answerer.answers(endless())
-    assert isinstance(next(found), Answered)
+    assert isinstance(next(found), Result)
     found.close()
     waiting = [thread for thread in threading.enumerate() if thread.name == "asked"]
     for thread in waiting:
@@ -730,12 +730,12 @@ def test_every_hostile_file_is_answered_or_refused_for_a_reason(answerer: Answer
         for path in (shared_dir / "media" / part).rglob("*")
         if path.is_file()
     )
-    found = list(answerer.answers([Ask(video=str(path), question=QUESTION) for path in files]))
+    found = list(answerer.answers([Request(video=str(path), question=QUESTION) for path in files]))
     assert len(found) == len(files) > 50
-    reasons = Counter(one.reason if isinstance(one, Refused) else "" for one in found)
+    reasons = Counter(one.reason if isinstance(one, Rejected) else "" for one in found)
     assert not reasons.keys() - {"", *FailureReason}
     assert reasons[""] > len(files) / 2
     for one in found:
-        if isinstance(one, Answered):
+        if isinstance(one, Result):
             assert np.isfinite([each.logit for each in one.answers]).all()
             assert one.missing is None or len(one.neighbours) == 3

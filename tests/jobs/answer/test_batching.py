@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r2scp.jobs.answer.batching import REMEMBERED_BYTES, in_lots
-from r2scp.jobs.answer.records import Ask
+from r2scp.jobs.answer.batching import CACHE_BYTES, in_batches
+from r2scp.jobs.answer.records import Request
 from r2scp.pipelines.recordings.recording import Recording
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.schema import Modality
@@ -24,55 +24,55 @@ def test_long_recordings_are_not_all_remembered(tmp_path: Path) -> None:
     for video in videos:
         video.write_bytes(b"content")
 
-    def read(ask: Ask) -> Recording:
+    def read(ask: Request) -> Recording:
         counts[Path(ask.video).stem] += 1
         read = whole(ask)
-        read.tokens[Modality.AUDIO] = np.zeros((2 * REMEMBERED_BYTES // 5 // 4, 1), np.float32)  # two fit
+        read.tokens[Modality.AUDIO] = np.zeros((2 * CACHE_BYTES // 5 // 4, 1), np.float32)  # two fit
         return read
 
-    def asked() -> Iterator[Ask]:
+    def asked() -> Iterator[Request]:
         for at in (0, 0, 1, 0, 1, 2, 2, 1, 0):
-            yield Ask(video=str(videos[at]), question="?")
+            yield Request(video=str(videos[at]), question="?")
             assert answered.acquire(timeout=60), "nobody answered"
 
     answered = threading.Semaphore(0)
-    for lot in in_lots(asked(), read, workers=1, most=1):
+    for lot in in_batches(asked(), read, workers=1, most=1):
         assert len(lot) == 1
         answered.release()
     assert counts == {"a": 2, "b": 1, "c": 1}
 
 
-def readings(video: Path, asks: int, read: Callable[[Ask], Recording]) -> int:
+def readings(video: Path, asks: int, read: Callable[[Request], Recording]) -> int:
     """How often a file is read for so many questions, each asked once the one before has its turn."""
     counts: Counter[str] = Counter()
 
-    def counted(ask: Ask) -> Recording:
+    def counted(ask: Request) -> Recording:
         counts[ask.video] += 1
         return read(ask)
 
     answered = threading.Semaphore(0)
 
-    def one_by_one() -> Iterator[Ask]:
+    def one_by_one() -> Iterator[Request]:
         for at in range(asks):
-            yield Ask(video=str(video), question=f"question {at}")
+            yield Request(video=str(video), question=f"question {at}")
             assert answered.acquire(timeout=60), "nobody answered"
 
     done = 0
-    for lot in in_lots(one_by_one(), counted, workers=1, most=1):
+    for lot in in_batches(one_by_one(), counted, workers=1, most=1):
         done += len(lot)
         answered.release()
     assert done == asks
     return counts[str(video)]
 
 
-def whole(ask: Ask) -> Recording:
+def whole(ask: Request) -> Recording:
     return Recording(
         path=ask.video, content_sha256="", duration_s=1, streams={}, unusable={}, frames=None, waveform=None
     )
 
 
-def failing(reason: FailureReason) -> Callable[[Ask], Recording]:
-    def read(ask: Ask) -> Recording:
+def failing(reason: FailureReason) -> Callable[[Request], Recording]:
+    def read(ask: Request) -> Recording:
         raise MediaError(reason, "no")
 
     return read
@@ -88,7 +88,7 @@ def failing(reason: FailureReason) -> Callable[[Ask], Recording]:
     ],
 )
 def test_only_what_may_have_gone_away_is_tried_again(
-    tmp_path: Path, read: Callable[[Ask], Recording], often: int
+    tmp_path: Path, read: Callable[[Request], Recording], often: int
 ) -> None:
     video = tmp_path / "a.mp4"
     video.write_bytes(b"content")

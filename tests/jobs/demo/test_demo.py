@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from r2scp.jobs.cli.main import app
-from r2scp.jobs.training.checkpoints import find
+from r2scp.jobs.training.checkpoints import read_checkpoint
 from r2scp.store.feature_store import FeatureStore
 
 CLIPS, QUESTIONED = 12, {"train", "val", "test"}
@@ -43,7 +43,7 @@ def test_the_whole_journey_and_again(tmp_path: Path) -> None:
     page = Path(said["report"]).read_text()
     assert page.startswith("<!doctype html>")
     assert "</html>" in page
-    best = find(Path(said["run"]))
+    best = read_checkpoint(Path(said["run"]))
     assert (best.config.model.dim, best.config.stage_two.epochs) == (16, 1)
 
     (Path(said["run"]) / "evaluation-test.json").unlink()

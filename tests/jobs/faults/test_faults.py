@@ -25,18 +25,18 @@ import pyarrow as pa
 import pytest
 
 from r2scp.jobs.faults.audit import (
-    Features,
+    RenderingKeys,
     Finding,
     Kind,
-    account,
+    audit,
     digest,
-    learn,
     listing,
-    mixture,
+    inconsistencies,
     orphaned,
-    serving_account,
+    rendering_keys,
+    audit_serving,
     stale,
-    twice,
+    duplicates,
     writes_together,
 )
 from r2scp.jobs.faults.corpus import INDEX, Expected, Rendered, Site
@@ -72,12 +72,12 @@ def site(tmp_path: Path, rendered: Rendered) -> Site:
 @pytest.fixture(scope="module")
 def sound(
     tmp_path_factory: pytest.TempPathFactory, rendered: Rendered, local_ray: None
-) -> tuple[Site, Features]:
+) -> tuple[Site, RenderingKeys]:
     """A site with a damaged clip, whose job has run without a fault; only to be read."""
     folder = tmp_path_factory.mktemp("sound")
     site = Site.make(folder / "site", folder / "store", rendered)
     assert run(site) == "published"
-    features = learn(FeatureStore.open(str(site.store)), site.expected())
+    features = rendering_keys(FeatureStore.open(str(site.store)), site.expected())
     site.change(random.Random(SEED))
     assert site.expected().dead
     assert run(site) == "published"
@@ -89,7 +89,7 @@ def run(site: Site) -> str:
 
 
 @pytest.fixture
-def spoilt(sound: tuple[Site, Features], tmp_path: Path) -> FeatureStore:
+def spoilt(sound: tuple[Site, RenderingKeys], tmp_path: Path) -> FeatureStore:
     """A copy of the sound store, to be spoilt."""
     return FeatureStore.open(shutil.copytree(sound[0].store, tmp_path / "store").as_posix())
 
@@ -101,72 +101,72 @@ def kinds(found: list[Finding]) -> Counter[str]:
 # -- the accounts
 
 
-def test_a_sound_store_has_nothing_wrong(sound: tuple[Site, Features]) -> None:
+def test_a_sound_store_has_nothing_wrong(sound: tuple[Site, RenderingKeys]) -> None:
     site, features = sound
     store, expected = FeatureStore.open(str(site.store)), site.expected()
-    assert account(store, expected, features) == []
-    assert serving_account(store.at(SERVING), expected, features) == []
+    assert audit(store, expected, features) == []
+    assert audit_serving(store.at(SERVING), expected, features) == []
     assert stale(store, INDEX) == []
     assert orphaned(site.store) == []
     assert len(expected.clips) + len(expected.dead) == len(site.contents)
     assert len(expected.questions) == store.questions().num_rows > len(expected.clips)
 
 
-def test_what_is_gone_is_lost(spoilt: FeatureStore, sound: tuple[Site, Features]) -> None:
+def test_what_is_gone_is_lost(spoilt: FeatureStore, sound: tuple[Site, RenderingKeys]) -> None:
     site, features = sound
     gone, question = sorted(site.expected().clips)[0], sorted(site.expected().questions)[0]
     spoilt.commit(Table.CLIPS, [], {}, also_delete=[gone])
-    found = account(spoilt, site.expected(), features)
+    found = audit(spoilt, site.expected(), features)
     assert {"lost", "unaccounted", "torn"} <= set(kinds(found)), (
         "its questions and neighbours are still there"
     )
     assert f"clip {gone} is not there" in {finding.what for finding in found}
-    assert mixture(spoilt)
+    assert inconsistencies(spoilt)
     spoilt.commit(Table.QUESTIONS, [], {}, also_delete=[question])
     lost = [
-        finding.what for finding in account(spoilt, site.expected(), features) if finding.kind is Kind.LOST
+        finding.what for finding in audit(spoilt, site.expected(), features) if finding.kind is Kind.LOST
     ]
     assert sorted(lost) == [f"clip {gone} is not there", f"question {question} is not there"]
 
 
-def test_a_row_of_another_content_is_lost(spoilt: FeatureStore, sound: tuple[Site, Features]) -> None:
+def test_a_row_of_another_content_is_lost(spoilt: FeatureStore, sound: tuple[Site, RenderingKeys]) -> None:
     site, features = sound
     expected = site.expected()
     one, other = sorted(expected.clips)[:2]
     assert expected.clips[one][1] != expected.clips[other][1], "two films"
     rows = {row["clip_id"]: row for row in spoilt.clips().to_pylist()}
     put(spoilt, Table.CLIPS, rows[one] | {"visual_key": rows[other]["visual_key"]})
-    found = account(spoilt, expected, features)
+    found = audit(spoilt, expected, features)
     assert [f.what for f in found] == [f"visual_key of {one} are of another film"]
     put(spoilt, Table.CLIPS, rows[one] | {"content_sha256": "0" * 64})
-    [wrong] = account(spoilt, expected, features)
+    [wrong] = audit(spoilt, expected, features)
     assert (wrong.kind, wrong.what) == (Kind.LOST, f"clip {one} is there with an earlier content")
     put(spoilt, Table.CLIPS, rows[one] | {"split": "elsewhere"})
-    assert kinds(account(spoilt, expected, features)) == {"lost": 1}
+    assert kinds(audit(spoilt, expected, features)) == {"lost": 1}
 
 
-def test_an_answer_that_was_not_followed_is_lost(spoilt: FeatureStore, sound: tuple[Site, Features]) -> None:
+def test_an_answer_that_was_not_followed_is_lost(spoilt: FeatureStore, sound: tuple[Site, RenderingKeys]) -> None:
     site, features = sound
     row = spoilt.questions().to_pylist()[0]
     put(spoilt, Table.QUESTIONS, row | {"answer": "forty"})
-    assert kinds(account(spoilt, site.expected(), features)) == {"lost": 1}
+    assert kinds(audit(spoilt, site.expected(), features)) == {"lost": 1}
 
 
-def test_rows_of_no_input_and_inputs_without_rows(spoilt: FeatureStore, sound: tuple[Site, Features]) -> None:
+def test_rows_of_no_input_and_inputs_without_rows(spoilt: FeatureStore, sound: tuple[Site, RenderingKeys]) -> None:
     site, features = sound
     expected = site.expected()
     dead = next(iter(expected.dead))
     spoilt.commit(Table.FAILURES, [], {}, also_delete=[dead])
-    assert [f.what for f in account(spoilt, expected, features)] == [
+    assert [f.what for f in audit(spoilt, expected, features)] == [
         f"damaged clip {dead} has no dead letter"
     ]
     others = {key: value for key, value in expected.dead.items() if key != dead}
     clip_id = next(iter(expected.clips))
     less = replace(expected, clips={k: v for k, v in expected.clips.items() if k != clip_id})
-    assert f"clip {clip_id} is there, and must not be" in {f.what for f in account(spoilt, less, features)}
+    assert f"clip {clip_id} is there, and must not be" in {f.what for f in audit(spoilt, less, features)}
     question_id = next(iter(expected.questions))
     asked = {key: value for key, value in expected.questions.items() if key != question_id}
-    found = account(spoilt, replace(expected, dead=others, questions=asked), features)
+    found = audit(spoilt, replace(expected, dead=others, questions=asked), features)
     assert [(f.kind, f.what) for f in found] == [
         (Kind.UNACCOUNTED, f"question {question_id} is there, and must not be")
     ]
@@ -179,10 +179,10 @@ def put(store: FeatureStore, table: Table, row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("table", [Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS, Table.FAILURES])
 def test_what_is_there_twice(spoilt: FeatureStore, table: Table) -> None:
-    assert list(twice(spoilt)) == []
+    assert list(duplicates(spoilt)) == []
     dataset = spoilt.dataset(table)
     dataset.insert(dataset.to_table(limit=1))
-    assert [finding.kind for finding in twice(spoilt)] == [Kind.DUPLICATE]
+    assert [finding.kind for finding in duplicates(spoilt)] == [Kind.DUPLICATE]
 
 
 def test_neighbours_that_a_full_search_would_not_give(spoilt: FeatureStore) -> None:

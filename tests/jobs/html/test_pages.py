@@ -22,8 +22,8 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from r2scp.jobs.answer.page import LONGEST, SECONDS, answer_page, card_of, shown, stills
-from r2scp.jobs.answer.records import Answered, Candidate, Neighbour, Second, Stream
+from r2scp.jobs.answer.page import LONGEST, SECONDS, answer_card, answer_page, shown, stills
+from r2scp.jobs.answer.records import Candidate, Neighbour, RecoveredSecond, Result, Stream
 from r2scp.jobs.html import render as pages
 from r2scp.jobs.html.render import TEMPLATES, data_uri, inline_svg, outline, page
 from r2scp.jobs.html.thumbnails import Preview, Previews, Sight, preview_of
@@ -92,7 +92,7 @@ class Parsed(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def texts(text: str, n: int = 3) -> Answered:
+def texts(text: str, n: int = 3) -> Result:
     """An answer with `text` wherever there is text."""
     stream = Stream(status=text, expected=4.0, decoded=4.0, used=True, why=text)
     neighbour = Neighbour(
@@ -107,7 +107,7 @@ def texts(text: str, n: int = 3) -> Answered:
         encoder=text,
         clips_version=3,
     )
-    return Answered(
+    return Result(
         video=text,
         question=text,
         answers=[Candidate(answer=text, probability=0.6 / 2**at, logit=-at) for at in range(7)],
@@ -119,9 +119,9 @@ def texts(text: str, n: int = 3) -> Answered:
         recovery=text,
         neighbours=[neighbour] * n,
         recovered=[
-            Second(second=0, dissonance=0.25, purged=False, replaced_by=None),
-            Second(second=1, dissonance=0.75, purged=True, replaced_by=2),
-            Second(second=2, dissonance=None, purged=False, replaced_by=None),
+            RecoveredSecond(second=0, dissonance=0.25, purged=False, replaced_by=None),
+            RecoveredSecond(second=1, dissonance=0.75, purged=True, replaced_by=2),
+            RecoveredSecond(second=2, dissonance=None, purged=False, replaced_by=None),
         ],
         router={"audio": 0.25, "visual": 0.5, text: 0.25},
         model={"run": text, text: [text, text], "nothing": None},
@@ -591,7 +591,7 @@ def test_stills_are_spread_over_the_recording() -> None:
 def test_a_long_recording_is_not_drawn_to_its_end() -> None:
     second = texts("x").recovered[0]
     answered = replace(texts("x"), recovered=[replace(second, second=at) for at in range(3600)])
-    card = card_of(answered, shown(answered, Drawn()))
+    card = answer_card(answered, shown(answered, Drawn()))
     assert len(card["timeline"]) == SECONDS
     html = answer_page(answered, Drawn())
     assert "3,300 more seconds are not drawn" in html

@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from r2scp.jobs.ingest.extract import Destination, Report, Source, run_extract
+from r2scp.jobs.ingest.extract import Destination, ExtractReport, Source, run_extract
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
@@ -155,7 +155,7 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     return found
 
 
-def extract_here(root: Path, store: Path, encoder: EncoderSpec) -> Report:
+def extract_here(root: Path, store: Path, encoder: EncoderSpec) -> ExtractReport:
     """The same extraction, in this process."""
     return run_extract(
         Source("folder", root), Destination(str(store)), encoder, Resources(), lambda report, total: None
@@ -166,7 +166,7 @@ def settled(store: FeatureStore) -> int:
     return store.clips(columns=["clip_id"]).num_rows + store.failures().num_rows
 
 
-def check_whole(store: FeatureStore, report: Report) -> None:
+def check_whole(store: FeatureStore, report: ExtractReport) -> None:
     """Every clip once, in the table it belongs to."""
     clips = store.clips(columns=["clip_id", "visual", "audio"])
     stored, failed = clips["clip_id"].to_pylist(), store.failures()["clip_id"].to_pylist()
@@ -238,7 +238,7 @@ def test_crash_between_the_two_tables(media_folder: Path, tmp_path: Path, tiny_e
     rows = pa.Table.from_pylist([row], schema=store.address(Table.CLIPS).schema)
     store.commit(Table.CLIPS, [store.stage(Table.CLIPS, rows)], {"run": "crashed"})
     assert store.superseded() == ([], [mended])
-    assert store.known("folder")[mended].failure == ""
+    assert store.input_records("folder")[mended].failure == ""
     (media_folder / "new.wav").write_bytes((media_folder / "sound.wav").read_bytes())
 
     report = extract_here(media_folder, tmp_path / "store", tiny_encoder)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from r2scp.jobs.faults.injection import FailingStage, Order
-from r2scp.jobs.ingest.extract import Destination, Report, Source, run_extract
+from r2scp.jobs.ingest.extract import Destination, ExtractReport, Source, run_extract
 from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import log_mel, windows
 from r2scp.pipelines.decoding.decode import decode
@@ -45,7 +45,7 @@ class Bench:
     uri: str
     encoder: EncoderSpec
 
-    def extract(self, ffmpeg: str | None = None, **source: object) -> Report:
+    def extract(self, ffmpeg: str | None = None, **source: object) -> ExtractReport:
         told: list[tuple[int, int]] = []
         report = run_extract(
             Source(**{"corpus": "folder", "root": self.media} | source),

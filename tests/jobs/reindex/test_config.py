@@ -64,16 +64,16 @@ def test_everything_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"nam": "x"}, r"job.yaml has no nam; there is: attempts, corpora, encoder, gate"),
+        ({"nam": "x"}, r"job.yaml has no nam; known: attempts, corpora, encoder, gate"),
         ({"name": "Nightly!"}, r"name must be lower-case letters, digits and '-'.*got 'Nightly!'"),
         ({"corpora": []}, "corpora must be a list of at least one"),
-        ({"corpora": [{"corpus": "folder"}]}, r"corpora\[0\] must say root"),
+        ({"corpora": [{"corpus": "folder"}]}, r"corpora\[0\] must have root"),
         ({"corpora": [{"corpus": "folder", "root": "a"}] * 2}, "give `name` where two are of one kind"),
         ({"corpora": {"corpus": "folder"}}, "corpora must be a list; got"),
         ({"gone": "maybe"}, r"gone must be one of remove, keep; got 'maybe'"),
         ({"attempts": "3"}, r"attempts must be a whole number; got '3'"),
         ({"attempts": -1}, r"attempts must be at least 0; got -1"),
-        ({"gate": {"max_lost": 0.1}}, r"gate has no max_lost; there is: max_dead_share, max_drift"),
+        ({"gate": {"max_lost": 0.1}}, r"gate has no max_lost; known: max_dead_share, max_drift"),
         ({"gate": {"max_dead_share": 1.5}}, r"gate: max_dead_share must be in \[0, 1\]; got 1.5"),
         ({"gate": {"recall_queries": 0}}, r"recall_queries must be at least 1; got 0"),
         (

@@ -9,7 +9,7 @@ import pytest
 from cron_oracle import BERLIN, HAVANA, moment, random_settings, slow_runs
 
 from r2scp.jobs.reindex.cron import ScheduleSettings, next_run, period_of, runs_after, zone_of
-from r2scp.jobs.settings import built
+from r2scp.jobs.settings import from_plain
 from r2scp.store.errors import UsageError
 
 
@@ -131,14 +131,14 @@ def test_a_timezone_must_be_one(zone: str) -> None:
 
 
 def test_the_section_of_a_file_is_held_to_its_keys() -> None:
-    assert built(ScheduleSettings, {"cron": "0 3 * * *"}, "schedule").timezone == "UTC"
+    assert from_plain(ScheduleSettings, {"cron": "0 3 * * *"}, "schedule").timezone == "UTC"
     for values_, said in (
         ({"cron": 3}, "schedule.cron must be a string"),
         ({"cron": "0 3 * * *", "zone": "UTC"}, "schedule has no zone"),
-        ({}, "schedule must say cron"),
+        ({}, "schedule must have cron"),
     ):
         with pytest.raises(UsageError, match=re.escape(said)):
-            built(ScheduleSettings, values_, "schedule")
+            from_plain(ScheduleSettings, values_, "schedule")
 
 
 def test_a_period_lasts_from_one_run_to_the_next() -> None:

@@ -113,7 +113,7 @@ def running(tmp_path: Path, published: Site) -> Site:
         site.store,
         site.store.clips(["clip_id", "uri", "split", "labels", "source_id"]).to_pylist(),
     )
-    store.redescribe([row | {"uri": row["uri"].replace(was, root)} for row in clips], {})
+    store.update_metadata([row | {"uri": row["uri"].replace(was, root)} for row in clips], {})
     site.run()
     return site
 

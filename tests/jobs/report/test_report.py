@@ -26,36 +26,36 @@ from typer.testing import CliRunner
 from r2scp.jobs.cli.main import app
 from r2scp.jobs.ingest.encoders import encoder_spec
 from r2scp.jobs.ingest.index import run_index
-from r2scp.jobs.report.facts.precision import purity_of
-from r2scp.jobs.report.facts.probe import OFF, WITH, WITHOUT, probe
-from r2scp.jobs.report.facts.run_folder import TEST, read_curves, read_runs, unlike_names
+from r2scp.jobs.report.facts.precision import retrieval_precision
+from r2scp.jobs.report.facts.probe import RECOVERY_OFF, TRAINED_WITHOUT, WITH_RECOVERY, probe
+from r2scp.jobs.report.facts.run_folder import TEST_EVALUATION, read_curves, read_runs, unique_names
 from r2scp.jobs.report.figures import evaluation as report_figures
 from r2scp.jobs.report.figures import training as report_curves
-from r2scp.jobs.report.figures.evidence import dissonance, joint_vectors
-from r2scp.jobs.report.figures.style import COLOURS, Drawing, Panel, page_markup, short, write_copies
+from r2scp.jobs.report.figures.evidence import dissonance, joint_vectors_figure
+from r2scp.jobs.report.figures.style import COLOURS, Figure, Panel, figure_markup, shorten, write_images
 from r2scp.jobs.report.gallery import pick
 from r2scp.jobs.report.provenance import commands, nearest_preset
-from r2scp.jobs.report.run import ReportWanted, run_report
+from r2scp.jobs.report.run import ReportRequest, run_report
 from r2scp.jobs.report.store import store_section
-from r2scp.jobs.training.checkpoints import BEST, Checkpoint, find, write
+from r2scp.jobs.training.checkpoints import BEST, Checkpoint, read_checkpoint, write_checkpoint
 from r2scp.jobs.training.config import demo
-from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, open_for, questions_of, run_evaluate
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateOptions, data_for, questions_of, run_evaluate
 from r2scp.jobs.training.evaluation_table import OURS
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.model.r2scp import R2SCP, Stage
 from r2scp.pipelines.batches.dataset import MISSING_COLUMN, BatchRequest
 from r2scp.pipelines.corpora.formats import open_corpus
 from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, decode_fingerprint
 from r2scp.pipelines.demo.corpus import generate
 from r2scp.pipelines.extraction.embed import EmbedClips
-from r2scp.pipelines.extraction.plan import Scope, make_plan
+from r2scp.pipelines.extraction.plan import PlanOptions, plan_clips
 from r2scp.pipelines.extraction.questions import plan_questions, write_questions
 from r2scp.pipelines.extraction.stages import DecodeClips, Provenance, StageRows
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.commits import Staged
 from r2scp.store.errors import CheckpointError, StoreError, UsageError
-from r2scp.store.feature_store import DESCRIBED, FeatureStore
-from r2scp.store.schema import Table
+from r2scp.store.feature_store import METADATA_COLUMNS, FeatureStore
+from r2scp.store.schema import Condition, Modality, Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,8 +90,8 @@ def evaluated(
     """`evaluated_run` of one's own, with its evaluation kept as `evaluate` keeps it."""
     store, run = evaluated_run
     mine = Path(shutil.copytree(run, tmp_path_factory.mktemp("evaluated") / "run"))
-    report = run_evaluate(store, mine, EvaluateMeans(rates=MISSING_RATES))
-    (mine / TEST).write_text(json.dumps(report, indent=1))
+    report = run_evaluate(store, mine, EvaluateOptions(rates=MISSING_RATES))
+    (mine / TEST_EVALUATION).write_text(json.dumps(report, indent=1))
     return store, mine
 
 
@@ -132,7 +132,7 @@ def made(
 ) -> tuple[dict[str, Any], str, Path]:
     """A whole report: what was told, the page, where the figures are."""
     folder = tmp_path_factory.mktemp("made")
-    wanted = ReportWanted(
+    wanted = ReportRequest(
         runs=(evaluated[1],),
         store=evaluated[0].uri,
         studies=study,
@@ -190,18 +190,18 @@ def test_figures_are_written_and_valid(made: tuple[dict[str, Any], str, Path]) -
 
 
 def test_accuracies_are_those_of_the_evaluation(evaluated: tuple[FeatureStore, Path]) -> None:
-    said = json.loads((evaluated[1] / TEST).read_bytes())
+    said = json.loads((evaluated[1] / TEST_EVALUATION).read_bytes())
     [facts] = read_runs([evaluated[1]], None)
     drawing = report_figures.accuracy([facts])
     assert drawing is not None
     rows = {row[1]: row for row in drawing.rows}
     assert len(rows) == 1 + len(said["baselines"])  # the baselines beside ours
-    for at, condition in enumerate(MISSING_COLUMN):
+    for at, condition in enumerate(Condition):
         score = said["conditions"][condition]
         low, high = score["interval"]
         expected = [100 * score["accuracy"], 100 * low, 100 * high, score["n"]]
         assert rows[OURS][2 + 4 * at : 6 + 4 * at] == pytest.approx(expected, abs=0.006)
-    by_type = report_figures.accuracy_by_type(facts, 0)
+    by_type = report_figures.accuracy_by_type_figure(facts, 0)
     assert by_type is not None
     mine = {row[1]: row for row in by_type.rows if row[0] == OURS}
     assert set(mine) == set(said["conditions"]["AV"]["types"])
@@ -226,7 +226,7 @@ def test_curves_are_those_of_the_log(evaluated: tuple[FeatureStore, Path]) -> No
     mine = [row for row in drawing.rows if row[1] == OURS and row[2] == "mixing"]
     assert [row[4] for row in mine] == [line["train"]["loss"] for line in epochs if line["stage"] == "mixing"]
     assert len({row[1] for row in drawing.rows}) == 1 + 3
-    loads = report_curves.expert_loads([facts])
+    loads = report_curves.expert_loads_figure([facts])
     assert loads is not None
     first = next(line for line in epochs if line["stage"] == "mixing")
     assert loads.rows[0][2:5] == [first["train"].get(f"router/A/{s}") for s in ("audio", "visual", "text")]
@@ -235,7 +235,7 @@ def test_curves_are_those_of_the_log(evaluated: tuple[FeatureStore, Path]) -> No
 
 def test_a_study_is_drawn_in_the_order_of_its_number(study: Path) -> None:
     told = json.loads((study / "n.json").read_bytes())
-    drawing = report_curves.along(told)
+    drawing = report_curves.study_figure(told)
     assert [row[0] for row in drawing.rows][::4] == [1, 3, 10]
     spread = told["variants"]["n = 10"]["accuracy"]["average"]
     row = next(row for row in drawing.rows if row[:2] == [10, "average"])
@@ -255,7 +255,7 @@ def test_a_study_that_is_none_is_told_of_and_leaves_nothing(
         told["variants"]["n = 3"]["accuracy"]["A"] = {"mean": np.nan, "sd": np.nan, "values": [np.nan] * 3}
     (tmp_path / "n.json").write_text(json.dumps([told] if how == "no object" else told))
     out, figures = tmp_path / "r.html", tmp_path / "figures"
-    wanted = ReportWanted(runs=(own_run,), studies=tmp_path, out=out, figures=figures, gallery=0)
+    wanted = ReportRequest(runs=(own_run,), studies=tmp_path, out=out, figures=figures, gallery=0)
     report = run_report(wanted)
     [why] = [gap["why"] for gap in report["missing"] if gap["what"] == "n.json"]  # pyright: ignore
     assert "not what a study writes" in why
@@ -264,10 +264,10 @@ def test_a_study_that_is_none_is_told_of_and_leaves_nothing(
 
 def test_joint_vectors_are_what_the_joint_head_answers_from(evaluated: tuple[FeatureStore, Path]) -> None:
     store, run = evaluated
-    checkpoint = find(run)
+    checkpoint = read_checkpoint(run)
     found = probe(checkpoint, store)
-    assert set(found.seen) >= {(WITH, "A"), (WITH, "V"), (WITH, "AV"), (OFF, "A"), (WITHOUT, "V")}
-    opened = open_for(checkpoint, store)
+    assert set(found.outputs) >= {(WITH_RECOVERY, "A"), (WITH_RECOVERY, "V"), (WITH_RECOVERY, "AV"), (RECOVERY_OFF, "A"), (TRAINED_WITHOUT, "V")}
+    opened = data_for(checkpoint, store)
     model, dataset = checkpoint.model(), opened.dataset(found.examples)
     rows = np.arange(len(found.examples))
     for condition, missing in MISSING_COLUMN.items():
@@ -275,12 +275,12 @@ def test_joint_vectors_are_what_the_joint_head_answers_from(evaluated: tuple[Fea
             answer = model(dataset.batch(rows, BatchRequest.uniform(len(rows), missing)))
             head = model.decoders.joint.classes
             assert head is not None
-            joint_BK = head(torch.from_numpy(found.seen[WITH, condition].joint_QD))
+            joint_BK = head(torch.from_numpy(found.outputs[WITH_RECOVERY, condition].joint_QD))
         torch.testing.assert_close(joint_BK, answer.joint_BK, atol=1e-4, rtol=1e-4)
         right = answer.logits_BK.argmax(dim=1).numpy() == found.examples.target_B
-        np.testing.assert_array_equal(found.seen[WITH, condition].right_Q, right)
+        np.testing.assert_array_equal(found.outputs[WITH_RECOVERY, condition].right_Q, right)
     # with its recovery off the same weights see other sequences
-    assert not np.allclose(found.seen[WITH, "A"].joint_QD, found.seen[OFF, "A"].joint_QD)
+    assert not np.allclose(found.outputs[WITH_RECOVERY, "A"].joint_QD, found.outputs[RECOVERY_OFF, "A"].joint_QD)
     with torch.no_grad():
         noted = model(dataset.batch(rows, BatchRequest.uniform(len(rows), 0))).evidence.purified[0]
     assert noted is not None
@@ -293,17 +293,17 @@ def test_joint_vectors_are_what_the_joint_head_answers_from(evaluated: tuple[Fea
 
 def test_the_same_run_gives_the_same_numbers_and_picture(evaluated: tuple[FeatureStore, Path]) -> None:
     store, run = evaluated
-    first, second = (joint_vectors(probe(find(run), store)) for _ in range(2))
+    first, second = (joint_vectors_figure(probe(read_checkpoint(run), store)) for _ in range(2))
     assert first is not None
     assert second is not None
     assert first.rows == second.rows
-    assert page_markup(first) == page_markup(second)
+    assert figure_markup(first) == figure_markup(second)
 
 
 def test_the_test_split_is_not_asked(evaluated: tuple[FeatureStore, Path], tmp_path: Path) -> None:
     """Without any test question in the store the report is the same."""
     store, run = evaluated
-    found = probe(find(run), store)
+    found = probe(read_checkpoint(run), store)
     asked = set(found.examples.question_ids)
     splits = {
         row["question_id"]: row["split"] for row in store.questions(["question_id", "split"]).to_pylist()
@@ -314,8 +314,8 @@ def test_the_test_split_is_not_asked(evaluated: tuple[FeatureStore, Path], tmp_p
 
 def test_purity_counts_the_index_of_the_run(evaluated: tuple[FeatureStore, Path]) -> None:
     store, run = evaluated
-    opened = open_for(find(run), store)
-    purity = purity_of(opened, questions_of(opened, "val"))
+    opened = data_for(read_checkpoint(run), store)
+    purity = retrieval_precision(opened, questions_of(opened, "val"))
     rows = store.neighbours(["clip_id", "missing", "nearest_ids", "nearest_own_source"]).to_pylist()
     labels = {row["clip_id"]: row["labels"][0] for row in store.clips(["clip_id", "labels"]).to_pylist()}
     asked = {opened.clips.ids[row] for row in questions_of(opened, "val").clip_row_B}
@@ -329,16 +329,16 @@ def test_purity_counts_the_index_of_the_run(evaluated: tuple[FeatureStore, Path]
     assert (share.pairs, share.share) == (len(pairs), pytest.approx(np.mean(pairs)))
     assert share.share > share.chance  # kinds tell
     own = [row["nearest_own_source"] for row in rows if row["missing"] == "visual"]
-    assert purity.leaks["visual"]["nearest"] == (sum(own), sum(count > 0 for count in own), len(own))
+    assert purity.same_source["visual"]["nearest"] == (sum(own), sum(count > 0 for count in own), len(own))
 
 
 def test_missing_evaluation_says_which_command_makes_it(own_run: Path) -> None:
-    (own_run / TEST).unlink()
-    told = run_report(ReportWanted(runs=(own_run,), gallery=0))
+    (own_run / TEST_EVALUATION).unlink()
+    told = run_report(ReportRequest(runs=(own_run,), gallery=0))
     gaps = [gap for gap in told["missing"] if gap["section"] == "accuracy"]  # pyright: ignore
     assert len(gaps) == 1
     assert gaps[0]["make"].startswith(f"r2scp-pipe evaluate {own_run} --missing-rates --store ")
-    assert not (own_run / TEST).exists()  # never made here
+    assert not (own_run / TEST_EVALUATION).exists()  # never made here
     html = Path(str(told["report"])).read_text()
     assert "r2scp-pipe evaluate" in html
     assert "Not evaluated yet" in html
@@ -357,10 +357,10 @@ def test_missing_evaluation_says_which_command_makes_it(own_run: Path) -> None:
     ids=["empty", "list", "half", "number", "parts", "bytes"],
 )
 def test_a_broken_evaluation_is_told_of(own_run: Path, broken: str | bytes) -> None:
-    (own_run / TEST).write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    (own_run / TEST_EVALUATION).write_bytes(broken if isinstance(broken, bytes) else broken.encode())
     [facts] = read_runs([own_run], None)
     assert facts.evaluation is None
-    [gap] = [gap for gap in facts.gaps if gap.section == "accuracy"]
+    [gap] = [gap for gap in facts.missing if gap.section == "accuracy"]
     assert "evaluation-test.json is not what evaluate writes" in gap.why
 
 
@@ -378,22 +378,22 @@ def test_half_written_logs_are_told_of(own_run: Path, tmp_path: Path) -> None:
     assert found.epochs == whole.epochs
     assert found.broken == 5
     [facts] = read_runs([own_run], None)
-    assert any("5 lines" in gap.why for gap in facts.gaps)
+    assert any("5 lines" in gap.why for gap in facts.missing)
     shutil.rmtree(own_run / "baselines")
     shutil.rmtree(own_run / "experts", ignore_errors=True)
     path.unlink()
-    told = run_report(ReportWanted(runs=(own_run,), gallery=0))
+    told = run_report(ReportRequest(runs=(own_run,), gallery=0))
     assert "training" in {gap["section"] for gap in told["missing"]}  # pyright: ignore
     assert read_curves(tmp_path / "nowhere").epochs == []
 
 
 def test_what_is_no_run_and_no_store_is_refused(own_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one run at least"):
-        run_report(ReportWanted(runs=()))
+        run_report(ReportRequest(runs=()))
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        run_report(ReportWanted(runs=(tmp_path,)))
+        run_report(ReportRequest(runs=(tmp_path,)))
     with pytest.raises(StoreError, match="no store"):
-        run_report(ReportWanted(runs=(own_run,), store=str(tmp_path / "none")))
+        run_report(ReportRequest(runs=(own_run,), store=str(tmp_path / "none")))
 
 
 def test_a_run_whose_store_is_gone_still_has_its_numbers(own_run: Path, tmp_path: Path) -> None:
@@ -401,19 +401,19 @@ def test_a_run_whose_store_is_gone_still_has_its_numbers(own_run: Path, tmp_path
     values = json.loads(document.read_bytes())
     values["store"]["uri"] = str(tmp_path / "gone")
     document.write_text(json.dumps(values))
-    told = run_report(ReportWanted(runs=(own_run,)))
+    told = run_report(ReportRequest(runs=(own_run,)))
     assert "accuracy" in told["figures"]  # pyright: ignore
     lacking = {gap["section"] for gap in told["missing"]}  # pyright: ignore
     assert lacking >= {"vectors", "purity", "gallery", "store"}
 
 
 def test_an_evaluation_of_another_checkpoint_is_warned_of(own_run: Path) -> None:
-    values = json.loads((own_run / TEST).read_bytes())
+    values = json.loads((own_run / TEST_EVALUATION).read_bytes())
     values["checkpoint"]["sha256"] = "0" * 64
     values["settings"]["leak_guard"] = False
     values["unfinished"] = ["r2scp"]
-    (own_run / TEST).write_text(json.dumps(values))
-    html = Path(str(run_report(ReportWanted(runs=(own_run,), gallery=0))["report"])).read_text()
+    (own_run / TEST_EVALUATION).write_text(json.dumps(values))
+    html = Path(str(run_report(ReportRequest(runs=(own_run,), gallery=0))["report"])).read_text()
     for said in ("another checkpoint than the best", "WITHOUT the leak guard", "not trained to the end"):
         assert said in html
 
@@ -424,30 +424,30 @@ def test_several_runs_stand_side_by_side(
     values = json.loads((own_run / "best.json").read_bytes())
     values["config"]["seed"] = 8
     (own_run / "best.json").write_text(json.dumps(values))
-    told = run_report(ReportWanted(runs=(evaluated[1], own_run), out=tmp_path / "r.html", gallery=0))
+    told = run_report(ReportRequest(runs=(evaluated[1], own_run), out=tmp_path / "r.html", gallery=0))
     assert {"accuracy-by-type-1", "accuracy-by-type-2"} < set(told["figures"])  # pyright: ignore
     html = (tmp_path / "r.html").read_text()
-    names = unlike_names([evaluated[1], own_run])
+    names = unique_names([evaluated[1], own_run])
     assert len(set(names)) == 2  # both folders are called "run"
     assert all(name in html for name in names)
     assert "The runs differ in their seeds alone." in html
     ids = Page(html).ids
     assert len(ids) == len(set(ids))
-    assert len(set(unlike_names([own_run, own_run]))) == 2
+    assert len(set(unique_names([own_run, own_run]))) == 2
 
 
 def test_hostile_names_are_inert(own_run: Path, tmp_path: Path) -> None:
     """In types, baselines, studies, labels and folders; in page, SVG and terminal."""
-    values = json.loads((own_run / TEST).read_bytes())
+    values = json.loads((own_run / TEST_EVALUATION).read_bytes())
     for model in (values, *values["baselines"].values()):
         for condition in model["conditions"].values():
             condition["types"] = {HOSTILE + kind: score for kind, score in condition["types"].items()}
     values["baselines"][HOSTILE] = values["baselines"]["no-recovery"]
-    (own_run / TEST).write_text(json.dumps(values))
+    (own_run / TEST_EVALUATION).write_text(json.dumps(values))
     (own_run / "evaluation-<b>.json").write_text("{}")
     run = own_run.rename(tmp_path / "<img src=x onerror=alert(1)> run")
     folder = tmp_path / "figures"
-    wanted = ReportWanted(runs=(run,), out=tmp_path / "r.html", figures=folder, gallery=0)
+    wanted = ReportRequest(runs=(run,), out=tmp_path / "r.html", figures=folder, gallery=0)
     told = run_report(wanted)
     html = (tmp_path / "r.html").read_text()
     tags = Page(html).tags
@@ -464,9 +464,9 @@ def test_hostile_names_are_inert(own_run: Path, tmp_path: Path) -> None:
 
 
 def test_names_in_figures_are_short_and_plain() -> None:
-    assert short("a" * 99) == "a" * 29 + "…"
-    assert short(" \n") == "(none)"
-    assert short("x\u202ey") == "x\\u202ey"
+    assert shorten("a" * 99) == "a" * 29 + "…"
+    assert shorten(" \n") == "(none)"
+    assert shorten("x\u202ey") == "x\\u202ey"
 
 
 def test_colours_of_a_panel_follow_the_page(tmp_path: Path) -> None:
@@ -475,10 +475,10 @@ def test_colours_of_a_panel_follow_the_page(tmp_path: Path) -> None:
             ax.plot([0, 1], [at, at], color=colour)
         ax.set_title("$x_1$ 字 <b> #0072b2")
 
-    drawing = Drawing(
+    drawing = Figure(
         name="some", title="t", caption="c", alt="a", panels=[Panel(draw=draw)] * 2, columns=[], rows=[]
     )
-    markup = str(page_markup(drawing))
+    markup = str(figure_markup(drawing))
     for at in range(1, len(COLOURS) + 1):
         assert f"var(--hue-{at})" in markup
     styles = re.findall(r'style="([^"]*)"', markup)
@@ -486,7 +486,7 @@ def test_colours_of_a_panel_follow_the_page(tmp_path: Path) -> None:
     assert "$x_1$ 字 &lt;b&gt; #0072b2" in markup  # text, as it was, and no formula
     ids = Page(markup).ids
     assert len(ids) == len(set(ids))
-    first, second = (write_copies(drawing, tmp_path / name) for name in ("one", "two"))
+    first, second = (write_images(drawing, tmp_path / name) for name in ("one", "two"))
     assert first[1].read_bytes() == second[1].read_bytes()
 
 
@@ -524,7 +524,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Path]:
     spec = encoder_spec("imagebind-demo", None, "cpu")
     store = FeatureStore.create(str(folder / "store"), spec.fingerprint, spec.dim)
     corpus = open_corpus("demo", folder / "corpus")
-    plan = make_plan(corpus, {}, Scope(decode_fingerprint=decode_fingerprint()))
+    plan = plan_clips(corpus, {}, PlanOptions(decode_fingerprint=decode_fingerprint()))
     places = store.address(Table.CLIPS), store.address(Table.FAILURES)
     stage = StageRows(*places, Provenance.of("run", spec.fingerprint, None))
     embed = EmbedClips(spec, threads=1)
@@ -541,7 +541,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Path]:
     told = {"uri": store.uri, "fingerprint": store.fingerprint, "dim": store.dim, "versions": versions}
     at: dict[str, Any] = {"stage": Stage.MIXING, "epoch": 1, "step": 1, "metrics": {}, "best": {}, "code": ""}
     (folder / "run").mkdir()
-    write(folder / "run", [BEST], Checkpoint(config=config, answers=answers, store=told, **at), model, {})
+    write_checkpoint(folder / "run", [BEST], Checkpoint(config=config, answers=answers, store=told, **at), model, {})
     return store, folder / "run"
 
 
@@ -549,7 +549,7 @@ def test_the_gallery_shows_real_answers_wide_and_narrow(
     real: tuple[FeatureStore, Path], tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
     _, run = real
-    told = run_report(ReportWanted(runs=(run,), out=tmp_path / "r.html", gallery=3))
+    told = run_report(ReportRequest(runs=(run,), out=tmp_path / "r.html", gallery=3))
     assert not [gap for gap in told["missing"] if gap["section"] == "gallery"]  # pyright: ignore
     html = (tmp_path / "r.html").read_text()
     assert html.count('class="answer"') == 3
@@ -565,23 +565,22 @@ def test_the_gallery_takes_the_weights_it_is_given(
     real: tuple[FeatureStore, Path], tmp_path: Path, tiny_weights: Path
 ) -> None:
     """Those of another encoder: that it is told so shows that they were looked at."""
-    wanted = ReportWanted(runs=(real[1],), out=tmp_path / "r.html", gallery=1, weights=str(tiny_weights))
+    wanted = ReportRequest(runs=(real[1],), out=tmp_path / "r.html", gallery=1, weights=str(tiny_weights))
     [why] = [gap["why"] for gap in run_report(wanted)["missing"] if gap["section"] == "gallery"]  # pyright: ignore
     assert "name the encoder that filled it (--encoder, --weights)" in why
 
 
 def test_questions_for_the_gallery_are_half_right_half_wrong(real: tuple[FeatureStore, Path]) -> None:
     store, run = real
-    found = probe(find(run), store)
+    found = probe(read_checkpoint(run), store)
     picked, there = pick(found, 4)
     assert there == len(found.examples)
-    assert {one.condition for one in picked} == {"A", "V"}
+    assert {one.ask.missing for one in picked} == set(Modality)
     for one in picked:
         at = found.examples.question_ids.index(one.ask.id)
-        assert one.right == found.seen[WITH, one.condition].right_Q[at]
+        assert one.right == found.outputs[WITH_RECOVERY, Condition.without(Modality(one.ask.missing))].right_Q[at]
         assert one.answer == found.answers[at]
         assert Path(one.ask.video).is_file()
-        assert one.ask.missing == {"A": "visual", "V": "audio"}[one.condition]
     assert len({one.ask.id for one in picked}) == len(picked)
     assert pick(found, 4) == (picked, there)
 
@@ -590,9 +589,9 @@ def test_a_clip_whose_file_can_have_no_such_name_is_no_end(
     real: tuple[FeatureStore, Path], copy: Callable[[FeatureStore], FeatureStore]
 ) -> None:
     store = copy(real[0])
-    rows = store.clips(["clip_id", *DESCRIBED], "split = 'val'").to_pylist()
-    store.redescribe([row | {"uri": name} for row, name in zip(rows, ("a" * 5000, "a\0b"), strict=False)], {})
-    checkpoint = find(real[1])
+    rows = store.clips(["clip_id", *METADATA_COLUMNS], "split = 'val'").to_pylist()
+    store.update_metadata([row | {"uri": name} for row, name in zip(rows, ("a" * 5000, "a\0b"), strict=False)], {})
+    checkpoint = read_checkpoint(real[1])
     pins = {name: store.versions()[name] for name in ("clips", "questions", "neighbours")}
     picked, there = pick(probe(replace(checkpoint, store=checkpoint.store | {"versions": pins}), store), 4)
     assert there == len(picked)
@@ -633,7 +632,7 @@ def test_the_page_in_a_browser(made: tuple[dict[str, Any], str, Path], open_page
 
 def test_dissonance_marks_what_was_purged(evaluated: tuple[FeatureStore, Path]) -> None:
     store, run = evaluated
-    found = probe(find(run), store)
+    found = probe(read_checkpoint(run), store)
     drawing = dissonance(found, 5)
     assert drawing is not None
     for missing, (values, purged) in found.dissonance.items():
@@ -646,7 +645,7 @@ def test_dissonance_marks_what_was_purged(evaluated: tuple[FeatureStore, Path]) 
 
 def test_a_model_that_recovers_nothing_is_reported_too(own_run: Path) -> None:
     """A baseline's own folder is a run as well."""
-    told = run_report(ReportWanted(runs=(own_run / "baselines" / "no-recovery",), gallery=2))
+    told = run_report(ReportRequest(runs=(own_run / "baselines" / "no-recovery",), gallery=2))
     why = {gap["section"]: gap["why"] for gap in told["missing"]}  # pyright: ignore
     assert "retrieves nothing" in why["purity"]
     assert "joint-vectors" in told["figures"]  # pyright: ignore
@@ -684,7 +683,7 @@ def test_the_store_section_counts_and_shows_hostile_rows(
     assert "Snapshots" in tables
     checks = {row[0]: row[1:] for row in tables["Checks"]["rows"]}  # pyright: ignore
     assert checks["questions about clips that are not there"] == [2, "no"]  # of `odd_questions`
-    run_report(ReportWanted(runs=(own_run,), store=store.uri, out=tmp_path / "r.html", gallery=0))
+    run_report(ReportRequest(runs=(own_run,), store=store.uri, out=tmp_path / "r.html", gallery=0))
     html = (tmp_path / "r.html").read_text()
     assert sum(tag == "script" for tag, _ in Page(html).tags) == 1
     assert "&lt;script&gt;alert(1)" in html
@@ -700,14 +699,14 @@ def test_a_model_of_choices_is_looked_into(
     plan = quick_plan(
         tmp_path / "run", corpora=("avqa",), holdout=0.4, model=replace(config.model, classes=None)
     )
-    run_training(plan, TrainMeans(threads=1), lambda *_: None)
-    found = probe(find(tmp_path / "run"), learnable_store)
+    run_training(plan, TrainOptions(threads=1), lambda *_: None)
+    found = probe(read_checkpoint(tmp_path / "run"), learnable_store)
     assert set(found.answers) <= {f"kind {kind}" for kind in range(4)}
     table = {
         row["question_id"]: row["answer"]
         for row in learnable_store.questions(["question_id", "answer"]).to_pylist()
     }
     assert found.answers == [table[one] for one in found.examples.question_ids]
-    told = run_report(ReportWanted(runs=(tmp_path / "run",), gallery=1))
+    told = run_report(ReportRequest(runs=(tmp_path / "run",), gallery=1))
     assert "purity" in told["figures"]  # pyright: ignore
-    assert (WITHOUT, "A") not in found.seen  # no baseline was trained
+    assert (TRAINED_WITHOUT, "A") not in found.outputs  # no baseline was trained

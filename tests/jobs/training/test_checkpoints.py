@@ -18,11 +18,11 @@ from r2scp.jobs.training.checkpoints import (
     LAST,
     Checkpoint,
     code_version,
-    find,
-    find_last,
+    read_last,
     load_optimiser,
     optimiser_tensors,
-    write,
+    read_checkpoint,
+    write_checkpoint,
 )
 from r2scp.jobs.training.config import StageConfig, TrainConfig
 from r2scp.model.config import ModelConfig
@@ -76,7 +76,7 @@ class Learner:
         self.optimiser.step()
 
     def write(self, folder: Path, names: list[str], entry: Checkpoint) -> None:
-        write(folder, names, entry, self.model, optimiser_tensors(self.optimiser, self.model))
+        write_checkpoint(folder, names, entry, self.model, optimiser_tensors(self.optimiser, self.model))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -93,21 +93,21 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 def test_what_is_written_is_what_is_found(tmp_path: Path) -> None:
     learner, entry = Learner(), checkpoint(5)
     learner.write(tmp_path / "run", [LAST, BEST], entry)
-    found = find(tmp_path / "run")
+    found = read_checkpoint(tmp_path / "run")
     assert replace(found, folder=Path(), tensors="", sha256="") == entry
     assert found.model().stage is Stage.MIXING
     assert not found.model().training
     assert same(found.model().state_dict(), learner.model.state_dict())
     assert found.optimiser == "", "only where training goes on"
-    assert find(tmp_path / "run" / "best.json") == found
-    assert find_last(tmp_path / "run") is not None
-    assert find_last(tmp_path) is None
+    assert read_checkpoint(tmp_path / "run" / "best.json") == found
+    assert read_last(tmp_path / "run") is not None
+    assert read_last(tmp_path) is None
 
 
 def test_an_optimiser_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     learner, other = Learner(steps=4), Learner(seed=1, steps=0)
     learner.write(tmp_path, [LAST], checkpoint(4))
-    last = find(tmp_path, LAST)
+    last = read_checkpoint(tmp_path, LAST)
     last.load_into(other.model)
     load_optimiser(other.optimiser, other.model, last.optimiser_state())
     assert same(
@@ -150,14 +150,14 @@ def test_a_kill_while_writing_leaves_the_checkpoints_of_before(
                 kills += 1
         steps = {}
         for name in (LAST, BEST, EXPERTS):
-            found = find(folder, name)
+            found = read_checkpoint(folder, name)
             steps[name] = found.step
-            assert same(found.read(found.tensors, found.sha256), kept["old" if found.step == 1 else "new"])
-        find(folder, LAST).optimiser_state()
+            assert same(found.read_tensors(found.tensors, found.sha256), kept["old" if found.step == 1 else "new"])
+        read_checkpoint(folder, LAST).optimiser_state()
         assert steps[LAST] <= steps[BEST], "`last` must not speak of a best one that is not there"
         assert steps[EXPERTS] == 1
         new.write(folder, [LAST, BEST], checkpoint(2, mean=0.2))
-        assert (find(folder, LAST).step, find(folder).step) == (2, 2)
+        assert (read_checkpoint(folder, LAST).step, read_checkpoint(folder).step) == (2, 2)
         assert not list(folder.glob("*.part*"))
         if count < fatal:
             break
@@ -173,20 +173,20 @@ def test_only_what_is_named_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         names = [LAST] + [EXPERTS] * (step == 1) + [BEST] * (step == 3)
         Learner(seed=step).write(tmp_path, names, checkpoint(step))
-    steps = {name: find(tmp_path, name).step for name in (EXPERTS, BEST, LAST)}
+    steps = {name: read_checkpoint(tmp_path, name).step for name in (EXPERTS, BEST, LAST)}
     assert steps == {EXPERTS: 1, BEST: 3, LAST: 5}
     there = {path.name for path in tmp_path.iterdir()}
     documents = {f"{name}.json" for name in (EXPERTS, BEST, LAST)}
-    tensors = {find(tmp_path, name).tensors for name in (EXPERTS, BEST, LAST)}
-    assert there == others | documents | tensors | {find(tmp_path, LAST).optimiser}
+    tensors = {read_checkpoint(tmp_path, name).tensors for name in (EXPERTS, BEST, LAST)}
+    assert there == others | documents | tensors | {read_checkpoint(tmp_path, LAST).optimiser}
 
 
 def test_the_same_step_with_other_weights_is_another_file(tmp_path: Path) -> None:
     """A GPU repeats an epoch only roughly: what `best` names must not be written over."""
     Learner(seed=0).write(tmp_path, [LAST, BEST], checkpoint(7))
-    best = find(tmp_path)
+    best = read_checkpoint(tmp_path)
     Learner(seed=1).write(tmp_path, [LAST], checkpoint(7))
-    assert find(tmp_path) == best
+    assert read_checkpoint(tmp_path) == best
     assert same(best.model().state_dict(), Learner(seed=0).model.state_dict())
 
 
@@ -198,7 +198,7 @@ def flip(data: bytes) -> bytes:
 def test_damaged_tensors_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     learner = Learner()
     learner.write(tmp_path, [LAST, BEST], checkpoint(1))
-    last = find(tmp_path, LAST)
+    last = read_checkpoint(tmp_path, LAST)
     for name in (last.tensors, last.optimiser):
         path = tmp_path / name
         path.write_bytes(damage(path.read_bytes()))
@@ -218,8 +218,8 @@ def test_damaged_tensors_are_refused(tmp_path: Path, damage: Callable[[bytes], b
         (lambda v: [], "no checkpoint of this program"),
         (lambda v: {"name": "another tool's"}, "no checkpoint of this program"),
         (lambda v: v | {"format": 99}, "of another version"),
-        (lambda v: v | {"colour": "red"}, "has no colour; there is"),
-        (lambda v: {k: x for k, x in v.items() if k != "step"}, r"best\.json must say step"),
+        (lambda v: v | {"colour": "red"}, "has no colour; known"),
+        (lambda v: {k: x for k, x in v.items() if k != "step"}, r"best\.json must have step"),
         (lambda v: v | {"step": "many"}, r"best\.json\.step must be a whole number; got 'many'"),
         (lambda v: v | {"stage": "third"}, "stage must be one of experts, mixing; got 'third'"),
         (lambda v: v | {"answers": "yes"}, "answers must be a list"),
@@ -239,22 +239,22 @@ def test_foreign_documents_are_refused(tmp_path: Path, change: Callable[[Any], o
     document = tmp_path / "best.json"
     document.write_text(json.dumps(change(json.loads(document.read_text()))))
     with pytest.raises(CheckpointError, match=said) as refused:
-        find(tmp_path)
+        read_checkpoint(tmp_path)
     assert str(document) in one_line(refused)
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint .*best\.json .*holds: none") as refused:
-        find(tmp_path)
+        read_checkpoint(tmp_path)
     one_line(refused)
     Learner().write(tmp_path, [LAST, EXPERTS], checkpoint(1))
     with pytest.raises(CheckpointError, match=r"holds: experts, last"):
-        find(tmp_path)
+        read_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        find(tmp_path / "nowhere")
+        read_checkpoint(tmp_path / "nowhere")
     (tmp_path / "best.json").write_text("{half")
     with pytest.raises(CheckpointError, match="there is no checkpoint") as refused:
-        find(tmp_path)
+        read_checkpoint(tmp_path)
     one_line(refused)
 
 
@@ -262,13 +262,13 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 def test_a_model_of_other_sizes_is_refused(tmp_path: Path, other: dict[str, int]) -> None:
     Learner().write(tmp_path, [BEST], checkpoint(1))
     with pytest.raises(CheckpointError, match=r"does not fit .* must be .*; got ") as refused:
-        find(tmp_path).load_into(R2SCP(replace(CONFIG.model, **other)))
+        read_checkpoint(tmp_path).load_into(R2SCP(replace(CONFIG.model, **other)))
     one_line(refused)
 
 
 def test_a_store_of_another_encoder_is_refused(tmp_path: Path) -> None:
     Learner().write(tmp_path, [BEST], checkpoint(1))
-    found = find(tmp_path)
+    found = read_checkpoint(tmp_path)
     found.require_store(FeatureStore("elsewhere", "f", 12))
     with pytest.raises(
         FingerprintMismatch, match=r"encoder f; the store at .*elsewhere holds those of g"

@@ -13,10 +13,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from r2scp.jobs.cli.main import app
-from r2scp.jobs.training.checkpoints import find
-from r2scp.jobs.training.command import Wanted, changed, plan_of
+from r2scp.jobs.training.checkpoints import read_checkpoint
+from r2scp.jobs.training.command import TrainRequest, changed, plan_training
 from r2scp.jobs.training.config import PRESETS, demo
-from r2scp.jobs.training.evaluate import EvaluateMeans, run_evaluate
+from r2scp.jobs.training.evaluate import EvaluateOptions, run_evaluate
 from r2scp.jobs.training.study.definitions import STUDIES
 from r2scp.store.feature_store import FeatureStore
 
@@ -62,7 +62,7 @@ def test_train_says_what_came_out_and_values_reach_it(trained: tuple[Path, Resul
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 1
     said = json.loads(result.stdout)
-    best = find(run)
+    best = read_checkpoint(run)
     names = {"r2scp", "experts", "question-only", "no-recovery", "no-recovery-dropout"}
     assert said["validation"].keys() == names
     assert said["validation"]["r2scp"] == best.metrics
@@ -72,7 +72,7 @@ def test_train_says_what_came_out_and_values_reach_it(trained: tuple[Path, Resul
     assert (model.saliency, model.k, best.config.loss.rank_weight) == ("literal", 3, 0.5)
     assert (model.classes, model.encoder_dim, best.config.corpora) == (6, 16, ("music-avqa",))
     assert best.config.seed == 7
-    assert find(run / "baselines" / "question-only").config.sees == "question"
+    assert read_checkpoint(run / "baselines" / "question-only").config.sees == "question"
     for name in names:
         assert re.search(rf"(?m)^{name}: stage I+, epoch 1/1, loss \d+\.\d+, validation ", result.stderr), (
             name
@@ -107,7 +107,7 @@ def test_what_train_says_next_can_be_run(trained: tuple[Path, Result], evaluated
     assert said.exit_code == 0, said.output
     assert said.stdout.count("\n") == 1
     report = json.loads(said.stdout)
-    assert report == json.loads(json.dumps(run_evaluate(evaluated_run[0], run, EvaluateMeans())))
+    assert report == json.loads(json.dumps(run_evaluate(evaluated_run[0], run, EvaluateOptions())))
     assert report == json.loads((run / "evaluation-test.json").read_text())
     assert f"kept in {run}/evaluation-test.json" in said.stderr
 
@@ -250,7 +250,7 @@ def test_values_are_read_as_what_they_are() -> None:
 def test_answers_are_those_of_the_store(
     evaluated_run: Judged, tmp_path: Path, preset: str, values: tuple[str, ...], classes: int | None
 ) -> None:
-    plan = plan_of(evaluated_run[0], tmp_path, Wanted(preset=preset, settings=values, seed=3))
+    plan = plan_training(evaluated_run[0], tmp_path, TrainRequest(preset=preset, settings=values, seed=3))
     assert plan.config.model.classes == classes
     assert (plan.answers is None) == (classes is None)
     assert plan.answers is None or len(plan.answers) == classes

@@ -75,9 +75,9 @@ def test_what_json_leaves_out_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("bach_size", 3, r"config has no bach_size; there is: .*batch_size.*weight_decay"),
-        ("model.heds", 2, r"config\.model has no heds; there is: .*heads"),
-        ("index.bank.split", [], r"config\.index\.bank has no split; there is: .*corpora, .*splits"),
+        ("bach_size", 3, r"config has no bach_size; known: .*batch_size.*weight_decay"),
+        ("model.heds", 2, r"config\.model has no heds; known: .*heads"),
+        ("index.bank.split", [], r"config\.index\.bank has no split; known: .*corpora, .*splits"),
         ("model", [1], r"config\.model must be an object; got \[1\]"),
         ("batch_size", "64", r"config\.batch_size must be a whole number; got '64'"),
         ("batch_size", 64.0, r"config\.batch_size must be a whole number; got 64\.0"),
@@ -127,9 +127,9 @@ def test_what_cannot_be_is_refused_by_name(path: str, value: object, said: str) 
 def test_what_must_be_said_is_asked_for() -> None:
     values = plain(BASE)
     del values["model"], values["stage_one"]["epochs"]
-    with pytest.raises(UsageError, match="config must say model"):
+    with pytest.raises(UsageError, match="config must have model"):
         TrainConfig.from_json(values)
-    with pytest.raises(UsageError, match=r"config\.stage_one must say epochs"):
+    with pytest.raises(UsageError, match=r"config\.stage_one must have epochs"):
         TrainConfig.from_json(values | {"model": {}})
 
 

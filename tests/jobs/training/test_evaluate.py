@@ -22,20 +22,20 @@ import pytest
 import torch
 
 from r2scp.jobs.ingest.index import run_index
-from r2scp.jobs.training.checkpoints import Checkpoint, find
+from r2scp.jobs.training.checkpoints import Checkpoint, read_checkpoint
 from r2scp.jobs.training.config import StageConfig
-from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.data import TrainingData
 from r2scp.jobs.training.evaluate import (
     MISSING_RATES,
-    Asked,
-    EvaluateMeans,
-    at_rate,
+    ConditionResult,
+    EvaluateOptions,
+    missing_at_rate,
     evaluate_model,
-    open_for,
+    data_for,
     questions_of,
     run_evaluate,
 )
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.model.batch import AUDIO, SOURCES, VISUAL, Answer
 from r2scp.model.config import ModelConfig
 from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest, Dataset
@@ -43,14 +43,14 @@ from r2scp.pipelines.batches.examples import Examples, Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import CheckpointError, FingerprintMismatch, StoreError
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import Retrieval, Table
+from r2scp.store.schema import Condition, Retrieval, Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Z = 1.959963984540054  # standard deviations around the mean that hold 95 % of a normal distribution
 BASELINES = ("no-recovery", "no-recovery-dropout", "question-only")
 Judged = tuple[FeatureStore, Path]
-TEST = EvaluateMeans(rates=MISSING_RATES)
+TEST = EvaluateOptions(rates=MISSING_RATES)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def rows(evaluated_run: Judged) -> dict[str, dict[str, Any]]:
     return {row["question_id"]: row for row in sorted(found, key=lambda row: row["question_id"])}
 
 
-def answered(checkpoint: Checkpoint, opened: Opened, examples: Examples, missing: int) -> list[tuple]:
+def answered(checkpoint: Checkpoint, opened: TrainingData, examples: Examples, missing: int) -> list[tuple]:
     """Of each question, asked alone: its answer's text, and what the router listened to."""
     model, dataset, said = checkpoint.model(), opened.dataset(examples), []
     assert checkpoint.answers is not None
@@ -108,8 +108,8 @@ def check_all(said: dict[str, Any], hits: dict[str, bool], rows: dict[str, dict]
 def test_every_condition_is_a_count_by_hand(
     evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict], name: str
 ) -> None:
-    checkpoint = find(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
-    opened = open_for(checkpoint, evaluated_run[0])
+    checkpoint = read_checkpoint(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
+    opened = data_for(checkpoint, evaluated_run[0])
     told = report if name == "r2scp" else report["baselines"][name]
     examples = opened.examples("test")
     assert examples.question_ids == list(rows), "clips that lack a modality are asked about in each condition"
@@ -129,7 +129,7 @@ def test_every_condition_is_a_count_by_hand(
     assert told["conditions"].keys() == {"A", "V", "AV"}
     for rate in MISSING_RATES:
         for modality, lacking in (("audio", "V"), ("visual", "A")):
-            lost = at_rate(len(rows), rate)[f"{modality} {rate:.0%}"] != NO_MODALITY
+            lost = missing_at_rate(len(rows), rate)[f"{modality} {rate:.0%}"] != NO_MODALITY
             mixed = {q: hits[lacking if gone else "AV"][q] for q, gone in zip(rows, lost, strict=True)}
             check_all(told["missing_rates"][f"{modality} {rate:.0%}"], mixed, rows)
 
@@ -179,8 +179,8 @@ def test_what_is_missing_never_enters(
     evaluated_run: Judged, copy: Callable, write: Callable, condition: str, gone: str, name: str
 ) -> None:
     """Features of the clips asked about are NaN in the missing modality; their keys are as they were."""
-    checkpoint = find(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
-    clean = open_for(checkpoint, evaluated_run[0])
+    checkpoint = read_checkpoint(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
+    clean = data_for(checkpoint, evaluated_run[0])
     store = copy(evaluated_run[0])
     # those of the train split may stand in for what is missing
     spoilt = [row for row in store.clips().to_pylist() if row["split"] != "train"]
@@ -188,19 +188,19 @@ def test_what_is_missing_never_enters(
         row[gone] = None if row[gone] is None else [np.full(16, np.nan, np.float16)] * len(row[gone])
     write(store, Table.CLIPS, spoilt)
     pins = replace(clean.pins, clips=Pins.latest(store).clips)
-    poisoned = Opened.read(store, pins, checkpoint.config, checkpoint.answers)
+    poisoned = TrainingData.read(store, pins, checkpoint.config, checkpoint.answers)
 
-    def told(opened: Opened) -> dict[str, tuple[dict[str, object], torch.Tensor]]:
+    def told(opened: TrainingData) -> dict[str, tuple[dict[str, object], torch.Tensor]]:
         logits: dict[int, list[torch.Tensor]] = {}
-        real = Asked.add
+        real = ConditionResult.add
 
-        def add(self: Asked, examples: Examples, rows: np.ndarray, answer: Answer) -> None:
+        def add(self: ConditionResult, examples: Examples, rows: np.ndarray, answer: Answer) -> None:
             logits.setdefault(id(self), []).append(answer.logits_BK)
             real(self, examples, rows, answer)
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Asked, "add", add)
-            found = evaluate_model(checkpoint, opened, opened.examples("test"), EvaluateMeans())
+            patched.setattr(ConditionResult, "add", add)
+            found = evaluate_model(checkpoint, opened, opened.examples("test"), EvaluateOptions())
         return {name: (one.to_json(), torch.cat(logits[id(one)])) for name, one in found.items()}
 
     found, expected = told(poisoned), told(clean)
@@ -212,7 +212,7 @@ def test_what_is_missing_never_enters(
 
 def test_who_loses_what_is_drawn_once() -> None:
     count = 20_000
-    lost = {rate: at_rate(count, rate) for rate in (0.0, *MISSING_RATES, 1.0)}
+    lost = {rate: missing_at_rate(count, rate) for rate in (0.0, *MISSING_RATES, 1.0)}
     for modality, number in (("audio", AUDIO), ("visual", VISUAL)):
         gone = {rate: found[f"{modality} {rate:.0%}"] == number for rate, found in lost.items()}
         for rate, found in gone.items():
@@ -222,7 +222,7 @@ def test_who_loses_what_is_drawn_once() -> None:
         assert (gone[0.5] <= gone[0.7]).all()
     both = (lost[0.5]["audio 50%"] == AUDIO) & (lost[0.5]["visual 50%"] == VISUAL)
     assert np.mean(both) == pytest.approx(0.25, abs=0.02), "drawn apart"
-    assert all((at_rate(count, 0.5)[name] == found).all() for name, found in lost[0.5].items())
+    assert all((missing_at_rate(count, 0.5)[name] == found).all() for name, found in lost[0.5].items())
 
 
 def test_every_model_is_asked_the_same(evaluated_run: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,11 +262,11 @@ def test_another_process_gives_identical_numbers(evaluated_run: Judged, report: 
 
 
 def test_validation_is_what_training_told(evaluated_run: Judged) -> None:
-    report = run_evaluate(*evaluated_run, EvaluateMeans(split="val"))
+    report = run_evaluate(*evaluated_run, EvaluateOptions(split="val"))
     for name, told in {"r2scp": report, **report["baselines"]}.items():
         if name != "majority":
-            metrics = find(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name).metrics
-            accuracies = {condition: told["conditions"][condition]["accuracy"] for condition in MISSING_COLUMN}
+            metrics = read_checkpoint(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name).metrics
+            accuracies = {condition: told["conditions"][condition]["accuracy"] for condition in Condition}
             assert metrics.pop("mean") == (accuracies["AV"] if name == "question-only" else told["average"])
             assert metrics == {condition: accuracies[condition] for condition in metrics}
 
@@ -277,10 +277,10 @@ def test_choices_and_the_questions_held_out(
     """AVQA: `val` are the questions held out from training; the majority's answer is a place."""
     model = ModelConfig(encoder_dim=16, classes=None, dim=16, heads=2)
     plan = quick_plan(tmp_path, model=model, corpora=("avqa",), holdout=0.3)
-    best = run_training(plan, TrainMeans(), lambda _: None)
-    report = run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="val"))
+    best = run_training(plan, TrainOptions(), lambda _: None)
+    report = run_evaluate(learnable_store, tmp_path, EvaluateOptions(split="val"))
     assert report["average"] == best.metrics["mean"]
-    asked = questions_of(open_for(best, learnable_store), "val")
+    asked = questions_of(data_for(best, learnable_store), "val")
     whole = {row["question_id"]: row for row in learnable_store.questions().to_pylist()}
     held = [whole[question] for question in asked.question_ids]
     learned = [row for row in whole.values() if row["corpus"] == "avqa" and row not in held]
@@ -290,7 +290,7 @@ def test_choices_and_the_questions_held_out(
     shares = [np.mean([row["answer_index"] == at for row in held]) for at, n in places if n == places[0][1]]
     assert any(report["baselines"]["majority"]["average"] == pytest.approx(share) for share in shares)
     with pytest.raises(StoreError, match="no question"):
-        run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="test"))
+        run_evaluate(learnable_store, tmp_path, EvaluateOptions(split="test"))
 
 
 def test_what_cannot_be_compared_is_refused(evaluated_run: Judged, tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_what_cannot_be_compared_is_refused(evaluated_run: Judged, tmp_path: Pat
         run_evaluate(store, run, TEST)
     assert "\n" not in str(refused.value)
     shutil.rmtree(run / "baselines")
-    assert list(run_evaluate(store, run, EvaluateMeans())["baselines"]) == ["majority"]
+    assert list(run_evaluate(store, run, EvaluateOptions())["baselines"]) == ["majority"]
 
 
 def test_a_store_may_move_and_a_training_may_go_on(
@@ -332,5 +332,5 @@ def test_without_the_leak_guard_it_is_said(
     run_index(store, unguarded, lambda *_: None)
     once = StageConfig(epochs=1, lr=1e-3)
     plan = quick_plan(tmp_path / "run", store, index=unguarded, stage_one=once, stage_two=once)
-    run_training(plan, TrainMeans(), lambda _: None)
-    assert run_evaluate(store, tmp_path / "run", EvaluateMeans())["settings"]["leak_guard"] is False
+    run_training(plan, TrainOptions(), lambda _: None)
+    assert run_evaluate(store, tmp_path / "run", EvaluateOptions())["settings"]["leak_guard"] is False

@@ -14,7 +14,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateOptions, run_evaluate
 from r2scp.jobs.training.evaluation_table import TITLES, tables
 from r2scp.jobs.training.study.run import MEASURES
 from r2scp.jobs.training.study.table import markdown
@@ -44,13 +44,13 @@ def cell(score: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def report(evaluated_run: Judged) -> dict[str, Any]:
-    return run_evaluate(*evaluated_run, EvaluateMeans(rates=MISSING_RATES))
+    return run_evaluate(*evaluated_run, EvaluateOptions(rates=MISSING_RATES))
 
 
 @pytest.fixture(scope="module")
 def odd(evaluated_run: Judged) -> dict[str, Any]:
     """Of questions whose types are hostile."""
-    return run_evaluate(*evaluated_run, EvaluateMeans(split="odd"))
+    return run_evaluate(*evaluated_run, EvaluateOptions(split="odd"))
 
 
 def line_of(text: str, label: str, nth: int = 0) -> str:

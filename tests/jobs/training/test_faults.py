@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from r2scp.jobs.training import stages as train_stages
-from r2scp.jobs.training.checkpoints import EXPERTS, find
+from r2scp.jobs.training.checkpoints import EXPERTS, read_checkpoint
 from r2scp.jobs.training.config import StageConfig
-from r2scp.jobs.training.data import Opened
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.data import TrainingData
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.model.batch import Answer, Batch
 from r2scp.model.config import ModelConfig
 from r2scp.model.r2scp import R2SCP
@@ -37,9 +37,9 @@ Quick = Callable[..., TrainPlan]
 Copy = Callable[[FeatureStore], FeatureStore]
 
 
-def refused(plan: TrainPlan, error: type[R2SCPError], said: str, means: TrainMeans | None = None) -> None:
+def refused(plan: TrainPlan, error: type[R2SCPError], said: str, means: TrainOptions | None = None) -> None:
     with pytest.raises(error, match=said) as caught:
-        run_training(plan, means or TrainMeans(), lambda values: None)
+        run_training(plan, means or TrainOptions(), lambda values: None)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
     assert not reading()
@@ -67,7 +67,7 @@ def test_what_the_store_lacks_is_said_before_anything_is_written(
     plan, corpora = quick_plan(tmp_path / "run"), changes.get("corpora")
     plan = replace(plan, config=replace(plan.config, **changes), answers=None if corpora else plan.answers)
     for workers in (1, 2):  # not after Ray was started, either
-        refused(plan, error, said, TrainMeans(num_workers=workers))
+        refused(plan, error, said, TrainOptions(num_workers=workers))
     assert not (tmp_path / "run").exists()
 
 
@@ -79,7 +79,7 @@ def test_a_store_without_an_index(learnable_store: FeatureStore, quick_plan: Qui
         store.commit(table, [store.stage(table, rows)], {})
     refused(quick_plan(tmp_path / "run", store), StoreError, "no neighbours .*run `r2scp-pipe index`")
     without = replace(MODEL, cmr=False)
-    run_training(quick_plan(tmp_path / "run", store, model=without), TrainMeans(), lambda values: None)
+    run_training(quick_plan(tmp_path / "run", store, model=without), TrainOptions(), lambda values: None)
 
 
 def test_no_clip_has_both(
@@ -96,12 +96,12 @@ def test_no_clip_has_both(
     refused(plan, StoreError, "stage II needs clips with both modalities")
     assert not (tmp_path / "run").exists()
     alone = replace(plan, config=replace(plan.config, stage_two=StageConfig(epochs=0)))
-    best = run_training(alone, TrainMeans(), lambda values: None)
+    best = run_training(alone, TrainOptions(), lambda values: None)
     assert best.metrics["mean"] > 0.5, "stage I learns from what there is"
 
 
 def test_means_that_cannot_be(quick_plan: Quick, tmp_path: Path) -> None:
-    refused(quick_plan(tmp_path), UsageError, "at least 1 worker; got 0", TrainMeans(num_workers=0))
+    refused(quick_plan(tmp_path), UsageError, "at least 1 worker; got 0", TrainOptions(num_workers=0))
 
 
 def test_a_folder_that_cannot_be_written(quick_plan: Quick, tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_a_folder_where_another_training_is_at_work(quick_plan: Quick, tmp_path:
         if len(heard) == 2:
             refused(plan, UsageError, r"another process is training into .*run")
 
-    run_training(plan, TrainMeans(), told)
+    run_training(plan, TrainOptions(), told)
     assert len(heard) == 6
-    assert find(plan.folder).finished
+    assert read_checkpoint(plan.folder).finished
 
 
 def test_a_loss_that_is_no_number(
@@ -152,7 +152,7 @@ def test_the_reader_stops_where_a_step_fails(
     learn = getattr(train_stages, stage).learn
     monkeypatch.setattr(getattr(train_stages, stage), "learn", failing)
     with pytest.raises(RuntimeError, match="out of memory") as held:
-        run_training(quick_plan(tmp_path), TrainMeans(), lambda values: None)
+        run_training(quick_plan(tmp_path), TrainOptions(), lambda values: None)
     assert held.tb is not None
     assert not reading()
 
@@ -168,7 +168,7 @@ def test_the_reader_stops_where_validation_fails(
     forward = R2SCP.forward
     monkeypatch.setattr(R2SCP, "forward", failing)
     with pytest.raises(RuntimeError, match="out of patience") as held:
-        run_training(quick_plan(tmp_path, evaluate_rows=1), TrainMeans(), lambda values: None)
+        run_training(quick_plan(tmp_path, evaluate_rows=1), TrainOptions(), lambda values: None)
     assert held.tb is not None
     assert not reading()
 
@@ -177,7 +177,7 @@ def test_experts_that_do_not_fit(
     learnable_store: FeatureStore, quick_plan: Quick, copy: Copy, tmp_path: Path
 ) -> None:
     experts, run = tmp_path / "experts", tmp_path / "run"
-    run_training(quick_plan(experts, stage_two=StageConfig(epochs=0)), TrainMeans(), lambda values: None)
+    run_training(quick_plan(experts, stage_two=StageConfig(epochs=0)), TrainOptions(), lambda values: None)
     good = replace(quick_plan(run), experts=experts)
     wider = replace(good, config=replace(good.config, model=replace(MODEL, dim=32)))
     refused(wider, CheckpointError, r"does not fit the model .* must be \(.*32.*\); got \(.*16.*\)")
@@ -192,7 +192,7 @@ def test_experts_that_do_not_fit(
         foreign, FingerprintMismatch, "trained on features of encoder learnable; .* holds those of another"
     )
     assert not run.exists()
-    damaged = find(experts, EXPERTS)
+    damaged = read_checkpoint(experts, EXPERTS)
     (experts / damaged.tensors).write_bytes(b"")
     refused(good, CheckpointError, "is damaged")
     assert not run.exists()
@@ -214,7 +214,7 @@ def test_questions_whose_answer_training_does_not_know_are_not_learned(
     known = [answer for answer in plan.answers if answer != "kind 3"]
     store = FeatureStore.open(plan.uri)
     config = replace(plan.config, model=replace(MODEL, classes=5))
-    learning, choosing = Opened.read(store, Pins.latest(store), config, known).learning()
+    learning, choosing = TrainingData.read(store, Pins.latest(store), config, known).learning()
     assert len(learning) == 34 - 4
     assert learning.left_out == {"answer not known": 4}
     assert len(choosing) == 16

@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorboardX.proto import event_pb2
 
-from r2scp.jobs.training.log import TrainLog, lines
+from r2scp.jobs.training.log import TrainLog, read_metrics
 
 PROTO: Any = event_pb2  # protobuf makes its names where no type checker sees them
 HEADER = 12  # bytes before a record of an event file: its length and a checksum; four more follow it
@@ -35,7 +35,7 @@ def test_numbers_are_said_in_both_places(tmp_path: Path) -> None:
     log.write("step", 20, {"stage": "experts", "lr": 0.5, "router/AV/audio": 0.25, "frozen": True})
     log.write("epoch", 23, {"validation": {"A": 0.125, "mean": 1}, "of": 3, "of what": None})
     log.close()
-    assert lines(tmp_path / "metrics.jsonl") == [
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"kind": "step", "step": 20, "stage": "experts", "lr": 0.5, "router/AV/audio": 0.25, "frozen": True},
         {"kind": "epoch", "step": 23, "validation": {"A": 0.125, "mean": 1}, "of": 3, "of what": None},
     ]
@@ -55,18 +55,18 @@ def test_going_on_drops_what_was_lost_and_half_a_line(tmp_path: Path) -> None:
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [2, 4, 6]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 6]
     log = TrainLog(tmp_path, 4)
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [2, 4]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4]
     log.write("step", 6, {"loss": 0.5})
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
-    assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [0.5, 0.25, 0.5]
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.5, 0.25, 0.5]
     starts = [event.step for event in events(tmp_path) if event.session_log.status == PROTO.SessionLog.START]
     assert starts == [5], "TensorBoard forgets what it heard from that step on"
 
 
 def test_a_new_run_has_no_lines(tmp_path: Path) -> None:
-    assert lines(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
     TrainLog(tmp_path, 0).close()
-    assert lines(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

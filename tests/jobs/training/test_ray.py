@@ -20,13 +20,13 @@ import ray.train
 import torch
 
 from r2scp.jobs.training import run as train
-from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, find
-from r2scp.jobs.training.log import lines
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, read_checkpoint
+from r2scp.jobs.training.log import read_metrics
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.store.errors import R2SCPError, UsageError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-TWO = TrainMeans(num_workers=2, threads=1)
+TWO = TrainOptions(num_workers=2, threads=1)
 Worker = Callable[[dict], None]
 PATIENCE_S = 240  # for what stands still; it is ended long before
 
@@ -78,7 +78,7 @@ def diary(diaries: Path, rank: int) -> list[dict[str, Any]]:
 
 def said(folder: Path) -> list[dict[str, Any]]:
     """`metrics.jsonl` without the time it took."""
-    whole = lines(folder / "metrics.jsonl")
+    whole = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name != "seconds"} for line in whole]
 
 
@@ -92,7 +92,7 @@ def undisturbed(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train, "_in_worker", watched(folder / "diaries"))
         run_training(plan, TWO, heard.append)
-    assert heard == [line for line in lines(plan.folder / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert heard == [line for line in read_metrics(plan.folder / "metrics.jsonl") if line["kind"] == "epoch"]
     return plan
 
 
@@ -115,9 +115,9 @@ def test_two_workers_share_each_batch(undisturbed: TrainPlan) -> None:
 
 def test_two_workers_learn_what_one_learns(undisturbed: TrainPlan, tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    one = run_training(replace(undisturbed, folder=tmp_path), TrainMeans(threads=1), lambda values: None)
+    one = run_training(replace(undisturbed, folder=tmp_path), TrainOptions(threads=1), lambda values: None)
     torch.set_num_threads(before)
-    two = find(undisturbed.folder)
+    two = read_checkpoint(undisturbed.folder)
     assert one.step == two.step or {one.epoch, two.epoch} <= {1, 2, 3}
     for condition, accuracy in one.metrics.items():
         # 16 questions: a standard error of 0.1 at most
@@ -141,7 +141,7 @@ def test_a_worker_may_die_and_the_training_be_stopped(
         run_training(plan, TWO, stop)
     assert signal.getsignal(signal.SIGINT) is handler
     assert heard == [("experts", 1)]
-    assert (find(plan.folder, LAST).stage.value, find(plan.folder, LAST).epoch) == ("experts", 1)
+    assert (read_checkpoint(plan.folder, LAST).stage.value, read_checkpoint(plan.folder, LAST).epoch) == ("experts", 1)
 
     monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "killed", "mixing", 6, "kill"))
     run_training(plan, TWO, lambda values: None)
@@ -151,7 +151,7 @@ def test_a_worker_may_die_and_the_training_be_stopped(
     assert len(pids) == 4, "both workers were started anew, once"
     assert said(plan.folder) == said(undisturbed.folder)
     for name in (LAST, BEST, EXPERTS):
-        one, two = find(plan.folder, name), find(undisturbed.folder, name)
+        one, two = read_checkpoint(plan.folder, name), read_checkpoint(undisturbed.folder, name)
         assert (one.sha256, one.optimiser_sha256) == (two.sha256, two.optimiser_sha256)
     assert [thread.name for thread in threading.enumerate() if thread.name == "follow-metrics"] == []
 
@@ -159,7 +159,7 @@ def test_a_worker_may_die_and_the_training_be_stopped(
 def test_more_workers_than_there_is_room_for(undisturbed: TrainPlan, tmp_path: Path) -> None:
     plan = replace(undisturbed, folder=tmp_path)
     with pytest.raises(UsageError, match="3 workers need a CPU each; Ray has 2"):
-        run_training(plan, TrainMeans(num_workers=3), lambda values: None)
+        run_training(plan, TrainOptions(num_workers=3), lambda values: None)
 
 
 @pytest.mark.slow

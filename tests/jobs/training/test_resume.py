@@ -21,9 +21,9 @@ from torch import Tensor
 
 from r2scp.jobs.ingest.index import run_index
 from r2scp.jobs.training import loop as train_loop
-from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, find
-from r2scp.jobs.training.log import lines
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, read_checkpoint
+from r2scp.jobs.training.log import read_metrics
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import CheckpointError
@@ -41,7 +41,7 @@ DRIVER = f"""
 import json, sys
 from pathlib import Path
 from r2scp.jobs.training import loop as train_loop, stages as train_stages
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.jobs.training.config import TrainConfig
 from r2scp.pipelines.batches.examples import Pins
 
@@ -60,7 +60,7 @@ stage.learn = pausing
 train_loop.LOG_EVERY = {LOG_EVERY}
 places = {{"pins": Pins(**values.pop("pins")), "folder": Path(values.pop("folder"))}}
 plan = TrainPlan(config=TrainConfig.from_json(values.pop("config")), **places, **values)
-run_training(plan, TrainMeans(threads=1), lambda line: None)
+run_training(plan, TrainOptions(threads=1), lambda line: None)
 """
 
 
@@ -70,14 +70,14 @@ def many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(plan: TrainPlan, told: Callable[[dict[str, object]], None] = lambda _: None) -> None:
-    run_training(plan, TrainMeans(threads=1), told)
+    run_training(plan, TrainOptions(threads=1), told)
 
 
 def said(folder: Path) -> list[dict[str, Any]]:
     """`metrics.jsonl` without the time it took."""
     return [
         {name: value for name, value in line.items() if name != "seconds"}
-        for line in lines(folder / "metrics.jsonl")
+        for line in read_metrics(folder / "metrics.jsonl")
     ]
 
 
@@ -85,8 +85,8 @@ def written(folder: Path) -> dict[str, Tensor]:
     """All tensors of a run, by checkpoint and name."""
     found = {}
     for name in (LAST, BEST, EXPERTS):
-        checkpoint = find(folder, name)
-        parts = checkpoint.read(checkpoint.tensors, checkpoint.sha256)
+        checkpoint = read_checkpoint(folder, name)
+        parts = checkpoint.read_tensors(checkpoint.tensors, checkpoint.sha256)
         if name == LAST:
             parts |= {f"optimiser/{key}": value for key, value in checkpoint.optimiser_state().items()}
         found |= {f"{name}/{key}": value for key, value in parts.items()}
@@ -112,7 +112,7 @@ def undisturbed(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.T
         train(plan)
     steps = [line["step"] for line in said(plan.folder) if line["kind"] == "step"]
     assert steps == list(range(2, 28, 2)), "3 epochs of 5 steps, 3 of 4"
-    assert (find(plan.folder, EXPERTS).epoch, find(plan.folder).epoch) == (2, 1), "the last is not the best"
+    assert (read_checkpoint(plan.folder, EXPERTS).epoch, read_checkpoint(plan.folder).epoch) == (2, 1), "the last is not the best"
     return plan
 
 
@@ -152,7 +152,7 @@ def test_stopped_before_a_checkpoint_that_was_announced(
     undisturbed: TrainPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int
 ) -> None:
     """The epoch's line is written and its checkpoint is not: the epoch is done again, and said once."""
-    plan, real, count = replace(undisturbed, folder=tmp_path), train_loop.write, 0
+    plan, real, count = replace(undisturbed, folder=tmp_path), train_loop.write_checkpoint, 0
 
     def failing(*arguments: Any) -> None:
         nonlocal count
@@ -196,11 +196,11 @@ def killed_at(plan: TrainPlan, stage: str, count: int) -> None:
 def test_killed_in_the_middle_of_an_epoch_of_each_stage(undisturbed: TrainPlan, tmp_path: Path) -> None:
     plan = replace(undisturbed, folder=tmp_path)
     killed_at(plan, "ExpertsStage", 9)
-    last = find(tmp_path, LAST)
+    last = read_checkpoint(tmp_path, LAST)
     assert (last.stage.value, last.epoch, last.step) == ("experts", 1, 5)
     assert said(tmp_path)[-1]["step"] == 8, "lines of an epoch that is lost"
     killed_at(plan, "MixingStage", 7)
-    last = find(tmp_path, LAST)
+    last = read_checkpoint(tmp_path, LAST)
     assert (last.stage.value, last.epoch, last.step) == ("mixing", 1, 19)
     train(plan)
     check_same(tmp_path, undisturbed.folder)
@@ -210,7 +210,7 @@ def test_a_finished_training_is_left_as_it_is(undisturbed: TrainPlan, tmp_path: 
     before = {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*")}
     heard: list[object] = []
     again = replace(undisturbed, uri=str(tmp_path / "the store is gone"))
-    assert run_training(again, TrainMeans(), heard.append) == find(undisturbed.folder)
+    assert run_training(again, TrainOptions(), heard.append) == read_checkpoint(undisturbed.folder)
     assert {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*")} == before
     assert heard == []
 
@@ -247,12 +247,12 @@ def test_going_on_reads_the_versions_of_the_first_start(
     train(later)
 
     assert said(folder) == said(undisturbed.folder)
-    assert find(folder).answers == undisturbed.answers
-    assert find(folder).store["versions"] == asdict(undisturbed.pins)
-    assert find(folder).config == undisturbed.config
+    assert read_checkpoint(folder).answers == undisturbed.answers
+    assert read_checkpoint(folder).store["versions"] == asdict(undisturbed.pins)
+    assert read_checkpoint(folder).config == undisturbed.config
     fresh = tmp_path / "fresh"
     train(replace(later, folder=fresh))
-    assert find(fresh).store["versions"] == asdict(Pins.latest(store))
+    assert read_checkpoint(fresh).store["versions"] == asdict(Pins.latest(store))
     assert said(fresh) != said(undisturbed.folder)
 
 

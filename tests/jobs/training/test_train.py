@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, Checkpoint, find
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, Checkpoint, read_checkpoint
 from r2scp.jobs.training.config import StageConfig
-from r2scp.jobs.training.data import Opened
-from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.data import TrainingData
+from r2scp.jobs.training.log import read_metrics
 from r2scp.jobs.training.loop import Training, Where
-from r2scp.jobs.training.run import TrainMeans, TrainPlan, run_training
+from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.jobs.training.stages import ExpertsStage, Worker
 from r2scp.model.batch import AUDIO, VISUAL, Batch
 from r2scp.model.config import ModelConfig
@@ -27,7 +27,7 @@ from r2scp.model.losses import LossConfig
 from r2scp.model.r2scp import R2SCP, Stage
 from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest, Dataset
 from r2scp.store.feature_store import FeatureStore
-from r2scp.store.schema import Table
+from r2scp.store.schema import Condition, Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,12 +39,12 @@ ONCE = {
 
 
 def train(plan: TrainPlan, told: Callable[[dict[str, object]], None] = lambda _: None) -> Checkpoint:
-    return run_training(plan, TrainMeans(), told)
+    return run_training(plan, TrainOptions(), told)
 
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    found = find(folder, name)
-    return found.read(found.tensors, found.sha256)
+    found = read_checkpoint(folder, name)
+    return found.read_tensors(found.tensors, found.sha256)
 
 
 def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
@@ -52,12 +52,12 @@ def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in lines(folder / "metrics.jsonl") if line["kind"] == "epoch"]
+    return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"]
 
 
-def opened(plan: TrainPlan) -> Opened:
+def opened(plan: TrainPlan) -> TrainingData:
     store = FeatureStore.open(plan.uri, plan.fingerprint)
-    return Opened.read(store, plan.pins, plan.config, plan.answers)
+    return TrainingData.read(store, plan.pins, plan.config, plan.answers)
 
 
 def right(model: R2SCP, dataset: Dataset, missing: int) -> list[bool]:
@@ -97,8 +97,8 @@ def test_the_model_learns_32_questions_by_heart(learned: TrainPlan) -> None:
     examples = seen.learning()[0]
     whole = seen.dataset(examples.keep(np.logical_and.reduce(examples.present_BM, axis=1), "lacks one"))
     assert len(whole.examples) == 32
-    for name, conditions in ((EXPERTS, ["AV"]), (LAST, list(MISSING_COLUMN))):
-        model = find(learned.folder, name).model()
+    for name, conditions in ((EXPERTS, [Condition.AV]), (LAST, list(Condition))):
+        model = read_checkpoint(learned.folder, name).model()
         for condition in conditions:
             assert all(right(model, whole, MISSING_COLUMN[condition])), (name, condition)
     first, *_, last = (line["train"]["loss"] for line in epochs(learned.folder) if line["stage"] == "experts")
@@ -124,7 +124,7 @@ def test_validation_is_counted_right_and_chooses(learned: TrainPlan) -> None:
     seen = opened(learned)
     validation = seen.dataset(seen.learning()[1])
     for name in (BEST, LAST):
-        found = find(learned.folder, name)
+        found = read_checkpoint(learned.folder, name)
         accuracies = {
             condition: float(np.mean(right(found.model(), validation, missing)))
             for condition, missing in MISSING_COLUMN.items()
@@ -132,23 +132,23 @@ def test_validation_is_counted_right_and_chooses(learned: TrainPlan) -> None:
         expected = accuracies | {"mean": float(np.mean(list(accuracies.values())))}
         assert found.metrics == pytest.approx(expected, abs=1e-12)
     means = [line["validation"]["mean"] for line in epochs(learned.folder) if line["stage"] == "mixing"]
-    best = find(learned.folder)
+    best = read_checkpoint(learned.folder)
     assert best.epoch == 1 + means.index(max(means))
     assert best.metrics["mean"] == max(means)
     assert best.best["epoch"] == best.epoch
     experts = [line["validation"]["AV"] for line in epochs(learned.folder) if line["stage"] == "experts"]
-    assert find(learned.folder, EXPERTS).epoch == 1 + experts.index(max(experts))
+    assert read_checkpoint(learned.folder, EXPERTS).epoch == 1 + experts.index(max(experts))
 
 
 def test_what_is_written_says_how_it_came_about(learned: TrainPlan) -> None:
-    found = find(learned.folder)
+    found = read_checkpoint(learned.folder)
     assert found.config == learned.config
     assert found.answers == learned.answers
     assert found.answers is not None
     assert set(found.answers[:2]) == {"yes", "no"}, "the most frequent first"
     assert found.store["versions"] == {"clips": learned.pins.clips, "questions": 2, "neighbours": 2}
     found.require_store(FeatureStore.open(learned.uri))
-    whole: list[dict[str, Any]] = lines(learned.folder / "metrics.jsonl")
+    whole: list[dict[str, Any]] = read_metrics(learned.folder / "metrics.jsonl")
     assert [line["epoch"] for line in whole if line["kind"] == "epoch"] == [*range(1, 11), *range(1, 9)]
     steps = [line for line in whole if line["kind"] == "step"]
     assert [line["step"] for line in steps] == [20, 40, 60, 80]
@@ -252,7 +252,7 @@ def test_a_model_that_sees_the_question_reads_no_clip(
     assert 1 / 6 <= best.metrics["mean"] <= 0.5, "yes or no is half right, four kinds a quarter"
     assert best.stage is Stage.EXPERTS
     assert {line["stage"] for line in epochs(tmp_path / "run")} == {"experts"}
-    assert best.metrics == find(tmp_path / "run", EXPERTS).metrics
+    assert best.metrics == read_checkpoint(tmp_path / "run", EXPERTS).metrics
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_stage_two_of_another_runs_experts(
     assert not (tmp_path / "experts.json").exists()
     started = tensors(learned.folder, EXPERTS)
     assert not [name for name in moved(started, tensors(tmp_path, LAST)) if name.startswith("experts.")]
-    assert best.experts == find(learned.folder, EXPERTS).sha256
+    assert best.experts == read_checkpoint(learned.folder, EXPERTS).sha256
     assert best.metrics["AV"] == 1.0, "what those experts know"
 
 
@@ -344,4 +344,4 @@ def test_training_does_not_need_ray_or_a_worker_of_its_own(learned: TrainPlan, t
     )
     best = training.run()
     assert [values["stage"] for values in told] == ["experts", "mixing"]
-    assert find(tmp_path).metrics["mean"] == best["mean"]
+    assert read_checkpoint(tmp_path).metrics["mean"] == best["mean"]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, find
+from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, read_checkpoint
 from r2scp.jobs.training.config import StageConfig, baselines, experts_of
-from r2scp.jobs.training.evaluate import EvaluateMeans, run_evaluate
-from r2scp.jobs.training.log import lines
-from r2scp.jobs.training.run import TrainMeans, TrainPlan
-from r2scp.jobs.training.with_baselines import OURS, run_together
+from r2scp.jobs.training.evaluate import EvaluateOptions, run_evaluate
+from r2scp.jobs.training.log import read_metrics
+from r2scp.jobs.training.run import TrainOptions, TrainPlan
+from r2scp.jobs.training.with_baselines import OURS, train_with_baselines
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.store.errors import CheckpointError, R2SCPError, StoreError
 from r2scp.store.feature_store import FeatureStore
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONCE = StageConfig(epochs=1, lr=1e-2, schedule="constant")
 Quick = Callable[..., TrainPlan]
-ALONE = TrainMeans(threads=1)
+ALONE = TrainOptions(threads=1)
 
 
 def quiet(name: str, values: dict[str, object]) -> None: ...
@@ -39,30 +39,30 @@ def hashes(run: Path) -> dict[str, tuple[str, ...]]:
     """Of all tensors of all checkpoints, by training."""
     found = {}
     for name, folder in folders(run).items():
-        there = [find(folder, kind) for kind in (LAST, BEST, EXPERTS) if (folder / f"{kind}.json").exists()]
+        there = [read_checkpoint(folder, kind) for kind in (LAST, BEST, EXPERTS) if (folder / f"{kind}.json").exists()]
         found[name] = tuple(part for one in there for part in (one.sha256, one.optimiser_sha256))
     return found
 
 
 def stages(folder: Path) -> set[object]:
-    return {line["stage"] for line in lines(folder / "metrics.jsonl")}
+    return {line["stage"] for line in read_metrics(folder / "metrics.jsonl")}
 
 
 @pytest.fixture(scope="module")
 def one_by_one(quick_plan: Quick, tmp_path_factory: pytest.TempPathFactory) -> TrainPlan:
     plan = quick_plan(tmp_path_factory.mktemp("together") / "run", stage_one=ONCE, stage_two=ONCE)
     heard: list[tuple[str, object]] = []
-    trained = run_together(plan, ALONE, lambda name, values: heard.append((name, values["stage"])))
+    trained = train_with_baselines(plan, ALONE, lambda name, values: heard.append((name, values["stage"])))
     assert trained.keys() == folders(plan.folder).keys()
     for name, folder in folders(plan.folder).items():
-        assert trained[name] == find(folder)
+        assert trained[name] == read_checkpoint(folder)
         assert {stage for told, stage in heard if told == name} == stages(folder)
     return plan
 
 
 def test_all_begin_with_the_same_experts(one_by_one: TrainPlan) -> None:
-    found = {name: find(folder) for name, folder in folders(one_by_one.folder).items()}
-    experts = find(folders(one_by_one.folder)["experts"], EXPERTS).sha256
+    found = {name: read_checkpoint(folder) for name, folder in folders(one_by_one.folder).items()}
+    experts = read_checkpoint(folders(one_by_one.folder)["experts"], EXPERTS).sha256
     assert {name for name, one in found.items() if one.experts == experts} == {
         OURS,
         "no-recovery",
@@ -80,7 +80,7 @@ def test_all_begin_with_the_same_experts(one_by_one: TrainPlan) -> None:
 def test_side_by_side_gives_the_same_bits(one_by_one: TrainPlan, tmp_path: Path) -> None:
     heard: list[str] = []
     plan = replace(one_by_one, folder=tmp_path)
-    trained = run_together(plan, TrainMeans(threads=2), lambda name, values: heard.append(name))
+    trained = train_with_baselines(plan, TrainOptions(threads=2), lambda name, values: heard.append(name))
     assert hashes(tmp_path) == hashes(one_by_one.folder)
     assert sorted(heard) == sorted(trained), "each one's epoch is told"
 
@@ -91,17 +91,17 @@ def test_again_trains_nothing(one_by_one: TrainPlan) -> None:
 
     before, heard = files(), []
     for with_baselines in (True, False):
-        found = run_together(one_by_one, ALONE, lambda *told: heard.append(told), with_baselines)
-        assert found[OURS] == find(one_by_one.folder)
+        found = train_with_baselines(one_by_one, ALONE, lambda *told: heard.append(told), with_baselines)
+        assert found[OURS] == read_checkpoint(one_by_one.folder)
     assert heard == []
     assert files() == before
 
 
 def test_baselines_can_come_later(one_by_one: TrainPlan, tmp_path: Path) -> None:
     plan = replace(one_by_one, folder=tmp_path)
-    assert run_together(plan, ALONE, quiet, with_baselines=False).keys() == {"experts", OURS}
+    assert train_with_baselines(plan, ALONE, quiet, with_baselines=False).keys() == {"experts", OURS}
     assert not (tmp_path / "baselines").exists()
-    run_together(plan, ALONE, quiet)
+    train_with_baselines(plan, ALONE, quiet)
     assert hashes(tmp_path) == hashes(one_by_one.folder)
 
 
@@ -111,7 +111,7 @@ def test_what_comes_later_reads_what_the_first_read(
     """The store grew between two starts, by an answer too; all of a run are of one version of it."""
     store = copy(learnable_store)
     plan = replace(one_by_one, folder=tmp_path / "run", uri=store.uri)
-    run_together(plan, ALONE, quiet, with_baselines=False)
+    train_with_baselines(plan, ALONE, quiet, with_baselines=False)
     row = store.questions(where="question_id = 'music-avqa/1/0'").to_pylist()[0]
     write(store, Table.QUESTIONS, [row | {"question_id": "new", "answer": "a new answer"}])
     assert plan.answers is not None
@@ -119,10 +119,10 @@ def test_what_comes_later_reads_what_the_first_read(
     model = replace(plan.config.model, classes=7)
     grown = replace(plan, pins=Pins.latest(store), answers=answers, config=replace(plan.config, model=model))
     assert grown.pins != plan.pins
-    run_together(grown, ALONE, quiet)
+    train_with_baselines(grown, ALONE, quiet)
     assert hashes(tmp_path / "run") == hashes(one_by_one.folder)
     assert (
-        run_evaluate(store, tmp_path / "run", EvaluateMeans(split="val"))["store"]["versions"]["questions"]
+        run_evaluate(store, tmp_path / "run", EvaluateOptions(split="val"))["store"]["versions"]["questions"]
         == plan.pins.questions
     )
 
@@ -133,12 +133,12 @@ def test_one_stage_alone(
 ) -> None:
     config = replace(one_by_one.config, **{left_out: StageConfig(epochs=0)})
     plan = replace(one_by_one, folder=tmp_path, config=config)
-    trained = run_together(plan, ALONE, quiet)
+    trained = train_with_baselines(plan, ALONE, quiet)
     assert trained.keys() == folders(tmp_path).keys() - {"experts"}
     stage = "mixing" if left_out == "stage_one" else "experts"
     assert stages(tmp_path) == {stage}
     assert stages(tmp_path / "baselines" / "question-only") == {"experts"}
-    report = run_evaluate(learnable_store, tmp_path, EvaluateMeans(split="val"))
+    report = run_evaluate(learnable_store, tmp_path, EvaluateOptions(split="val"))
     assert len(report["baselines"]) == 4
 
 
@@ -147,7 +147,7 @@ def test_what_the_store_lacks_is_said_before_experts_are_trained(
 ) -> None:
     config = replace(one_by_one.config, retrieval=Retrieval.CROSS)
     with pytest.raises(StoreError, match="no neighbours"):
-        run_together(replace(one_by_one, folder=tmp_path / "run", config=config), ALONE, quiet)
+        train_with_baselines(replace(one_by_one, folder=tmp_path / "run", config=config), ALONE, quiet)
     assert not (tmp_path / "run").exists()
 
 
@@ -155,7 +155,7 @@ def test_other_settings_in_the_same_folder_are_refused(one_by_one: TrainPlan) ->
     document = (one_by_one.folder / "experts" / "last.json").read_text()
     other = replace(one_by_one, config=replace(one_by_one.config, seed=9))
     with pytest.raises(CheckpointError, match=r"other settings .*seed: 1, 9"):
-        run_together(other, ALONE, quiet)
+        train_with_baselines(other, ALONE, quiet)
     assert json.loads((one_by_one.folder / "experts" / "last.json").read_text()) == json.loads(document)
 
 
@@ -164,6 +164,6 @@ def test_errors_come_out_of_tasks_in_one_line(one_by_one: TrainPlan, tmp_path: P
     broken = replace(one_by_one.config, stage_one=replace(ONCE, lr=1e30))
     plan = replace(one_by_one, folder=tmp_path, config=broken)
     with pytest.raises(R2SCPError, match="the loss became") as failed:
-        run_together(plan, TrainMeans(threads=2), quiet)
+        train_with_baselines(plan, TrainOptions(threads=2), quiet)
     assert type(failed.value) is R2SCPError
     assert "\n" not in str(failed.value)

@@ -27,7 +27,7 @@ def test_folder_without_questions_takes_every_file_in_order(tmp_path):
     assert [clip.labels for clip in clips] == [(), ("b",), ("b", "c")]
     assert all(clip.clip_id == f"folder/{clip.source_id}" and Path(clip.uri).is_file() for clip in clips)
     assert ({clip.split for clip in clips}, questions) == ({"train"}, [])
-    assert corpus.ignored.first == ["readme.md"]
+    assert corpus.ignored.examples == ["readme.md"]
     assert {clip.split for clip in open_corpus("folder", root, split="holdout").clips()} == {"holdout"}
 
 

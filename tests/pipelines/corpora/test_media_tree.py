@@ -32,7 +32,7 @@ def test_media_of_any_kind_and_case_in_order_and_the_rest_counted(tmp_path):
     tree = walk(tmp_path)
     assert tree.files == ["a b/ü #1.webm", "a.flac", "b/1.mkv", "b/2.MP4", "s.png"]
     assert tree.ignored.count == 3
-    assert set(tree.ignored.first) == {".hidden", "b/.y.mp4", "notes.txt"}
+    assert set(tree.ignored.examples) == {".hidden", "b/.y.mp4", "notes.txt"}
     assert all(os.path.isfile(tree.uri(file)) and os.path.isabs(tree.uri(file)) for file in tree.files)
 
 
@@ -47,7 +47,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (root / "dangling.mp4").symlink_to(root / "nowhere.mp4")
     tree = walk(root)
     assert tree.files == ["far/o.mp4", "z/deep/clip.mp4"]  # each folder once, under its own name first
-    assert set(tree.ignored.first) == {"self.mp4", "dangling.mp4"}
+    assert set(tree.ignored.examples) == {"self.mp4", "dangling.mp4"}
 
 
 def test_pipes_are_not_media_and_foul_names_are_kept_apart(tmp_path):
@@ -56,17 +56,17 @@ def test_pipes_are_not_media_and_foul_names_are_kept_apart(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     tree = walk(tmp_path)
     assert tree.files == ["good.mp4"]
-    assert tree.ignored.first == ["pipe.mp4"]
-    assert sorted(tree.unusable.first) == ["latin-\\udce9.mp4", "new\\nline.mp4"]
+    assert tree.ignored.examples == ["pipe.mp4"]
+    assert sorted(tree.unusable.examples) == ["latin-\\udce9.mp4", "new\\nline.mp4"]
 
 
 def test_a_video_stands_before_a_sound_then_the_first_path_and_a_still_for_nothing(tmp_path):
     tree = walk(tree_of(tmp_path, "a/x.wav", "b/x.mp4", "c/x.mp4", "x.jpg", "only.jpg", "y.mp3"))
     index = NameIndex(tree, str)
     assert index.find("x") == str(tmp_path / "b/x.mp4")
-    assert index.has_several("x")
+    assert index.is_ambiguous("x")
     assert index.find("y") == str(tmp_path / "y.mp3")
-    assert not index.has_several("y")
+    assert not index.is_ambiguous("y")
     assert index.find("only") == index.find("../x") == index.find(str(tmp_path / "y")) == ""
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from r2scp.pipelines.corpora.formats import Corpus, open_corpus
-from r2scp.pipelines.extraction.plan import Scope, make_plan
-from r2scp.store.feature_store import DESCRIBED, Known, describe
+from r2scp.pipelines.extraction.plan import PlanOptions, plan_clips
+from r2scp.store.feature_store import METADATA_COLUMNS, InputRecord, metadata_of
 
 FINGERPRINT = "grid1"
-SCOPE = Scope(decode_fingerprint=FINGERPRINT)
+SCOPE = PlanOptions(decode_fingerprint=FINGERPRINT)
 
 
 @pytest.fixture
@@ -23,18 +23,18 @@ def corpus(tmp_path: Path) -> Corpus:
     return open_corpus("folder", tmp_path)
 
 
-def remembered(corpus: Corpus, **changes: object) -> dict[str, Known]:
+def remembered(corpus: Corpus, **changes: object) -> dict[str, InputRecord]:
     """What a store knows after it has taken in all of `corpus`, with some facts changed."""
     known = {}
     for clip in corpus.clips():
         facts = os.stat(clip.uri)
         told = {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns, "content_sha256": "ab"}
-        known[clip.clip_id] = Known(**told | {"decode_fingerprint": FINGERPRINT} | changes)
+        known[clip.clip_id] = InputRecord(**told | {"decode_fingerprint": FINGERPRINT} | changes)
     return known
 
 
 def test_an_empty_store_needs_all(corpus: Corpus) -> None:
-    plan = make_plan(corpus, {}, SCOPE)
+    plan = plan_clips(corpus, {}, SCOPE)
     assert (plan.inputs, plan.unchanged, plan.gone, plan.missing_files) == (4, 0, [], 0)
     assert list(plan.pending) == [f"folder/{n}.mp4" for n in range(4)]
     assert plan.sources["clip_id"].to_pylist() == list(plan.pending)
@@ -43,7 +43,7 @@ def test_an_empty_store_needs_all(corpus: Corpus) -> None:
 
 
 def test_a_full_store_needs_nothing(corpus: Corpus) -> None:
-    plan = make_plan(corpus, remembered(corpus), SCOPE)
+    plan = plan_clips(corpus, remembered(corpus), SCOPE)
     assert (plan.inputs, plan.unchanged) == (4, 4)
     assert not plan.pending
     assert plan.sources.num_rows == 0
@@ -51,60 +51,60 @@ def test_a_full_store_needs_nothing(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("change", [{"bytes": 99}, {"mtime_ns": 1}])
 def test_a_file_that_looks_changed_is_compared_by_content(corpus: Corpus, change: dict) -> None:
-    plan = make_plan(corpus, remembered(corpus, **change), SCOPE)
+    plan = plan_clips(corpus, remembered(corpus, **change), SCOPE)
     assert len(plan.pending) == 4
     assert plan.sources["known_sha256"].to_pylist() == ["ab"] * 4
 
 
 def test_another_decoder_needs_all_again(corpus: Corpus) -> None:
     """Even where the content is the same: its digest must not make the file count as unchanged."""
-    plan = make_plan(corpus, remembered(corpus, decode_fingerprint="older"), SCOPE)
+    plan = plan_clips(corpus, remembered(corpus, decode_fingerprint="older"), SCOPE)
     assert len(plan.pending) == 4
     assert plan.sources["known_sha256"].to_pylist() == [""] * 4
 
 
 def test_dead_letters_wait_for_a_change_or_to_be_asked(corpus: Corpus) -> None:
     known = remembered(corpus, failure="corrupt", attempts=2)
-    plan = make_plan(corpus, known, SCOPE)
-    assert (plan.dead_before, plan.inputs) == (4, 4)
+    plan = plan_clips(corpus, known, SCOPE)
+    assert (plan.already_failed, plan.inputs) == (4, 4)
     assert not plan.pending
-    again = make_plan(corpus, known, Scope(decode_fingerprint=FINGERPRINT, retry_failed=True))
-    assert again.dead_before == 0
+    again = plan_clips(corpus, known, PlanOptions(decode_fingerprint=FINGERPRINT, retry_failed=True))
+    assert again.already_failed == 0
     assert again.sources["attempts"].to_pylist() == [2] * 4
     assert again.sources["known_sha256"].to_pylist() == [""] * 4, "a dead letter's content is not stored"
     Path(corpus.tree.uri("2.mp4")).write_bytes(b"mended")
-    assert list(make_plan(corpus, known, SCOPE).pending) == ["folder/2.mp4"]
+    assert list(plan_clips(corpus, known, SCOPE).pending) == ["folder/2.mp4"]
 
 
 def test_a_dead_letter_of_another_decoder_is_tried_again(corpus: Corpus) -> None:
     known = remembered(corpus, failure="corrupt", decode_fingerprint="older")
-    assert len(make_plan(corpus, known, SCOPE).pending) == 4
+    assert len(plan_clips(corpus, known, SCOPE).pending) == 4
 
 
 def test_other_annotations_of_the_same_file_need_no_decoding(corpus: Corpus) -> None:
     clips = {clip.clip_id: clip for clip in corpus.clips()}
     known = {}
     for clip_id, before in remembered(corpus).items():
-        row = {name: getattr(clips[clip_id], name) for name in DESCRIBED}
+        row = {name: getattr(clips[clip_id], name) for name in METADATA_COLUMNS}
         row |= {"split": "test"} if clip_id == "folder/2.mp4" else {}
-        known[clip_id] = replace(before, described=describe(row))
-    plan = make_plan(corpus, known, SCOPE)
+        known[clip_id] = replace(before, metadata=metadata_of(row))
+    plan = plan_clips(corpus, known, SCOPE)
     assert (plan.unchanged, len(plan.pending)) == (4, 0)
-    assert [row["clip_id"] for row in plan.redescribed] == ["folder/2.mp4"]
-    assert plan.redescribed[0]["split"] == "train"
+    assert [row["clip_id"] for row in plan.metadata_changed] == ["folder/2.mp4"]
+    assert plan.metadata_changed[0]["split"] == "train"
 
 
 def test_a_limit_counts_clips_on_the_disk(corpus: Corpus) -> None:
-    plan = make_plan(corpus, {}, Scope(decode_fingerprint=FINGERPRINT, limit=3))
+    plan = plan_clips(corpus, {}, PlanOptions(decode_fingerprint=FINGERPRINT, limit=3))
     assert plan.inputs == len(plan.pending) == 3
-    known = remembered(corpus) | {"folder/old.mp4": Known(1, 1, "", FINGERPRINT)}
-    limited = make_plan(corpus, known, Scope(decode_fingerprint=FINGERPRINT, limit=2))
+    known = remembered(corpus) | {"folder/old.mp4": InputRecord(1, 1, "", FINGERPRINT)}
+    limited = plan_clips(corpus, known, PlanOptions(decode_fingerprint=FINGERPRINT, limit=2))
     assert (limited.unchanged, limited.gone) == (2, []), "beyond the limit nobody looked"
 
 
 def test_what_is_gone_is_named(corpus: Corpus) -> None:
-    lost = {f"folder/old{n:02}.mp4": Known(1, 1, "", FINGERPRINT) for n in range(25)}
-    plan = make_plan(corpus, remembered(corpus) | lost, SCOPE)
+    lost = {f"folder/old{n:02}.mp4": InputRecord(1, 1, "", FINGERPRINT) for n in range(25)}
+    plan = plan_clips(corpus, remembered(corpus) | lost, SCOPE)
     assert plan.gone == list(lost)
 
 
@@ -113,8 +113,8 @@ def test_annotated_files_that_are_not_there(tmp_path: Path) -> None:
     questions = tmp_path / "mine.csv"
     questions.write_text("video,question,answer\nhere,What ?,this\nnowhere,What ?,that\n")
     corpus = open_corpus("folder", tmp_path, [questions])
-    known = {"folder/nowhere": Known(1, 1, "ab", FINGERPRINT)}
-    plan = make_plan(corpus, known, SCOPE)
+    known = {"folder/nowhere": InputRecord(1, 1, "ab", FINGERPRINT)}
+    plan = plan_clips(corpus, known, SCOPE)
     assert (plan.inputs, plan.missing_files) == (1, 1)
     assert plan.gone == ["folder/nowhere"]
 
@@ -123,9 +123,9 @@ def test_a_file_that_vanishes_after_it_was_listed_goes_into_the_flow(corpus: Cor
     """Its failure is the decode stage's to tell, and is not told again while it stays away."""
     known = remembered(corpus)
     Path(corpus.tree.uri("1.mp4")).unlink()
-    assert list(make_plan(corpus, known, SCOPE).pending) == ["folder/1.mp4"]
-    known["folder/1.mp4"] = Known(None, None, None, FINGERPRINT, "unreadable", 1)
-    assert make_plan(corpus, known, SCOPE).dead_before == 1
+    assert list(plan_clips(corpus, known, SCOPE).pending) == ["folder/1.mp4"]
+    known["folder/1.mp4"] = InputRecord(None, None, None, FINGERPRINT, "unreadable", 1)
+    assert plan_clips(corpus, known, SCOPE).already_failed == 1
 
 
 def test_a_large_corpus_is_planned_in_one_pass(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_a_large_corpus_is_planned_in_one_pass(corpus: Corpus, monkeypatch: pyte
             )
 
     monkeypatch.setattr(corpus, "clips", many)
-    plan = make_plan(corpus, {}, SCOPE)
+    plan = plan_clips(corpus, {}, SCOPE)
     assert plan.sources.num_rows == len(plan.pending) == plan.inputs == 3_000
     assert len(passes) == 1
 
@@ -159,9 +159,9 @@ def test_dead_letters_that_may_pass_are_tried_again_and_not_for_ever(corpus: Cor
         ids[1]: replace(known[ids[1]], failure="timeout", attempts=3),
         ids[2]: replace(known[ids[2]], failure="corrupt", attempts=1),
     }
-    plan = make_plan(corpus, known | failed, Scope(decode_fingerprint=FINGERPRINT, attempts=3))
-    assert (list(plan.pending), plan.retried, plan.dead_before) == ([ids[0]], 1, 2)
-    assert make_plan(corpus, known | failed, SCOPE).dead_before == 3
+    plan = plan_clips(corpus, known | failed, PlanOptions(decode_fingerprint=FINGERPRINT, attempts=3))
+    assert (list(plan.pending), plan.retried, plan.already_failed) == ([ids[0]], 1, 2)
+    assert plan_clips(corpus, known | failed, SCOPE).already_failed == 3
 
 
 def test_why_a_clip_is_to_be_done(corpus: Corpus) -> None:
@@ -172,5 +172,5 @@ def test_why_a_clip_is_to_be_done(corpus: Corpus) -> None:
         ids[1]: replace(known[ids[1]], decode_fingerprint="older"),
         ids[2]: known[ids[2]],
     }
-    plan = make_plan(corpus, held, SCOPE)
-    assert (plan.changed, plan.other_fingerprint, plan.unchanged, plan.new) == (1, 1, 1, 1)
+    plan = plan_clips(corpus, held, SCOPE)
+    assert (plan.changed, plan.decoder_changed, plan.unchanged, plan.new) == (1, 1, 1, 1)

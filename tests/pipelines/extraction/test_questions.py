@@ -63,7 +63,7 @@ def corpus(folder: Path, asked: list[tuple[str, list[str | None], object]]) -> C
 
 
 def commit(asked: Corpus, store: FeatureStore, encoder: EncoderSpec, run_id: str) -> dict[str, int]:
-    plan = plan_questions(asked, store, drop=run_id == "dropping")
+    plan = plan_questions(asked, store, delete_missing=run_id == "dropping")
     write_questions(plan, store, encoder, run_id)
     return plan.counts
 
@@ -135,10 +135,10 @@ def test_what_is_no_longer_asked_stays_unless_it_is_to_go(
     ]
     commit(corpus(tmp_path / "media", asked), store, tiny_encoder, "one")
     fewer = corpus(tmp_path / "media", asked[:1])
-    assert not plan_questions(fewer, store).due
-    assert plan_questions(fewer, store, drop=True).dropped == ["avqa/1"]
+    assert not plan_questions(fewer, store).has_work
+    assert plan_questions(fewer, store, delete_missing=True).to_delete == ["avqa/1"]
     assert commit(fewer, store, tiny_encoder, "dropping")["dropped"] == 1
     assert store.questions()["question_id"].to_pylist() == ["avqa/0"]
     store.commit(Table.CLIPS, [], {}, also_delete=[f"avqa/{CLIP}"])
-    without = plan_questions(fewer, store, drop=True)
-    assert (without.dropped, without.counts["without_clip"]) == (["avqa/0"], 1)
+    without = plan_questions(fewer, store, delete_missing=True)
+    assert (without.to_delete, without.counts["without_clip"]) == (["avqa/0"], 1)

@@ -8,8 +8,8 @@ import pytest
 from r2scp.jobs.report.facts.agreement import (
     NO_ROW,
     Agreements,
-    Bank,
-    Fact,
+    BankClips,
+    ClipAnswer,
     answer_agreement,
     chance_agreement,
     label_agreement,
@@ -18,7 +18,7 @@ from r2scp.jobs.report.facts.agreement import (
 )
 
 #: Clip 0 is asked about; 1 to 4 serve, 4 is of clip 0's own source; 5 does not serve.
-BANK = Bank(serves_R=np.array([False, True, True, True, True, False]), sources_R=np.array([0, 1, 2, 3, 0, 5]))
+BANK = BankClips(in_bank_R=np.array([False, True, True, True, True, False]), sources_R=np.array([0, 1, 2, 3, 0, 5]))
 LABELS = [["a", "b"], ["b"], ["c"], [], ["a"], ["a"]]
 HITS = np.array([[1, 2, 3, NO_ROW]])
 
@@ -49,14 +49,14 @@ def test_a_clip_without_labels_can_be_told_nothing_of() -> None:
 
 
 def test_answers_agree_where_the_same_question_has_the_same_answer() -> None:
-    asked = [Fact(0, "how many?", "two"), Fact(0, "where?", "left")]
+    asked = [ClipAnswer(0, "how many?", "two"), ClipAnswer(0, "where?", "left")]
     known = [
-        Fact(1, "how many?", "two"),
-        Fact(2, "how many?", "one"),
-        Fact(2, "how many?", "two"),  # asked twice, answered differently: agrees by half
-        Fact(3, "how loud?", "two"),  # another question
-        Fact(4, "how many?", "two"),  # of the query's own source: no chance
-        Fact(5, "how many?", "two"),  # does not serve: no chance either
+        ClipAnswer(1, "how many?", "two"),
+        ClipAnswer(2, "how many?", "one"),
+        ClipAnswer(2, "how many?", "two"),  # asked twice, answered differently: agrees by half
+        ClipAnswer(3, "how loud?", "two"),  # another question
+        ClipAnswer(4, "how many?", "two"),  # of the query's own source: no chance
+        ClipAnswer(5, "how many?", "two"),  # does not serve: no chance either
     ]
     hits_RN = np.full((6, 4), NO_ROW)
     hits_RN[0] = HITS[0]

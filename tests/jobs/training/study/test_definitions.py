@@ -20,9 +20,9 @@ from r2scp.jobs.training.config import (
     demo,
     experts_of,
 )
-from r2scp.jobs.training.data import Opened
+from r2scp.jobs.training.data import TrainingData
 from r2scp.jobs.training.run import TrainPlan
-from r2scp.jobs.training.stages import ExpertsStage, ExpertsObjective, Worker
+from r2scp.jobs.training.stages import ExpertsObjective, ExpertsStage, Worker
 from r2scp.jobs.training.study.definitions import STUDIES, Study, study_of
 from r2scp.model.config import ModelConfig
 from r2scp.model.losses import LossConfig
@@ -139,7 +139,7 @@ def first_steps(quick_plan: Callable[..., TrainPlan], learnable_store: FeatureSt
 
     def steps(config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float], dict[str, torch.Tensor]]:
         plan = quick_plan("unused")
-        opened = Opened.read(
+        opened = TrainingData.read(
             learnable_store, plan.pins, replace(plan.config, model=config.model), plan.answers
         )
         examples = opened.learning()[0]

@@ -21,16 +21,16 @@ import pytest
 from typer.testing import CliRunner
 
 from r2scp.jobs.cli.main import app
-from r2scp.jobs.training.checkpoints import find
-from r2scp.jobs.training.command import Wanted, plan_of
+from r2scp.jobs.training.checkpoints import read_checkpoint
+from r2scp.jobs.training.command import TrainRequest, plan_training
 from r2scp.jobs.training.config import StageConfig, TrainConfig
-from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateMeans, run_evaluate
-from r2scp.jobs.training.log import lines
+from r2scp.jobs.training.evaluate import MISSING_RATES, EvaluateOptions, run_evaluate
+from r2scp.jobs.training.log import read_metrics
 from r2scp.jobs.training.study import run as study_module
 from r2scp.jobs.training.study.definitions import FULL, Study, study_of
-from r2scp.jobs.training.study.run import MEASURES, StudyMeans, run_study
+from r2scp.jobs.training.study.run import MEASURES, StudyOptions, run_study
 from r2scp.jobs.training.study.table import markdown
-from r2scp.jobs.training.study.trainings import Contents, Job
+from r2scp.jobs.training.study.trainings import StoreContents, Job
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import R2SCPError, StoreError
@@ -51,12 +51,12 @@ WITHOUT_RANK = "without rank loss"
 PATIENCE_S = 240  # for anything waited for; far beyond what a busy machine needs
 
 Judged = tuple[FeatureStore, Path]
-Studied = tuple[StudyMeans, dict[str, Any]]
+Studied = tuple[StudyOptions, dict[str, Any]]
 
 
-def means_of(store: FeatureStore, folder: Path, **changes: Any) -> StudyMeans:
-    plan = plan_of(store, folder, Wanted(preset="demo", settings=SETTINGS))
-    return replace(StudyMeans(plan=plan, folder=folder, seeds=SEEDS), **changes)
+def means_of(store: FeatureStore, folder: Path, **changes: Any) -> StudyOptions:
+    plan = plan_training(store, folder, TrainRequest(preset="demo", settings=SETTINGS))
+    return replace(StudyOptions(plan=plan, folder=folder, seeds=SEEDS), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,11 @@ def test_stage_one_is_trained_once_for_each_seed(studied: Studied) -> None:
     assert len(experts) == len(SEEDS)
     assert len(runs) == 3 * len(SEEDS), "stage I alone is a run of experts"
     for run in runs:
-        config, stages = find(run).config, {line["stage"] for line in lines(run / "metrics.jsonl")}
+        config, stages = read_checkpoint(run).config, {line["stage"] for line in read_metrics(run / "metrics.jsonl")}
         assert stages == {"mixing"}
-        begun = [one for one in experts if find(one, "experts").sha256 == find(run).experts]
+        begun = [one for one in experts if read_checkpoint(one, "experts").sha256 == read_checkpoint(run).experts]
         assert len(begun) == (config.stage_one.epochs > 0)
-        assert all(find(one).config.seed == config.seed for one in begun)
+        assert all(read_checkpoint(one).config.seed == config.seed for one in begun)
     named = {run for row in report["variants"].values() for run in row["runs"]}
     assert named == {path.relative_to(means.folder).as_posix() for path in [*experts, *runs]}
 
@@ -99,9 +99,9 @@ def test_numbers_are_those_of_the_runs(studied: Studied, evaluated_run: Judged) 
     reached: dict[str, np.ndarray] = {}
     for variant, row in report["variants"].items():
         folders = [means.folder / run for run in row["runs"]]
-        assert [find(folder).config.seed for folder in folders] == list(SEEDS)
-        assert row["validation"] == [find(folder).metrics["mean"] for folder in folders]
-        said = [run_evaluate(evaluated_run[0], folder, EvaluateMeans()) for folder in folders]
+        assert [read_checkpoint(folder).config.seed for folder in folders] == list(SEEDS)
+        assert row["validation"] == [read_checkpoint(folder).metrics["mean"] for folder in folders]
+        said = [run_evaluate(evaluated_run[0], folder, EvaluateOptions()) for folder in folders]
         reached[variant] = np.array(
             [
                 [one["conditions"][name]["accuracy"] for name in ("A", "V", "AV")] + [one["average"]]
@@ -159,7 +159,7 @@ def test_another_study_trains_nothing_that_is_there(
     }
     for run, said in zip(report["variants"][FULL]["runs"], report["variants"][FULL]["loads"], strict=True):
         epochs = [
-            line["train"] for line in lines(means.folder / run / "metrics.jsonl") if line["kind"] == "epoch"
+            line["train"] for line in read_metrics(means.folder / run / "metrics.jsonl") if line["kind"] == "epoch"
         ]
         assert len(epochs) == len(said) == 2
         for train, weights in zip(epochs, said, strict=True):
@@ -179,7 +179,7 @@ def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, evalua
     runs = [means.folder / run for run in report["variants"][FULL]["runs"]]
     kept = {run / "evaluation-test-rates.json" for run in runs}
     assert {path for path in new if path.name not in ("rates.json", "lock")} == kept
-    said = [run_evaluate(evaluated_run[0], run, EvaluateMeans(rates=MISSING_RATES))["missing_rates"] for run in runs]
+    said = [run_evaluate(evaluated_run[0], run, EvaluateOptions(rates=MISSING_RATES))["missing_rates"] for run in runs]
     told = report["variants"][FULL]["accuracy"]
     assert list(told) == [*MEASURES, *said[0]]
     assert len(said[0]) == 6
@@ -262,7 +262,7 @@ def test_one_training_that_fails_leaves_the_others(evaluated_run: Judged, tmp_pa
     assert "\n" not in str(failed.value)
     assert not (tmp_path / "one.json").exists()
     done = [path.parent for path in tmp_path.glob("runs/*/evaluation-test.json")]
-    assert [find(folder).config for folder in done] == [replace(base, seed=4)]
+    assert [read_checkpoint(folder).config for folder in done] == [replace(base, seed=4)]
     before = files(done[0])
     mended = replace(study, variants=study.variants | {"broken": replace(base, batch_size=6)})
     assert run_study("one", mended, means)["variants"].keys() == {"broken", FULL}
@@ -296,17 +296,17 @@ def test_the_index_that_is_asked_for_is_the_one_that_helps(
     base = means_of(store, Path("unused")).plan.config
     config = replace(base, retrieval=retrieval, index=IndexSettings(**settings))
     with pytest.raises(StoreError, match="lacks neighbours") as lacking:
-        Contents(store=store, pins=Pins.latest(store)).key(config)
+        StoreContents(store=store, pins=Pins.latest(store)).key(config)
     command = str(lacking.value).split("`")[1].split()
     assert command[0] == "r2scp-pipe"
     result = CliRunner().invoke(app, [*command[1:], "--store", store.uri])
     assert result.exit_code == 0, result.output
-    assert Contents(store=store, pins=Pins.latest(store)).key(config)
+    assert StoreContents(store=store, pins=Pins.latest(store)).key(config)
 
 
 def test_trainings_are_named_by_settings_and_data(evaluated_run: Judged, copy: Callable, write: Callable) -> None:
     def key(store: FeatureStore, config: TrainConfig) -> str:
-        return Contents(store=store, pins=Pins.latest(store)).key(config)
+        return StoreContents(store=store, pins=Pins.latest(store)).key(config)
 
     store, moved = evaluated_run[0], copy(evaluated_run[0])
     config = means_of(store, Path("unused")).plan.config
@@ -346,7 +346,7 @@ def test_a_run_is_done_when_it_is_trained_and_evaluated_as_it_is(studied: Studie
     assert replace(job, split="").done
     assert "/" not in replace(job, split="../../up").evaluation.name
     kept = job.evaluation.read_text()
-    job.evaluation.write_text(kept.replace(find(tmp_path).sha256, "0" * 64))
+    job.evaluation.write_text(kept.replace(read_checkpoint(tmp_path).sha256, "0" * 64))
     assert not job.done, "evaluated when another checkpoint was the best"
     job.evaluation.write_text(kept)
     last = json.loads((tmp_path / "last.json").read_text())
