@@ -1,7 +1,7 @@
-"""Contenders that do the same work in turn, round after round, and the table that comes of it.
+"""Contenders that do the same work in turn, round after round, and the table of their results.
 
-A figure is the median over the rounds with the least and the most beside it; a ratio is taken within each
-round, where both ran under the same load, and its median is told, not the ratio of the medians.
+A figure is the median over the rounds, with the minimum and the maximum. A ratio is taken within each round,
+where both contenders ran under the same load; the median of the ratios is reported, not the ratio of medians.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from rich.table import Table as Grid
 from benchmarks.machine import machine, versions
 from r2scp.store.errors import R2SCPError, UsageError
 
-Work = Callable[[], object]  # does it once; gives a float where only so many seconds of it count
+Work = Callable[[], object]  # runs once; returns a float if only that many of its seconds count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of the same figure over the rounds."""
+    """One figure over the rounds."""
 
     median: float
     least: float
@@ -40,7 +40,7 @@ class Spread:
 
 
 def _digits(value: float) -> int:
-    """Decimals that leave three figures or so."""
+    """Decimals for about three significant digits."""
     return 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
 
 
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """A goal and what was reached: `reached` must be at least, or at most, `goal`."""
+    """A goal and the result: `reached` must be at least, or at most, `goal`."""
 
     what: str
     goal: float
@@ -77,7 +77,7 @@ class Sheet:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a benchmark found, and on what terms."""
+    """The results of a benchmark, and its settings."""
 
     sheets: Sequence[Sheet]
     grades: Sequence[Grade] = ()
@@ -85,88 +85,90 @@ class Report:
 
 
 def timed(work: Work) -> float:
-    """Seconds that it takes, or says that it took."""
+    """Seconds that the work takes, or those that it returns."""
     started = time.perf_counter()
-    said = work()
-    return said if isinstance(said, float) else time.perf_counter() - started
+    result = work()
+    return result if isinstance(result, float) else time.perf_counter() - started
 
 
 def contest(contenders: Mapping[str, Work], rounds: int) -> dict[str, list[float] | str]:
-    """Seconds of each contender in each round; instead of them, the reason of one that cannot run.
+    """Seconds of each contender per round, or the reason why it cannot run.
 
-    All take their turn in every round, and every round begins with another one. Each runs once before,
-    untimed: a contender that fails then is out; one that fails later raises.
+    All run in every round, and every round begins with another one. Each runs once before, untimed: a
+    contender that fails then is left out; one that fails later raises.
     """
     seconds: dict[str, list[float] | str] = {name: [] for name in contenders}
-    able = dict(contenders)
+    running = dict(contenders)
     for name, work in contenders.items():
         try:
             work()
-        except Exception as error:  # a peer's own, of any kind
+        except Exception as error:  # a peer may raise anything
             seconds[name] = reason(error)
-            del able[name]
-    names = list(able)
-    for at in range(rounds):
-        turn = at % max(1, len(names))
-        for name in names[turn:] + names[:turn]:
+            del running[name]
+    names = list(running)
+    for number in range(rounds):
+        first = number % max(1, len(names))
+        for name in names[first:] + names[:first]:
             taken = seconds[name]
             assert isinstance(taken, list)
-            taken.append(timed(able[name]))
+            taken.append(timed(running[name]))
     return seconds
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """Of two contenders' figures, round by round."""
-    return Spread.of([one / other for one, other in zip(over, under, strict=True)])
+    """The ratios of two contenders' figures, round by round."""
+    return Spread.of([a / b for a, b in zip(over, under, strict=True)])
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what went wrong, for the table."""
-    words = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {words}"[:160]
+    """The error in one line, for the table."""
+    message = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {message}"[:160]
 
 
 def run(
     module: str,
     description: str,
-    options: Callable[[argparse.ArgumentParser], None],
+    add_options: Callable[[argparse.ArgumentParser], None],
     benchmark: Callable[[argparse.Namespace], Report],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """A benchmark's command line: parse, measure, print, write. The exit status.
+    """The command line of a benchmark: parse, measure, print, write; returns the exit status.
 
-    Each has `--short` (minutes become seconds: `make bench`), `--rounds` and `--json` beside its own options.
+    Each has `--short` (seconds, not minutes: `make bench`), `--rounds`, `--json` and options of its own.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--short", action="store_true", help="less of everything, for a first look")
-    parser.add_argument("--rounds", type=int, default=5, help="of each contender (default: 5; short: 3)")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    options(parser)
-    wanted = parser.parse_args(arguments)
-    if wanted.short:
-        wanted.rounds = min(wanted.rounds, 3)
+    parser.add_argument("--short", action="store_true", help="a shorter run, for a first look")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of each contender (default: 5; short: 3)"
+    )
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.short:
+        options.rounds = min(options.rounds, 3)
     out = Console(markup=False, highlight=False, emoji=False)
     about = {"benchmark": module, "machine": machine(), "versions": versions()}
     try:
-        if wanted.rounds < 1:
-            raise UsageError(f"--rounds must be at least 1; got {wanted.rounds}")
-        report = benchmark(wanted)
+        if options.rounds < 1:
+            raise UsageError(f"--rounds must be at least 1; got {options.rounds}")
+        report = benchmark(options)
     except R2SCPError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, UsageError) else 1
     show(report, about, out)
-    if wanted.json:
-        told = about | {"short": wanted.short, "rounds": wanted.rounds} | asdict(report)
-        wanted.json.write_text(json.dumps(told, indent=1, default=str) + "\n")
+    if options.json:
+        results = about | {"short": options.short, "rounds": options.rounds} | asdict(report)
+        options.json.write_text(json.dumps(results, indent=1, default=str) + "\n")
     return 0
 
 
 def show(report: Report, about: Mapping[str, object], out: Console) -> None:
-    """The report as a person reads it."""
+    """Prints the report as tables."""
     for sheet in report.sheets:
         columns = list(dict.fromkeys(name for row in sheet.rows for name in row.figures))
         grid = Grid(title=sheet.title, title_justify="left")

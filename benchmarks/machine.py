@@ -21,7 +21,7 @@ def cores() -> int:
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores, memory in GiB, GPUs and the load when asked (runnable processes, last minute)."""
+    """Processor, cores, memory in GiB, GPUs and the current load (runnable processes, last minute)."""
     return {
         "processor": _processor(),
         "cores": cores(),
@@ -33,17 +33,17 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of ffmpeg, of the packages whose speed counts and of the peers that are installed."""
-    found = {"python": platform.python_version(), "ffmpeg": find_program(None).version}
-    there = {str(one.metadata["Name"]).lower() for one in metadata.distributions()}
-    return found | {name: metadata.version(name) for name in (*PACKAGES, *PEERS) if name in there}
+    """Of Python, ffmpeg, the packages that matter for speed, and the peers that are installed."""
+    result = {"python": platform.python_version(), "ffmpeg": find_program(None).version}
+    installed = {str(package.metadata["Name"]).lower() for package in metadata.distributions()}
+    return result | {name: metadata.version(name) for name in (*PACKAGES, *PEERS) if name in installed}
 
 
 def _processor() -> str:
-    """The model's name as Linux reports it, elsewhere what Python knows."""
+    """The model as Linux reports it, elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

@@ -1,14 +1,14 @@
 """What a re-index costs, by the size of the change and of the store.
 
-A store of generated clips is filled to its size: each row lies somewhere between the real features of two of
-a few hundred clips, with a little noise of its own, and has a file on the disk (hard links). One clip in
-twenty is asked about and has neighbours among all. Then `jobs run`, in this order:
+A store of generated clips is filled to its size: the features of each row are interpolated between those
+of two of a few hundred real clips, with a little noise, and each has a file on disk (hard links). One clip
+in twenty has questions, and neighbours among all. Then `jobs run`, in this order:
 
 - *first*: the store as it was filled: serving indexes and neighbours are built, the snapshot published;
 - *nothing new*: three times; the files of the store must stay as they are, to the byte;
-- *N new*: N generated clips more, decoded and embedded like any other; 1 % unless told otherwise.
+- *N new*: N more generated clips, decoded and embedded like any other; 1 % by default.
 
-Each is run once, but for *nothing new*: their seconds are no medians.
+All but *nothing new* run once: their seconds are no medians.
 
 The encoder is the demo's, its embeddings laid isometrically into as many dimensions as ImageBind has.
 """
@@ -35,7 +35,7 @@ from benchmarks.machine import cores
 from r2scp.jobs.ingest.encoders import encoder_spec
 from r2scp.jobs.ingest.extract import Destination, Source, run_extract
 from r2scp.jobs.ingest.weights import resolve_encoder
-from r2scp.jobs.reindex.config import read_config
+from r2scp.jobs.reindex.config import read_job_file
 from r2scp.jobs.reindex.job import ReindexReport, run_reindex
 from r2scp.model.imagebind.imagebind import ImageBind
 from r2scp.pipelines.corpora.corpus import ClipRow
@@ -48,8 +48,8 @@ from r2scp.store.lease import now
 from r2scp.store.schema import Table
 
 DIM = 1024  # as ImageBind's
-ASKED = 20  # one clip in so many is asked about
-FILES_A_FOLDER = 1_000
+QUESTIONED = 20  # one clip in this many has questions
+FILES_PER_FOLDER = 1_000
 ROWS_AT_ONCE = 2_048  # 100 MB of features
 NOISE = 0.1  # length of what is added to each token of length 1
 SEEDS = (31, 32)  # of the clips that fill the store, and of those that are new
@@ -60,7 +60,7 @@ IDLE_GOAL_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Everything of one size of store."""
+    """The files of one size of store."""
 
     folder: Path
     weights: Path
@@ -73,13 +73,13 @@ class Site:
     def link(self, root: str, numbers: range, models: Sequence[Path], prefix: str = "") -> None:
         """Files named by number, each a link to one of `models`."""
         for number in numbers:
-            folder = self.folder / root / f"{number // FILES_A_FOLDER:04}"
+            folder = self.folder / root / f"{number // FILES_PER_FOLDER:04}"
             folder.mkdir(parents=True, exist_ok=True)
             os.link(models[number % len(models)], folder / f"{prefix}{number:07}.mp4")
 
 
 def widen(folder: Path) -> Path:
-    """The demo encoder with embeddings of width DIM; products of any two stay what they are."""
+    """The demo encoder with embeddings of width DIM; all inner products stay the same."""
     small = ImageBind.load(resolve_encoder("imagebind-demo", None), dtype=torch.float32)
     wide = ImageBind(replace(small.config, dim=DIM))
     generator = torch.Generator().manual_seed(1)
@@ -101,7 +101,7 @@ def _heads(small: ImageBind, wide: ImageBind) -> set[str]:
 
 def fill(site: Site, clips: int, donor: FeatureStore) -> None:
     """Files and rows of a store of `clips`; the rows' features are the donor's, with noise."""
-    asked = clips // ASKED
+    asked = clips // QUESTIONED
     site.link("asked", range(asked), site.models)
     site.link("bank", range(clips - asked), site.models)
     features = donor.clips().to_pylist()
@@ -147,8 +147,8 @@ def _commit(store: FeatureStore, rows: list[dict[str, object]]) -> None:
 
 
 def describe_job(site: Site) -> None:
-    """The job's file."""
-    said = {
+    """Writes the job file."""
+    job = {
         "name": "benchmark",
         "store": "store",
         "encoder": "imagebind-demo",
@@ -157,17 +157,17 @@ def describe_job(site: Site) -> None:
         "index": {"retrieval": ["paired"], "n": NEIGHBOURS, "query_corpora": ["asked"]},
         "machine": {"num_workers": cores()},
     }
-    site.job.write_text(yaml.safe_dump(said))
+    site.job.write_text(yaml.safe_dump(job))
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Files below, with time of change and size."""
+    """The files below a folder, with modification time and size."""
     facts = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
     return {str(path): (fact.st_mtime_ns, fact.st_size) for path, fact in facts}
 
 
 def measure(site: Site, news: Sequence[int], models: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """One row a run: what, seconds in all and of each step, what was written."""
+    """One row per run: its name, seconds in total and per step, what was written."""
     yield _run(site, "first")
     before = listing(site.folder / "store")
     idle = [_run(site, IDLE) for _ in range(3)]
@@ -183,7 +183,7 @@ def measure(site: Site, news: Sequence[int], models: Sequence[Path]) -> Iterator
 
 def _run(site: Site, what: str) -> dict[str, Any]:
     started = time.perf_counter()
-    report: ReindexReport = run_reindex(read_config(site.job), lambda text: None)
+    report: ReindexReport = run_reindex(read_job_file(site.job), lambda text: None)
     seconds = time.perf_counter() - started
     assert report.outcome in ("published", "nothing to do"), report.why
     searched = sum(mode["searched"] for mode in report.neighbours.values())
@@ -224,7 +224,7 @@ def benchmark(options: argparse.Namespace) -> Report:
     return Report(
         sheets=[Sheet(title=f"Seconds of a re-index, D = {DIM}", rows=[_shown(row) for row in results])],
         grades=[Grade(what="nothing new, s", goal=IDLE_GOAL_S, reached=idle, at_most=True)],
-        settings={"neighbours": NEIGHBOURS, "asked about": f"one clip in {ASKED}"},
+        settings={"neighbours": NEIGHBOURS, "asked about": f"one clip in {QUESTIONED}"},
     )
 
 
@@ -237,7 +237,7 @@ def _shown(row: Mapping[str, Any]) -> Row:
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, nargs="+", help="sizes of store (default: 20000; short: 2000)")
     parser.add_argument("--new", type=int, nargs="+", help="sizes of change (default: 1 %% of the store)")
-    parser.add_argument("--distinct", type=int, default=100, help="generated clips on either side")
+    parser.add_argument("--distinct", type=int, default=100, help="distinct generated clips, old and new")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

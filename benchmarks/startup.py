@@ -1,8 +1,8 @@
 """How long a command takes before it does anything: `python -m benchmarks.startup --help`.
 
-Whole processes, from their start to their end. *Python alone* starts and ends; our commands pay for it, too.
-`status` is asked of a store of 200,000 clips (a tenth of them in the short form) without features, since it
-reads none. Beside them, what importing the packages costs that a user would take instead, and our own.
+Whole processes, from start to end. *Python alone* starts and ends, which is part of every command. `status`
+runs on a store of 200,000 clips (a tenth of them with --short) without features, which it does not read. For
+comparison: importing our packages, and those of the alternatives.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PACKAGES = ("r2scp.store.feature_store", "lance", "torch", "ray.data", "daft", "
 
 
 def fill(folder: Path, clips: int) -> str:
-    """A store of rows without features; its address."""
+    """Creates a store of rows without features; returns its address."""
     store = FeatureStore.create(str(folder / "store"), "benchmark", 8)
     schema = store.address(Table.CLIPS).schema
     known = {
@@ -43,19 +43,19 @@ def fill(folder: Path, clips: int) -> str:
     return store.uri
 
 
-def command(*words: str) -> Callable[[], object]:
-    """Runs Python with these words. Raises RuntimeError with the last line of stderr where that fails."""
-    return partial(_run, [sys.executable, *words])
+def command(*arguments: str) -> Callable[[], object]:
+    """Runs Python with these arguments. Raises RuntimeError with the last line of stderr if that fails."""
+    return partial(_run, [sys.executable, *arguments])
 
 
-def _run(words: Sequence[str]) -> None:
-    done = subprocess.run(words, capture_output=True, text=True)
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
 
 
 def benchmark(options: argparse.Namespace) -> Report:
-    """Every process in turn, round after round."""
+    """Runs every process in turn, round after round."""
     clips = SHORT_CLIPS if options.short else CLIPS
     with tempfile.TemporaryDirectory(prefix="r2scp-startup-") as folder:
         uri = fill(Path(folder), clips)

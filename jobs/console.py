@@ -1,4 +1,4 @@
-"""Options that several commands share, and how commands speak: JSON on stdout, all else on stderr."""
+"""How commands print: results on stdout, everything else on stderr, errors as one line."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import typer
 from rich.console import Console
@@ -24,67 +24,27 @@ from rich.progress import (
 
 from r2scp.store.errors import R2SCPError, UsageError
 
-DEFAULT_STORE = "./r2scp-store"
-
-#: stderr, with nothing in outside text taken for markup
+#: stderr; text from outside is never taken for markup
 console = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def log(text: str) -> None:
-    """One line on stderr, whatever its length."""
+    """Print one line on stderr, without wrapping it."""
     console.print(text, soft_wrap=True)
 
 
 class EncoderName(StrEnum):
-    """The encoders that have a name; any other comes with --weights."""
+    """The named encoders; others are given as --weights."""
 
     HUGE = "imagebind-huge"
     DEMO = "imagebind-demo"
-
-
-StoreOption = Annotated[
-    str, typer.Option("--store", envvar="R2SCP_STORE", help="Folder or object store address of the store.")
-]
-StorageOption = Annotated[
-    list[str] | None,
-    typer.Option("--storage-option", help="KEY=VALUE for an object store, as Lance names them. Repeatable."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
-EncoderOption = Annotated[EncoderName, typer.Option("--encoder", help="Which ImageBind.")]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option("--weights", help="A .pth or .safetensors file, or random:SEED (benchmarks only)."),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu or cuda; the GPU where there is one by default.")
-]
-FingerprintOption = Annotated[
-    str | None, typer.Option("--fingerprint", help="Which encoder's tables, where the store holds several.")
-]
-
-
-AtOption = Annotated[
-    str | None,
-    typer.Option("--at", help="A snapshot to read, such as serving; the store as it is now by default."),
-]
-
-
-def storage_options(pairs: list[str] | None) -> dict[str, str]:
-    """`KEY=VALUE` pairs as a dict."""
-    options = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise UsageError(f"--storage-option must be KEY=VALUE; got {pair!r}")
-        options[key] = value
-    return options
 
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def parse_choice(options: type[Choice], value: str, name: str) -> Choice:
-    """The member that an option names. Raises `UsageError`."""
+    """The member that the value of the option `name` names. Raises `UsageError`."""
     try:
         return options(value)
     except ValueError as error:
@@ -95,14 +55,14 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-RESUME_HINT = "what was committed stays; run the same command again to go on"
+RESUME_HINT = "committed work is kept; run the same command again to resume"
 
 
 @contextmanager
 def exit_on_error(interrupted: str = RESUME_HINT) -> Iterator[None]:
-    """Turn our errors into one line and exit code 1 (2 for a wrong option), Ctrl-C and SIGTERM into 130.
+    """Turn our errors into one line and exit code 1 (2 for wrong usage), Ctrl-C and SIGTERM into 130.
 
-    `interrupted`: what is so then.
+    `interrupted`: message after an interruption.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
@@ -130,7 +90,7 @@ def _errors_to_exit_codes(interrupted: str) -> Iterator[None]:
 
 
 def print_result(result: Mapping[str, object], as_json: bool) -> None:
-    """Print a result: one JSON object on stdout, or aligned lines a person reads."""
+    """Print a result on stdout: one JSON object, or aligned lines for a person."""
     if as_json:
         sys.stdout.write(json.dumps(result, default=str) + "\n")
         return
@@ -156,7 +116,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    """A progress bar on stderr: on a terminal drawn, otherwise nothing (jobs print plain lines)."""
+    """A progress bar on stderr, drawn on a terminal only (elsewhere commands log plain lines)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -170,10 +130,10 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
 
 def default_workers() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def absolute(path: Path) -> Path:
-    """As seen from anywhere: workers run in other folders."""
+    """An absolute path: workers run in other folders."""
     return path.expanduser().resolve()

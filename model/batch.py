@@ -1,14 +1,14 @@
-"""What enters the model and what leaves it.
+"""The model's input and output.
 
-Legend of shapes, for all of the model but ImageBind's own towers:
+Legend of shapes, for all of the model except ImageBind's towers:
 
 - B rows (questions) of a batch; M the two modalities that can go missing, in the order of `AUDIO`, `VISUAL`;
   S the three sources that the router weighs, `AUDIO`, `VISUAL`, `TEXT`
-- L one-second tokens of a clip, U those of the available modality where both occur; W words of a question
+- L one-second tokens of a clip, U those of the available modality if both occur; W words of a question
 - N neighbours of a clip; K answers: the classes of the train split, or four choices
 - C width of the encoder, D width of the model, H heads, E width of a head
 
-A mask is bool and True where a token is real. What stands under False never reaches a result, be it NaN.
+A mask is bool and True where a token is real. Values under False never affect a result, even if NaN.
 """
 
 import math
@@ -36,21 +36,21 @@ class Tokens(NamedTuple):
     mask_BL: Tensor
 
     def mean(self) -> Tensor:
-        """Masked mean over L, (B, D); zero for a row without tokens. Eq. 2 of the paper is this."""
+        """Masked mean over L, eq. 2 of the paper: (B, D), zero for a row without tokens."""
         count_B1 = self.mask_BL.sum(dim=1, keepdim=True).clamp(min=1)
         return self.states_BLD.masked_fill(~self.mask_BL[..., None], 0).sum(dim=1) / count_B1
 
     def keep_rows(self, rows_B: Tensor) -> "Tokens":
-        """The same with no token, and zeros, where rows_B is False."""
+        """No tokens, and zeros, where rows_B is False."""
         mask_BL = self.mask_BL & rows_B[:, None]
         return Tokens(self.states_BLD.masked_fill(~mask_BL[..., None], 0), mask_BL)
 
 
 class Neighbours(NamedTuple):
-    """The missing modality's sequences of other clips, best (or farthest) first.
+    """Sequences of the missing modality from other clips, best (or farthest) first.
 
-    `mask_BNL` is all False for a neighbour that was not found; `ids_BN` int64, any number that tells the
-    caller which clip it is, -1 for none.
+    `mask_BNL` is all False where there is no neighbour; `ids_BN` int64, any number by which the caller knows
+    the clip, -1 for none.
     """
 
     tokens_BNLC: Tensor
@@ -59,7 +59,7 @@ class Neighbours(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What the decoder needs of a question: its sentence vector and, with choices, "question choice" each."""
+    """The decoder's input: a question's sentence vector and, with choices, a vector per "question choice"."""
 
     sentence_BC: Tensor
     choices_BKC: Tensor | None
@@ -70,10 +70,10 @@ class Question(NamedTuple):
 class Batch:
     """B questions with the features of their clips, all in the encoder's space and of unit norm.
 
-    Features may have any floating dtype. `present_BM` says which modalities the model may use: the features
-    of an absent one never enter it. `retrieved` and `farthest` belong to each row's missing modality.
-    `target_B` is int64 in [0, K), or -1 where the answer is not known. Raises ValueError if shapes disagree,
-    a question has no word, a present modality no token, a row no choice, or its answer is a missing choice.
+    Features may have any floating dtype. `present_BM`: the modalities that the model may use; features of an
+    absent one never enter it. `retrieved` and `farthest` are of each row's missing modality. `target_B` is
+    int64 in [0, K), or -1 for an unknown answer. Raises ValueError if shapes disagree, a question has no
+    word, a present modality no token, a row no choice, or its answer is a missing choice.
     """
 
     audio_BLC: Tensor
@@ -105,7 +105,7 @@ class Batch:
                 )
                 _check_shape(f"{name} ids", neighbours.ids_BN, tuple(neighbours.tokens_BNLC.shape[:2]))
         if (self.choices_BKC is None) != (self.choices_mask_BK is None):
-            raise ValueError("choices and their mask come together; got one without the other")
+            raise ValueError("choices must come with their mask; got one without the other")
         if self.choices_BKC is not None and self.choices_mask_BK is not None:
             _check_shape("choices", self.choices_BKC, (rows, None, width))
             _check_shape("choices mask", self.choices_mask_BK, tuple(self.choices_BKC.shape[:2]), bool_=True)
@@ -114,19 +114,19 @@ class Batch:
     def _check_values(self) -> None:
         _check_rows(
             ~self.words_mask_BW.any(dim=1),
-            "a question must have at least one word; without a question there is nothing to answer",
+            "a question must have at least one word",
         )
         for column, mask_BL in ((AUDIO, self.audio_mask_BL), (VISUAL, self.visual_mask_BL)):
             _check_rows(
                 self.present_BM[:, column] & ~mask_BL.any(dim=1),
-                f"{SOURCES[column]} is said to be present and has no token; say absent",
+                f"{SOURCES[column]} must have a token where it is present; mark it absent",
             )
         if self.choices_mask_BK is not None:
-            _check_rows(~self.choices_mask_BK.any(dim=1), "a question with choices must have at least one choice")
+            _check_rows(~self.choices_mask_BK.any(dim=1), "a question must have at least one choice")
             if self.target_B is not None:
-                hit_B1 = self.choices_mask_BK.gather(1, self.target_B.clamp(min=0)[:, None])
-                missed_B = (self.target_B >= 0) & ~hit_B1.squeeze(1)
-                _check_rows(missed_B, "the answer must be one of the choices that are there")
+                valid_B1 = self.choices_mask_BK.gather(1, self.target_B.clamp(min=0)[:, None])
+                masked_B = (self.target_B >= 0) & ~valid_B1.squeeze(1)
+                _check_rows(masked_B, "the answer must be one of the choices that are not masked")
 
     def __len__(self) -> int:
         return len(self.sentence_BC)
@@ -145,7 +145,7 @@ class Batch:
         }[name]
 
     def drop(self, modality: int, rows_B: Tensor | None = None) -> "Batch":
-        """The same with `modality` (`AUDIO` or `VISUAL`) absent, in all rows or where rows_B is True."""
+        """A batch with `modality` (`AUDIO` or `VISUAL`) absent, in all rows or where rows_B is True."""
         return replace(self, present_BM=drop_modality(self.present_BM, modality, rows_B))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
@@ -153,55 +153,55 @@ class Batch:
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from where `to(..., non_blocking=True)` overlaps work."""
+        """The same batch in page-locked memory, for an asynchronous `to(..., non_blocking=True)`."""
         return map_tensors(self, Tensor.pin_memory)
 
 
 class Purification(NamedTuple):
-    """What CAP did to one modality. A row that it did not touch has no noise and NaN scores."""
+    """What CAP did to one modality. A row without purification has no noise and NaN scores."""
 
     dissonance_BL: Tensor  # eq. 3, in [0, 2]; NaN under padding
     noise_BL: Tensor  # bool, the purged tokens, Ω_noise of eq. 5
-    source_BL: Tensor  # int64, the token of the available modality that took a purged token's place; else -1
+    source_BL: Tensor  # int64, the token of the available modality that replaced a purged one; else -1
     saliency_BU: Tensor  # the score behind eq. 7; NaN under padding
 
     def keep_rows(self, rows_B: Tensor) -> "Purification":
-        """The same, untouched where rows_B is False."""
+        """No purification where rows_B is False."""
         others_B1 = ~rows_B[:, None]
         return Purification(
-            *(part.masked_fill(others_B1, blank) for part, blank in zip(self, UNTOUCHED, strict=True))
+            *(part.masked_fill(others_B1, value) for part, value in zip(self, NOT_PURIFIED, strict=True))
         )
 
     def merge(self, rows_B: Tensor, other: "Purification") -> "Purification":
         """This one where rows_B is True, `other` elsewhere."""
         merged = []
-        for one, two, blank in zip(self, other, UNTOUCHED, strict=True):
-            length = max(one.shape[1], two.shape[1])
-            parts = [F.pad(part, (0, length - part.shape[1]), value=blank) for part in (one, two)]
+        for ours, theirs, value in zip(self, other, NOT_PURIFIED, strict=True):
+            length = max(ours.shape[1], theirs.shape[1])
+            parts = [F.pad(part, (0, length - part.shape[1]), value=value) for part in (ours, theirs)]
             merged.append(torch.where(rows_B[:, None], *parts))
         return Purification(*merged)
 
 
-UNTOUCHED = (math.nan, False, -1, math.nan)  # fields of a `Purification` where nothing was done
+NOT_PURIFIED = (math.nan, False, -1, math.nan)  # fields of a `Purification`, and padding
 
 
 class Evidence(NamedTuple):
     """Why the model answered as it did."""
 
-    router_BS: Tensor  # α of eq. 11; exactly 0 for a source that was neither there nor recovered
+    router_BS: Tensor  # α of eq. 11; exactly 0 for a source that is neither present nor recovered
     available_BM: Tensor  # bool, present or recovered
     recovered_BM: Tensor  # bool
     fallback_BM: Tensor  # bool, recovered without any neighbour, from the available modality alone
-    neighbours_BN: Tensor | None  # int64, ids of the neighbours that were used, -1 for none
+    neighbours_BN: Tensor | None  # int64, ids of the neighbours used, -1 for none
     purified: tuple[Purification | None, Purification | None]  # of AUDIO, of VISUAL
-    joint_BD: Tensor  # what the joint head answers from
+    joint_BD: Tensor  # the vector that the joint head scores
 
 
 class Answer(NamedTuple):
     """Logits (float32; -inf for a missing choice) and their evidence.
 
-    `logits_BK` is the prediction: the sum of the heads whose modality is there or recovered, the joint one
-    always. A head whose modality is not there gives zeros.
+    `logits_BK` is the prediction: the sum of the joint head and of those whose modality is available. The
+    other heads give zeros.
     """
 
     logits_BK: Tensor
@@ -221,16 +221,16 @@ def drop_modality(present_BM: Tensor, modality: int, rows_B: Tensor | None = Non
 
 
 def map_tensors(value: TensorDataclass, function: Callable[[Tensor], Tensor]) -> TensorDataclass:
-    """A dataclass of tensors, and of tuples of tensors at any depth, with each tensor changed."""
+    """A copy of a dataclass with `function` applied to its tensors, in tuples at any depth too."""
 
-    def changed(value: object) -> object:
-        if isinstance(value, Tensor):
-            return function(value)
-        if isinstance(value, tuple):
-            return getattr(value, "_make", tuple)(map(changed, value))
-        return value
+    def apply(part: object) -> object:
+        if isinstance(part, Tensor):
+            return function(part)
+        if isinstance(part, tuple):
+            return getattr(part, "_make", tuple)(map(apply, part))
+        return part
 
-    return replace(value, **{field.name: changed(getattr(value, field.name)) for field in fields(value)})
+    return replace(value, **{field.name: apply(getattr(value, field.name)) for field in fields(value)})
 
 
 def where_rows(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
@@ -248,14 +248,13 @@ def where_rows(rows_B: Tensor, yes: Tokens, no: Tokens) -> Tokens:
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], *, bool_: bool = False) -> None:
     fits = tensor.ndim == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+        size in (None, got) for size, got in zip(shape, tensor.shape, strict=True)
     )
     if not fits or (bool_ and tensor.dtype != torch.bool):
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
         kind = "bool" if bool_ else "a tensor"
-        raise ValueError(
-            f"{name} must be {kind} of shape ({wanted}); got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must be {kind} of shape ({sizes}); got {got}")
 
 
 def _check_rows(wrong_B: Tensor, message: str) -> None:

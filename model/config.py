@@ -1,4 +1,4 @@
-"""Every setting of the model, and the two stages of its training."""
+"""The model's settings, and the two stages of its training."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -10,7 +10,7 @@ from r2scp.model.router import Fusion
 
 
 class Stage(StrEnum):
-    """What a model trains, and what it may use: stage I has neither router nor purification yet."""
+    """Which parts of a model train and are in use: stage I has neither router nor purification yet."""
 
     EXPERTS = "experts"  # I: Φ, experts, heads
     MIXING = "mixing"  # II: CAP, router, heads; experts too if they are not frozen
@@ -18,20 +18,20 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Every setting of the model. Raises ValueError for one that cannot be."""
+    """The model's settings. Raises ValueError for an invalid one."""
 
     encoder_dim: int = 1024  # C, of imagebind-huge
-    classes: int | None = 42  # answers of MUSIC-AVQA's train split; None: score the choices of the question
+    classes: int | None = 42  # answers in MUSIC-AVQA's train split; None: score each question's choices
     dim: int = 768  # D
     layers: int = 1  # of each expert
     heads: int = 8
-    ffn: int | None = None  # inner width of feed-forward blocks; None: dim
+    ffn: int | None = None  # inner width of feed-forward blocks; None: same as dim
     dropout: float = 0.1
     positions: Positions = "sinusoidal"
     cmr: bool = True  # cross-modal retrieval
     cap: bool = True  # purification
-    neighbours: int = 3  # n, of those that the batch holds
-    k: int = 5  # tokens purged at most
+    neighbours: int = 3  # n, the nearest of those in the batch
+    k: int = 5  # most tokens to purge
     cap_gradient: CapGradient = "straight_through"
     saliency: Saliency = "received"
     pairing: Pairing = "rank"
@@ -54,7 +54,7 @@ class ModelConfig:
 
     @property
     def sizes(self) -> Sizes:
-        """The part that every module needs."""
+        """The settings that every module needs."""
         return Sizes(
             encoder_dim=self.encoder_dim,
             dim=self.dim,
@@ -65,12 +65,12 @@ class ModelConfig:
 
     @property
     def purify(self) -> PurifyConfig:
-        """The part that CAP needs."""
+        """The settings that CAP needs."""
         return PurifyConfig(
             k=self.k, cap_gradient=self.cap_gradient, saliency=self.saliency, pairing=self.pairing
         )
 
     @property
     def recovers(self) -> bool:
-        """Whether a missing modality is recovered at all; if not, it is dropped."""
+        """Whether a missing modality is recovered; if not, it is dropped."""
         return self.cmr or self.cap

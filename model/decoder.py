@@ -1,4 +1,4 @@
-"""The decoder of eq. 12: the question reads a sequence and answers."""
+"""The decoder of eq. 12: the question attends to a sequence and is answered."""
 
 import math
 
@@ -6,29 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from r2scp.model.batch import Question, Tokens
-from r2scp.model.experts import Attention, FeedForward, Sizes
+from r2scp.model.experts import Layer, Sizes
 
 DECODER_LAYERS = 2
 
 
-class DecoderLayer(nn.Module):
-    """Cross-attention of one query over tokens and feed-forward, each with residual and norm after it."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.attention = Attention(sizes)
-        self.norm_attention = nn.LayerNorm(sizes.dim)
-        self.feed_forward = FeedForward(sizes)
-        self.norm_feed_forward = nn.LayerNorm(sizes.dim)
-        self.dropout = nn.Dropout(sizes.dropout)
-
-    def forward(self, query_B1D: Tensor, tokens: Tokens) -> Tensor:
-        query_B1D = self.norm_attention(query_B1D + self.dropout(self.attention(query_B1D, tokens)))
-        return self.norm_feed_forward(query_B1D + self.feed_forward(query_B1D))
-
-
 class ChoiceScores(nn.Module):
-    """Logit of a choice: dot product of the projected joint vector and the projected "question choice".
+    """Logit per choice: dot product of the projected joint vector and the projected "question choice".
 
     Divided by √D to be of order 1 at the start. The choices' projection has no bias: it would add the same
     to all of them.
@@ -48,25 +32,25 @@ class ChoiceScores(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One head: the question's sentence vector asks `DECODER_LAYERS` times, then answers.
+    """One head: the question's sentence vector passes `DECODER_LAYERS` layers of cross-attention.
 
-    With `classes` it scores that many answers, with None the choices that come with the question.
+    With `classes` it scores that many answers, with None the choices of the question.
     """
 
     def __init__(self, sizes: Sizes, classes: int | None) -> None:
         super().__init__()
         self.question = nn.Linear(sizes.encoder_dim, sizes.dim)
         self.question_scale = math.sqrt(sizes.encoder_dim)  # see `Projection`
-        self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(DECODER_LAYERS))
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(DECODER_LAYERS))
         self.classes = None if classes is None else nn.Linear(sizes.dim, classes)
         self.choices = ChoiceScores(sizes) if classes is None else None
 
     def forward(self, tokens: Tokens, question: Question) -> Tensor:
-        """Logits (B, K) float32, -inf for a missing choice. ValueError if the question lacks choices."""
+        """Logits (B, K) float32, -inf for a missing choice. ValueError if the question needs choices."""
         return self.score(self.read(tokens, question), question)
 
     def read(self, tokens: Tokens, question: Question) -> Tensor:
-        """The question's vector after it has read the tokens, (B, D): all that an answer rests on."""
+        """The question's vector after the layers, (B, D): the only input of `score`."""
         sentence_BC = question.sentence_BC.to(self.question.weight.dtype) * self.question_scale
         query_B1D = self.question(sentence_BC)[:, None]
         for layer in self.layers:
@@ -74,17 +58,17 @@ class Decoder(nn.Module):
         return query_B1D[:, 0]
 
     def score(self, vector_BD: Tensor, question: Question) -> Tensor:
-        """Logits (B, K) of what `read` gave."""
+        """Logits (B, K) of a vector of `read`."""
         if self.classes is not None:
             return self.classes(vector_BD).float()
         assert self.choices is not None
         if question.choices_BKC is None or question.choices_mask_BK is None:
-            raise ValueError("this model scores choices and must get choices_BKC; the batch has none")
+            raise ValueError("a model without classes needs choices_BKC; this batch has none")
         return self.choices(vector_BD, question.choices_BKC, question.choices_mask_BK)
 
 
 class Heads(nn.Module):
-    """The heads joint, audio and visual. The prediction is the sum of those that have something to read."""
+    """The heads joint, audio and visual. The prediction is the sum of those whose modality is available."""
 
     def __init__(self, sizes: Sizes, classes: int | None) -> None:
         super().__init__()
@@ -95,8 +79,8 @@ class Heads(nn.Module):
     def forward(
         self, joint: Tokens, audio: Tokens, visual: Tokens, available_BM: Tensor, question: Question
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Logits (sum, joint, audio, visual), each (B, K) float32, zeros where a modality is not there;
-        behind them what the joint head answers from, (B, D).
+        """Logits (sum, joint, audio, visual), each (B, K) float32, zeros where a modality is not available;
+        then the vector that the joint head scores, (B, D).
         """
         joint_BD = self.joint.read(joint, question)
         joint_BK = self.joint.score(joint_BD, question)

@@ -1,7 +1,7 @@
 """Φ and the three experts: encoder features in, hidden states out (eqs. 4 and 10 of the paper).
 
-`Attention` is the one attention of the model; purification and decoder build on it. Keys have no bias: it
-would shift all logits of a row alike, which softmax does not see, and so never learn anything.
+`Attention` and `Layer` also serve purification and decoder. Keys have no bias: it would shift all logits of a
+row alike, which softmax cancels, and so never learn anything.
 """
 
 import math
@@ -30,7 +30,7 @@ class Sizes:
 
 
 class AttentionDetails(NamedTuple):
-    """Attention with its insides: out_BQD, weights after dropout and logits (-inf under padding)."""
+    """Output of an attention, its weights after dropout and its logits (-inf under padding)."""
 
     out_BQD: Tensor
     weights_BHQL: Tensor
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(sizes.dim, sizes.dim)
 
     def forward(self, query_BQD: Tensor, source: Tokens) -> Tensor:
-        """(B, Q, D), on the fused kernel."""
+        """(B, Q, D), by the fused kernel."""
         query, key, value = self._split(query_BQD, source.states_BLD)
         mixed_BHQE = F.scaled_dot_product_attention(
             query,
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return self.out(mixed_BHQE.transpose(1, 2).flatten(2))
 
     def with_weights(self, query_BQD: Tensor, source: Tokens) -> AttentionDetails:
-        """The same with its weights and logits, which are computed in float32."""
+        """The output with weights and logits, which are computed in float32."""
         query, key, value = self._split(query_BQD, source.states_BLD)
         logits = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[-1])
         logits = logits.masked_fill(~_without_empty_rows(source.mask_BL)[:, None, None, :], -math.inf)
@@ -88,8 +88,8 @@ class FeedForward(nn.Sequential):
         )
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each with residual and layer norm after it."""
+class Layer(nn.Module):
+    """Attention of a query over a source and feed-forward, each followed by residual and layer norm."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -99,36 +99,34 @@ class EncoderLayer(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(sizes.dim)
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        states_BLD, mask_BL = tokens
-        states_BLD = self.norm_attention(states_BLD + self.dropout(self.attention(states_BLD, tokens)))
-        return Tokens(self.norm_feed_forward(states_BLD + self.feed_forward(states_BLD)), mask_BL)
+    def forward(self, query_BQD: Tensor, source: Tokens) -> Tensor:
+        query_BQD = self.norm_attention(query_BQD + self.dropout(self.attention(query_BQD, source)))
+        return self.norm_feed_forward(query_BQD + self.feed_forward(query_BQD))
 
 
 class Expert(nn.Module):
-    """E_m: positions, then `layers` encoder layers; zeros under padding."""
+    """E_m: positions, then `layers` layers of self-attention; zeros under padding."""
 
     def __init__(self, sizes: Sizes, layers: int, positions: Positions) -> None:
         super().__init__()
         self.positions: Positions = positions
-        self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(layers))
 
     def forward(self, tokens: Tokens) -> Tokens:
         states_BLD, mask_BL = tokens
         if self.positions == "sinusoidal":
-            places_LD = sinusoids(states_BLD.shape[1], states_BLD.shape[2], states_BLD.device)
-            states_BLD = states_BLD + places_LD.to(states_BLD.dtype)
-        tokens = Tokens(states_BLD, mask_BL)
+            positions_LD = sinusoids(states_BLD.shape[1], states_BLD.shape[2], states_BLD.device)
+            states_BLD = states_BLD + positions_LD.to(states_BLD.dtype)
         for layer in self.layers:
-            tokens = layer(tokens)
-        return Tokens(tokens.states_BLD.masked_fill(~mask_BL[..., None], 0), mask_BL)
+            states_BLD = layer(states_BLD, Tokens(states_BLD, mask_BL))
+        return Tokens(states_BLD.masked_fill(~mask_BL[..., None], 0), mask_BL)
 
 
 class Projection(nn.Module):
     """Φ_m: one linear from C to D, then dropout.
 
-    Encoder features are of unit norm, so that one entry is about 1/√C; they are scaled by √C first, to the
-    size that the sinusoids have. Unscaled, the position of a token would drown what it shows.
+    Encoder features have unit norm, so an entry is about 1/√C; they are first scaled by √C to the magnitude
+    of the sinusoids. Unscaled, the position of a token would drown its content.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -143,7 +141,7 @@ class Projection(nn.Module):
 
 
 class Experts(nn.Module):
-    """Φ and E of audio, visual and text; what stage I trains and stage II freezes."""
+    """Φ and E of audio, visual and text: trained in stage I, frozen in stage II."""
 
     def __init__(self, sizes: Sizes, layers: int, positions: Positions) -> None:
         super().__init__()
@@ -151,15 +149,14 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(Expert(sizes, layers, positions) for _ in SOURCES)
 
     def forward(self, features_BLC: Tensor, mask_BL: Tensor, source: int, expert: int) -> Tokens:
-        """E_expert(Φ_source(features)), masked. `expert` differs from `source` for the common features."""
+        """E_expert(Φ_source(features)), masked. `expert` differs from `source` for common features."""
         return self.experts[expert](self.projections[source](features_BLC, mask_BL))
 
     def encode_neighbours(self, tokens_BNLC: Tensor, mask_BNL: Tensor, source: int) -> Tokens:
         """H_miss of eq. 4: per second, the mean over the neighbours that have it of E(Φ(neighbour))."""
-        rows, found = mask_BNL.shape[:2]
         states_BLD = self(tokens_BNLC.flatten(0, 1), mask_BNL.flatten(0, 1), source, source).states_BLD
         count_BL1 = mask_BNL.sum(dim=1).clamp(min=1)[..., None]
-        return Tokens(states_BLD.unflatten(0, (rows, found)).sum(dim=1) / count_BL1, mask_BNL.any(dim=1))
+        return Tokens(states_BLD.unflatten(0, mask_BNL.shape[:2]).sum(dim=1) / count_BL1, mask_BNL.any(dim=1))
 
 
 def sinusoids(length: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
@@ -171,5 +168,5 @@ def sinusoids(length: int, dim: int, device: torch.device | str = "cpu") -> Tens
 
 
 def _without_empty_rows(mask_BL: Tensor) -> Tensor:
-    """Softmax over nothing is NaN: a row without tokens attends to all of its (zeroed) places."""
+    """A row without tokens attends to all its (zeroed) padding: softmax over nothing is NaN."""
     return mask_BL | ~mask_BL.any(dim=1, keepdim=True)

@@ -16,11 +16,10 @@ Rank = Literal["stopgrad", "paper", "release"]
 class LossConfig:
     """Settings of stage II's loss.
 
-    `rank`: `stopgrad` holds the side that is meant to be worse fixed; `paper` lets gradients flow to both
-    sides; `release` is what the authors' release computes: both sides, on means over the batch, and with X
-    and R⁺ in each other's place. `rank_weight` is λ of eq. 15, 0 leaves the rank loss out.
-    `modality_dropout`: a model that recovers nothing also learns from each batch with the drawn modality
-    dropped; without it, it learns from complete data alone.
+    `rank`: `stopgrad` sends no gradient to the side that should be worse; `paper` sends gradients to both
+    sides; `release` is the authors' release: both sides, on means over the batch, with X and R⁺ swapped.
+    `rank_weight` is λ of eq. 15; 0 drops the rank loss. `modality_dropout`: a model that recovers nothing
+    also learns from each batch with one modality dropped; without it, from complete data alone.
     """
 
     rank: Rank = "stopgrad"
@@ -36,7 +35,7 @@ class LossConfig:
 
 
 class Loss(NamedTuple):
-    """`total` is what to minimise; `parts` its summands by name, detached scalars before any weight."""
+    """`total` is to be minimised; `parts` are its terms by name, detached scalars before weighting."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -44,7 +43,7 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Losses:
-    """Task losses of the passes of stage II, per row: X, R⁺ and R⁻."""
+    """Task losses of stage II per row: from the real modality (X), the nearest (R⁺) and the farthest (R⁻)."""
 
     real_B: Tensor
     near_B: Tensor | None
@@ -57,12 +56,12 @@ def task_loss(logits_BK: Tensor, target_B: Tensor) -> Tensor:
 
 
 def expert_loss(answer: Answer, target_B: Tensor, present_BM: Tensor) -> Loss:
-    """Eq. 10: CE_joint + CE_audio + CE_visual; the last two are means over the rows that have it."""
+    """Eq. 10: CE_joint + CE_audio + CE_visual; the last two are means over rows that have the modality."""
     parts = {"joint": task_loss(answer.joint_BK, target_B).mean()}
     for name, logits_BK, column in (("audio", answer.audio_BK, AUDIO), ("visual", answer.visual_BK, VISUAL)):
-        there_B = present_BM[:, column]
-        # A row without the modality has logits of zero, which is finite: times 0 it adds nothing.
-        parts[name] = (task_loss(logits_BK, target_B) * there_B).sum() / there_B.sum().clamp(min=1)
+        present_B = present_BM[:, column]
+        # Rows without the modality have logits of zero, so their loss is finite and can be multiplied by 0.
+        parts[name] = (task_loss(logits_BK, target_B) * present_B).sum() / present_B.sum().clamp(min=1)
     return _sum(parts, {})
 
 
@@ -83,7 +82,7 @@ def mixing_loss(losses: Losses, config: LossConfig, *, ranked: bool = True) -> L
 def rank_losses(
     real_B: Tensor, near_B: Tensor, far_B: Tensor | None, rank: Rank
 ) -> tuple[Tensor, Tensor | None]:
-    """Eqs. 13 and 14, as scalars: L(X) ≤ L(R⁺) and L(R⁺) ≤ L(R⁻) are asked for; see `LossConfig.rank`."""
+    """Eqs. 13 and 14, which ask for L(X) ≤ L(R⁺) and L(R⁺) ≤ L(R⁻), as scalars; see `LossConfig.rank`."""
     if rank == "release":
         positive = F.relu(near_B.mean() - real_B.mean())
         return positive, None if far_B is None else F.relu(real_B.mean() - far_B.mean())

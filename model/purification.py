@@ -1,9 +1,9 @@
 """Context-aware adaptive purification (CAP): eqs. 2-9 and Algorithm 1 of the paper.
 
-Tokens of the recovered modality that disagree with the available one give way to guided tokens: what the
-question finds worth attending to in the features that both modalities share.
+Tokens of the recovered modality that disagree with the available one are replaced with guided tokens: those
+of the features common to both modalities that are most salient to the question.
 
-Departures from the paper, and the setting that takes each one back:
+Departures from the paper, and the setting that reverts each:
 
 - A hard choice of k tokens leaves W_proj without gradient. The noise mask passes its gradient straight
   through to δ; `cap_gradient="none"` is the paper.
@@ -26,14 +26,14 @@ CapGradient = Literal["straight_through", "none"]
 Saliency = Literal["received", "output_norm", "literal", "random"]
 Pairing = Literal["rank", "position"]
 
-RANDOM_PERIOD = 4096  # tokens; longer sequences meet the fixed random scores again
-LITERAL_DECIMALS = 4  # a row of a softmax sums to 1 up to rounding; what is left after it are true ties
+RANDOM_PERIOD = 4096  # tokens; the fixed random scores repeat in longer sequences
+LITERAL_DECIMALS = 4  # a softmax row sums to 1 up to rounding errors, which must not break ties
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PurifyConfig:
-    """`k`: the most tokens a row may lose. `pairing`: `rank`, the j-th noisiest token gets the j-th most
-    salient one; `position`, the same two sets are paired in order of time."""
+    """`k`: most tokens to replace per row. `pairing`: `rank`, the j-th noisiest token gets the j-th most
+    salient one; `position`, the same two sets are paired in temporal order."""
 
     k: int
     cap_gradient: CapGradient
@@ -49,15 +49,15 @@ class Guided(NamedTuple):
 
 
 class Purified(NamedTuple):
-    """H_miss after eq. 9, and what was done to it."""
+    """H_miss after eq. 9, and which tokens were replaced."""
 
     tokens: Tokens
     purification: Purification
 
 
 class GuidanceBlock(nn.Module):
-    """Eq. 6: self-attention over the common features and cross-attention to the question's words, side by
-    side; then residual, norm, feed-forward, residual, norm."""
+    """Eq. 6: self-attention over the common features and cross-attention to the question's words, in
+    parallel; then residual, norm, feed-forward, residual, norm."""
 
     def __init__(self, sizes: Sizes, saliency: Saliency) -> None:
         super().__init__()
@@ -77,7 +77,9 @@ class GuidanceBlock(nn.Module):
         states_BUD = self.norm_feed_forward(states_BUD + self.feed_forward(states_BUD))
         with torch.no_grad():
             if self.saliency == "received":
-                score_BU = received_attention(within.logits_BHQL, across.logits_BHQL, common.mask_BL, words.mask_BL)
+                score_BU = received_attention(
+                    within.logits_BHQL, across.logits_BHQL, common.mask_BL, words.mask_BL
+                )
             elif self.saliency == "output_norm":
                 score_BU = update_BUD.float().norm(dim=-1)
             elif self.saliency == "literal":
@@ -99,18 +101,19 @@ class Purifier(nn.Module):
 
     @property
     def learns_projection(self) -> bool:
-        """Whether W_proj gets a gradient; if not, it must stay out of the optimiser."""
+        """Whether W_proj gets a gradient; if not, the optimiser must not get it."""
         return self.config.cap_gradient == "straight_through"
 
     def forward(self, missing: Tokens, available: Tokens, common: Tokens, words: Tokens) -> Purified:
         """Purify H_miss by H_u, H_com (which has H_u's mask) and H_t. Nothing is changed in place."""
         dissonance_BL = dissonance(missing.states_BLD, self.projection_DD, available.mean())
         guided = self.guidance(common, words)
-        noise_BL, source_BL = self._choose(dissonance_BL, missing.mask_BL, guided)
-        kept_BL = noise_BL.float()
-        if self.learns_projection:  # the added term is exactly zero, its gradient is that of δ
-            kept_BL = kept_BL + (dissonance_BL - dissonance_BL.detach()) * missing.mask_BL
-        states_BLD = inject(missing.states_BLD, guided.tokens.states_BLD, kept_BL, source_BL)
+        noise_BL, source_BL = self._select(dissonance_BL, missing.mask_BL, guided)
+        gate_BL = noise_BL.float()
+        if self.learns_projection:
+            # straight-through: the added term is exactly zero and has the gradient of δ
+            gate_BL = gate_BL + (dissonance_BL - dissonance_BL.detach()) * missing.mask_BL
+        states_BLD = inject(missing.states_BLD, guided.tokens.states_BLD, gate_BL, source_BL)
         purification = Purification(
             dissonance_BL.detach().masked_fill(~missing.mask_BL, math.nan),
             noise_BL,
@@ -120,25 +123,25 @@ class Purifier(nn.Module):
         return Purified(Tokens(states_BLD, missing.mask_BL), purification)
 
     @torch.no_grad()
-    def _choose(self, dissonance_BL: Tensor, mask_BL: Tensor, guided: Guided) -> tuple[Tensor, Tensor]:
-        """Ω_noise as a mask, and for each token the guided token that would take its place."""
+    def _select(self, dissonance_BL: Tensor, mask_BL: Tensor, guided: Guided) -> tuple[Tensor, Tensor]:
+        """Ω_noise as a mask, and for each token the guided token that would replace it."""
         mask_BU = guided.tokens.mask_BL
         budget_B1 = torch.minimum(mask_BL.sum(1), mask_BU.sum(1)).clamp(max=self.config.k)[:, None]
         noisiest_BL = _descending(dissonance_BL, mask_BL)
         salient_BU = _descending(guided.saliency_BU, mask_BU)
         rank_BL = torch.arange(mask_BL.shape[1], device=mask_BL.device).expand_as(noisiest_BL)
         noise_BL = torch.zeros_like(mask_BL).scatter(1, noisiest_BL, rank_BL < budget_B1)
-        # A token beyond the budget has a partner too, the salient token of its rank: it is not used, but
-        # the gradient of the mask asks what an exchange would have done.
+        # Tokens beyond the budget get a partner too, the salient token of their rank: it is not used, but the
+        # gradient of the mask needs to know what a replacement would have changed.
         last_B1 = (mask_BU.sum(1, keepdim=True) - 1).clamp(min=0)
         partner_BL = salient_BU.gather(1, torch.minimum(rank_BL, last_B1))
         source_BL = torch.zeros_like(noisiest_BL).scatter(1, noisiest_BL, partner_BL)
         if self.config.pairing == "position":
             rank_BU = torch.arange(mask_BU.shape[1], device=mask_BU.device).expand_as(salient_BU)
             chosen_BU = torch.zeros_like(mask_BU).scatter(1, salient_BU, rank_BU < budget_B1)
-            in_time_BU = _descending(chosen_BU.float(), mask_BU)
+            in_order_BU = _descending(chosen_BU.float(), mask_BU)
             nth_BL = (noise_BL.cumsum(1) - 1).clamp(min=0)
-            source_BL = torch.where(noise_BL, in_time_BU.gather(1, nth_BL), source_BL)
+            source_BL = torch.where(noise_BL, in_order_BU.gather(1, nth_BL), source_BL)
         return noise_BL, source_BL
 
 
@@ -157,43 +160,45 @@ def inject(missing_BLD: Tensor, guided_BUD: Tensor, noise_BL: Tensor, source_BL:
     return (1 - noise_BL1) * missing_BLD + noise_BL1 * gathered_BLD
 
 
-def received_attention(self_logits_BHUU: Tensor, cross_logits_BHUW: Tensor, mask_BU: Tensor, mask_BW: Tensor) -> Tensor:
-    """Attention received, (B, U): what the tokens give each other, plus what each word gives the tokens.
+def received_attention(
+    self_logits_BHUU: Tensor, cross_logits_BHUW: Tensor, mask_BU: Tensor, mask_BW: Tensor
+) -> Tensor:
+    """Attention that each token receives from all tokens, plus that from all words, (B, U).
 
-    The first term is the mean over heads of the column sums of self-attention. Cross-attention asks from
-    tokens to words; for the second term its logits are read from words to tokens, a softmax over the tokens
-    for each word. Each term has mean 1 over the real tokens of a row; padding neither gives nor receives.
+    The first term is the mean over heads of the column sums of self-attention. Cross-attention goes from
+    tokens to words; for the second term its logits are read from words to tokens, with a softmax over the
+    tokens for each word. Each term has mean 1 over the real tokens of a row; padding has no part in either.
     """
-    given_BHUU = self_logits_BHUU.softmax(dim=-1)
-    within_BU = (given_BHUU * mask_BU[:, None, :, None]).sum(dim=2).mean(dim=1)
+    weights_BHUU = self_logits_BHUU.softmax(dim=-1)
+    within_BU = (weights_BHUU * mask_BU[:, None, :, None]).sum(dim=2).mean(dim=1)
     logits_BHWU = cross_logits_BHUW.transpose(-1, -2).masked_fill(~mask_BW[:, None, :, None], 0)
     empty_B1 = ~mask_BU.any(dim=1, keepdim=True)
-    heard_BHWU = logits_BHWU.masked_fill(~(mask_BU | empty_B1)[:, None, None, :], -math.inf).softmax(dim=-1)
-    across_BU = (heard_BHWU * mask_BW[:, None, :, None]).sum(dim=2).mean(dim=1)
-    return _mean_one(within_BU, mask_BU) + _mean_one(across_BU, mask_BU)
+    logits_BHWU = logits_BHWU.masked_fill(~(mask_BU | empty_B1)[:, None, None, :], -math.inf)
+    across_BU = (logits_BHWU.softmax(dim=-1) * mask_BW[:, None, :, None]).sum(dim=2).mean(dim=1)
+    return _with_mean_one(within_BU, mask_BU) + _with_mean_one(across_BU, mask_BU)
 
 
 def literal_saliency(self_weights_BHUU: Tensor, cross_weights_BHUW: Tensor) -> Tensor:
     """The paper's saliency, (B, U): attention summed over keys, mean over heads. Without dropout it is 2 for
-    every token, so that the first tokens win; with dropout it is noise."""
+    every token, and the first tokens win; with dropout it is noise."""
     score_BU = self_weights_BHUU.sum(dim=-1).mean(dim=1) + cross_weights_BHUW.sum(dim=-1).mean(dim=1)
     return score_BU.round(decimals=LITERAL_DECIMALS)
 
 
 def random_saliency(mask_BU: Tensor, *, fresh: bool) -> Tensor:
-    """Saliency by lot, (B, U) in [0, 1): drawn anew if `fresh`, else fixed for each place in time."""
+    """Random saliency, (B, U) in [0, 1): drawn again if `fresh`, else fixed per second of the clip."""
     rows, length = mask_BU.shape
     if fresh:
         return torch.rand(rows, length, device=mask_BU.device)
-    lots = torch.rand(RANDOM_PERIOD, generator=torch.Generator().manual_seed(0))
-    return lots[torch.arange(length) % RANDOM_PERIOD].to(mask_BU.device).expand(rows, -1)
+    scores = torch.rand(RANDOM_PERIOD, generator=torch.Generator().manual_seed(0))
+    return scores[torch.arange(length) % RANDOM_PERIOD].to(mask_BU.device).expand(rows, -1)
 
 
-def _mean_one(score_BU: Tensor, mask_BU: Tensor) -> Tensor:
+def _with_mean_one(score_BU: Tensor, mask_BU: Tensor) -> Tensor:
     score_BU = score_BU * mask_BU
     return score_BU * mask_BU.sum(1, keepdim=True) / score_BU.sum(1, keepdim=True).clamp(min=1e-12)
 
 
 def _descending(score: Tensor, mask: Tensor) -> Tensor:
-    """Indices from high to low, padding last, ties in order of time."""
+    """Indices from high to low, padding last, ties in temporal order."""
     return score.masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)

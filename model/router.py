@@ -14,7 +14,7 @@ Fusion = Literal["concat", "sum_pooled"]
 
 
 class Router(nn.Module):
-    """α of eq. 11: one MLP (D -> D -> 1) a source on its masked token mean, softmax over what is there."""
+    """α of eq. 11: per source an MLP (D -> D -> 1) on its masked token mean, then softmax over sources."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -29,20 +29,20 @@ class Router(nn.Module):
         )
 
     def forward(self, sources: Sequence[Tokens], available_BS: Tensor) -> Tensor:
-        """(B, S) float32; rows sum to 1, exactly 0 where there_BS is False."""
+        """(B, S) float32; rows sum to 1, exactly 0 for sources that are not available."""
         scores = [gate(tokens.mean()) for gate, tokens in zip(self.gates, sources, strict=True)]
         return torch.cat(scores, dim=1).float().masked_fill(~available_BS, -math.inf).softmax(dim=1)
 
 
 def uniform_weights(available_BS: Tensor) -> Tensor:
-    """The weights of stage I, before there is a router: the same for all that is there, (B, S) float32."""
+    """Equal weights for all available sources, (B, S) float32: those of stage I, which has no router."""
     return available_BS.float() / available_BS.sum(dim=1, keepdim=True)
 
 
 def fuse(sources: Sequence[Tokens], weights_BS: Tensor, available_BS: Tensor, fusion: Fusion) -> Tokens:
     """Z_joint of eq. 12.
 
-    `concat`: all weighted sequences one after another, since sequences of unlike lengths cannot be added.
+    `concat`: all weighted sequences one after another, since sequences of different lengths cannot be added.
     `sum_pooled`: one token, the weighted sum of the masked means, eq. 12 to the letter.
     """
     weighted = [

@@ -16,7 +16,7 @@ from r2scp.pipelines.decoding.decode import DecodeLimits
 from r2scp.store.errors import R2SCPError, UsageError
 
 OBJECT_STORE_BYTES = 2 << 30  # of a local Ray; about 1,300 decoded 10 s clips
-MAX_RETRIES = 3  # of a task whose process died
+MAX_RETRIES = 3  # of a task whose process ended
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,22 +24,22 @@ Result = TypeVar("Result")
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning about it
-    "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads, while they wait, leave the core to decoding
-    # Stages take turns; after a second without work a worker would be killed, and be started anew later.
+    "OMP_WAIT_POLICY": "PASSIVE",  # torch's waiting threads leave the core to decoding
+    # Stages take turns; by default a worker is killed after a second without work and has to start again.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # it warns of our actors' arguments, which live as long as the flow
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # it warns of actors' arguments, which live as long as the flow
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a flow may use. `num_workers`: cores to decode on; None: all there are."""
+    """What a flow may use. `num_workers`: cores to decode on; None: all of them."""
 
     num_workers: int | None = None
     gpus_per_actor: float = 1.0  # fractions let several actors share a GPU
     ray_address: str | None = None  # None: a local Ray that lives as long as the run
     wheel: str | None = None  # r2scp-pipe's wheel, for clusters where it is not installed
-    clips_per_batch: int = 8  # that go through the towers together
+    clips_per_batch: int = 8  # that are embedded together
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     ffmpeg: str | None = None
 
@@ -48,7 +48,7 @@ class Resources:
 def ray_session(resources: Resources) -> Iterator[None]:
     """A Ray to run flows on: a cluster where an address is given, else a local one shut down at the end.
 
-    A Ray that the caller has started is used as it is.
+    A Ray that is already initialised is used as it is.
     """
     if ray.is_initialized():
         yield
@@ -73,12 +73,12 @@ def ray_session(resources: Resources) -> Iterator[None]:
         else:
             try:
                 ray.init(num_cpus=resources.num_workers, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-            except Exception as error:  # Ray's own words, of many kinds
-                said = " ".join(str(error).split())
-                raise R2SCPError(f"Ray did not start on this machine ({said}); run it again") from error
+            except Exception as error:  # Ray raises errors of many kinds
+                message = " ".join(str(error).split())
+                raise R2SCPError(f"Ray did not start on this machine ({message}); run it again") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come as exceptions
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray's threads tell of nodes that died
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray's threads report lost nodes
             yield
     finally:
         ray.shutdown()
@@ -86,43 +86,43 @@ def ray_session(resources: Resources) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Keep what Ray's C++ prints at start-up from the terminal; its errors come as exceptions."""
-    kept = os.dup(2)
+    """Hide what Ray's C++ prints at start-up; its errors are raised as exceptions."""
+    stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def fan_out(
     function: Callable[[Item], Result], items: Sequence[Item], *, cpus: float = 1.0, gpus: float = 0.0
 ) -> Iterator[tuple[int, Result]]:
-    """`function(item)` for each item as a task of its own; (number of the item, result) as they end.
+    """Run `function(item)` as one task per item; yields (index of the item, result) as they end.
 
-    A task whose process dies is run again, `MAX_RETRIES` times at most. What a task raises is raised here,
-    and the tasks that are left are cancelled. Needs a `ray_session`.
+    A task whose process ends early is run again, at most `MAX_RETRIES` times. What a task raises is raised
+    here, and the remaining tasks are cancelled. Needs a `ray_session`.
     """
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(function)
-    waiting = {task.remote(item): at for at, item in enumerate(items)}
+    running = {task.remote(item): index for index, item in enumerate(items)}
     try:
-        while waiting:
-            for done in ray.wait(list(waiting), num_returns=1)[0]:
-                at = waiting.pop(done)
+        while running:
+            for done in ray.wait(list(running), num_returns=1)[0]:
+                index = running.pop(done)
                 try:
-                    yield at, ray.get(done)
+                    yield index, ray.get(done)
                 except ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, R2SCPError):
                         raise error.cause from None
                     raise
                 except ray.exceptions.RayError as error:
-                    said = str(error).strip().splitlines()[0]
+                    message = str(error).strip().splitlines()[0]
                     raise R2SCPError(
-                        f"the process of a task died {1 + MAX_RETRIES} times, for want of memory perhaps; "
-                        f"give fewer --num-workers ({said})"
+                        f"the process of a task died {1 + MAX_RETRIES} times, perhaps for lack of memory; "
+                        f"use fewer --num-workers ({message})"
                     ) from error
     finally:
-        for task_left in waiting:
-            ray.cancel(task_left, force=True)
+        for remaining in running:
+            ray.cancel(remaining, force=True)

@@ -1,10 +1,9 @@
 """The commit protocol: workers stage fragments, one driver commits them.
 
-A worker writes rows into data files that no table version names yet (`stage`) and hands back only
-their description. The driver turns any number of descriptions into one new version (`commit`), in
-which the rows of the same key that they replace are gone. So a reader sees a batch of rows whole or
-not at all, a crash between the two leaves files that no version names (compaction removes them), and
-a row is never there twice.
+A worker writes rows into data files that no table version names yet (`stage`) and returns only their
+description. The driver turns any number of descriptions into one new version (`commit`), which replaces rows
+of the same keys. So a reader sees a batch of rows whole or not at all, a crash between the two leaves only
+files that no version names (cleaning removes them), and no key is in the table twice.
 """
 
 import json
@@ -12,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import lance
 import pyarrow as pa
@@ -21,22 +19,22 @@ from lance.fragment import FragmentMetadata, write_fragments
 from r2scp.store.errors import StoreError
 
 IDS_PER_PREDICATE = 2_000  # keeps one SQL predicate far below the parser's limits
-_LANCE_SOURCE = re.compile(r",? ?/\S+\.rs:\d+:\d+")  # where in Lance's own source; nobody's concern here
+_LANCE_SOURCE = re.compile(r",? ?/\S+\.rs:\d+:\d+")  # a place in Lance's own source, useless to our users
 
 
 @contextmanager
-def lance_errors(doing: str, uri: str) -> Iterator[None]:
+def lance_errors(action: str, uri: str) -> Iterator[None]:
     """Lance's errors (OSError, ValueError, RuntimeError) as `StoreError`: one line that says what failed."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        words = " ".join(_LANCE_SOURCE.sub("", str(error)).split())
-        raise StoreError(f"cannot {doing} {uri}: {words}") from error
+        message = " ".join(_LANCE_SOURCE.sub("", str(error)).split())
+        raise StoreError(f"cannot {action} {uri}: {message}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableAddress:
-    """Where one Lance dataset rests and what its rows look like. Picklable: workers get it."""
+    """Where one Lance dataset is stored and what its rows look like. Picklable, for workers."""
 
     uri: str
     schema: pa.Schema
@@ -48,29 +46,29 @@ class TableAddress:
         return self.schema.names[0]
 
     def open(self, version: int | str | None = None) -> lance.LanceDataset:
-        """The dataset at a version number or tag, the latest where none is given. Raises `StoreError`."""
+        """The dataset at a version number or tag, by default the latest. Raises `StoreError`."""
         with lance_errors("open", self.uri):
-            return self._opened(version)
+            return self._open(version)
 
-    def _opened(self, version: int | str | None = None) -> lance.LanceDataset:
+    def _open(self, version: int | str | None = None) -> lance.LanceDataset:
         return lance.dataset(self.uri, version=version, storage_options=dict(self.storage_options))
 
     def exists(self) -> bool:
-        """Whether there is such a dataset. Raises `StoreError` where that cannot be told."""
+        """Whether the dataset exists. Raises `StoreError` if that cannot be determined."""
         with lance_errors("open", self.uri):
             try:
-                self._opened()
-            except ValueError as error:  # what Lance raises where there is no dataset
+                self._open()
+            except ValueError as error:  # also raised by Lance for other faults
                 if "was not found" in str(error):
                     return False
                 raise
         return True
 
     def create(self) -> lance.LanceDataset:
-        """An empty dataset at version 1; opens it where another process was first. Raises `StoreError`.
+        """Create an empty dataset at version 1, or open an existing one. Raises `StoreError`.
 
-        A strict commit (`max_retries=0`): `lance.write_dataset(mode="create")` may write a second, empty
-        version over what a faster process has created and begun to fill.
+        A strict commit (`max_retries=0`), since `lance.write_dataset(mode="create")` may write a second,
+        empty version over what a faster process has created and begun to fill.
         """
         empty = lance.LanceOperation.Overwrite(self.schema, [])
         with lance_errors("create", self.uri):
@@ -85,13 +83,13 @@ class TableAddress:
                 )
             except (OSError, ValueError):
                 if self.exists():
-                    return self._opened()
+                    return self._open()
                 raise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staged:
-    """Rows that rest in data files and in no version yet."""
+    """Rows in data files that no version names yet."""
 
     ids: tuple[str, ...]
     fragments: tuple[str, ...]  # Lance's own JSON
@@ -108,16 +106,16 @@ class Staged:
 def stage(address: TableAddress, rows: pa.Table) -> Staged:
     """Write `rows` into new data files of the table at `address`; no version changes.
 
-    Raises `pa.ArrowInvalid` where the rows do not fit the table's schema, `StoreError` where the store does
-    not take them.
+    Raises `pa.ArrowInvalid` if the rows do not fit the table's schema, `StoreError` if they cannot be
+    written.
     """
     ids = tuple(rows.column(address.key).to_pylist())
     if not ids:
         return Staged(ids=(), fragments=())
-    fitting = rows.cast(address.schema)
+    rows = rows.cast(address.schema)
     with lance_errors("write to", address.uri):
         fragments = write_fragments(
-            fitting,
+            rows,
             address.uri,
             schema=address.schema,
             mode="append",
@@ -132,29 +130,29 @@ def commit(
     properties: Mapping[str, str],
     also_delete: Iterable[str] = (),
 ) -> int:
-    """Make staged rows part of the table, in one new version, in place of rows with the same key.
+    """Make staged rows part of the table, in one new version, replacing rows of the same keys.
 
-    `also_delete` names further keys whose rows go in the same version. Where there is nothing to add
-    and nothing to delete, no version is written. Returns the version the table then has.
+    `also_delete` names further keys to delete in the same version. If there is nothing to add and nothing to
+    delete, no version is written. Returns the table's version afterwards.
 
-    Raises ValueError when one key is staged twice: the caller lost track of what is in flight; `StoreError`
-    where the store does not take the commit.
+    Raises ValueError if a key is staged twice, as the caller has then lost track of what is in flight;
+    `StoreError` if the commit fails.
     """
     ids = [key for batch in staged for key in batch.ids]
     if len(set(ids)) != len(ids):
-        twice = sorted({key for key in ids if ids.count(key) > 1})
-        raise ValueError(f"rows staged twice in one commit: {twice[:3]}")
+        duplicates = sorted({key for key in ids if ids.count(key) > 1})
+        raise ValueError(f"rows staged twice in one commit: {duplicates[:3]}")
     added = [FragmentMetadata.from_json(text) for batch in staged for text in batch.fragments]
-    gone = list(dict.fromkeys([*ids, *also_delete]))
+    deleted = list(dict.fromkeys([*ids, *also_delete]))
     with lance_errors("write to", address.uri):
-        return _commit(address, added, gone, dict(properties))
+        return _commit(address, added, deleted, dict(properties))
 
 
 def _commit(
-    address: TableAddress, added: list[FragmentMetadata], gone: Sequence[str], properties: dict[str, str]
+    address: TableAddress, added: list[FragmentMetadata], deleted: Sequence[str], properties: dict[str, str]
 ) -> int:
     dataset = address.open()
-    removed, updated = _without(dataset, address.key, gone)
+    removed, updated = _delete(dataset, address.key, deleted)
     if not (added or removed or updated):
         return dataset.version
     if removed or updated:
@@ -171,20 +169,20 @@ def _commit(
     ).version
 
 
-def _without(
+def _delete(
     dataset: lance.LanceDataset, key: str, ids: Sequence[str]
 ) -> tuple[list[int], list[FragmentMetadata]]:
-    """Fragments that vanish and fragments with new deletion files once `ids`, each named once, are gone."""
-    hit: dict[int, list[str]] = {}
+    """Fragments left without rows, and fragments with new deletion files, after deleting distinct `ids`."""
+    by_fragment: dict[int, list[str]] = {}
     if dataset.count_rows() == 0:
         return [], []
-    for chunk in _chunks(ids, IDS_PER_PREDICATE):
-        scanner = dataset.scanner(columns=[key], filter=sql_in(key, chunk), with_row_address=True)
-        found = scanner.to_table()
-        for value, address in zip(found[key].to_pylist(), found["_rowaddr"].to_pylist(), strict=True):
-            hit.setdefault(address >> 32, []).append(value)
+    for start in range(0, len(ids), IDS_PER_PREDICATE):
+        where = sql_in(key, ids[start : start + IDS_PER_PREDICATE])
+        rows = dataset.scanner(columns=[key], filter=where, with_row_address=True).to_table()
+        for value, address in zip(rows[key].to_pylist(), rows["_rowaddr"].to_pylist(), strict=True):
+            by_fragment.setdefault(address >> 32, []).append(value)
     removed, updated = [], []
-    for fragment_id, values in sorted(hit.items()):
+    for fragment_id, values in sorted(by_fragment.items()):
         fragment = dataset.get_fragment(fragment_id)
         assert fragment is not None  # the scan of this very version named it
         if fragment.count_rows() == len(values):
@@ -202,9 +200,3 @@ def sql_literal(text: str) -> str:
 def sql_in(column: str, values: Iterable[str]) -> str:
     """The SQL condition that a column has one of some values, of which there must be at least one."""
     return f"{column} IN ({', '.join(map(sql_literal, values))})"
-
-
-def _chunks(values: Sequence[str], size: int) -> Iterator[list[str]]:
-    stream = iter(values)
-    while chunk := list(islice(stream, size)):
-        yield chunk

@@ -1,12 +1,12 @@
-"""`FeatureStore`: what a notebook, a job and a trainer see of the tables.
+"""`FeatureStore`: the tables of a store, for notebooks, jobs and training.
 
     >>> store = FeatureStore.open("r2scp-store")
     >>> store.status()["clips"]["rows"]
     240
     >>> store.clips(columns=["clip_id", "visual_key"], where="corpus = 'demo' AND split = 'train'")
 
-Layout: `encoders.lance` names the encoders, and each encoder has a folder of its own with its tables, so
-that embeddings of two encoders never meet::
+Layout: `encoders.lance` lists the encoders. Each has a folder of its own with all its tables, so that
+embeddings of two encoders never mix::
 
     store/encoders.lance
     store/{encoder fingerprint}/clips.lance questions.lance neighbours.lance indexes.lance
@@ -15,50 +15,45 @@ that embeddings of two encoders never meet::
 The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store.database)` opens it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lance
 import pyarrow as pa
 
-from r2scp.store import schema
 from r2scp.store.commits import Staged, TableAddress, commit, lance_errors, sql_in, sql_literal, stage
-from r2scp.store.errors import TRANSIENT_REASONS, FingerprintMismatch, StoreError
+from r2scp.store.errors import FingerprintMismatch, StoreError
 from r2scp.store.lease import LEASE_SCHEMA, Lease, put_row
-from r2scp.store.schema import LATER_TABLES, PRIMARY_KEY, SCHEMA_VERSION, SNAPSHOT_TABLES, Table
+from r2scp.store.schema import (
+    ENCODERS_SCHEMA,
+    LATER_TABLES,
+    METADATA_COLUMNS,
+    SCHEMA_VERSION,
+    SNAPSHOT_TABLES,
+    Table,
+    table_schema,
+)
 from r2scp.store.snapshots import Snapshot, name_versions, protect, publish, read_snapshots, rollback
 
-REDESCRIBED_AT_ONCE = 512  # rows in memory, features included
-
-ENCODERS_SCHEMA = pa.schema(
-    [
-        pa.field("fingerprint", pa.string(), nullable=False, metadata=PRIMARY_KEY),
-        pa.field("dim", pa.int32()),
-        pa.field("schema_version", pa.int32()),
-    ]
-)
+UPDATE_ROWS = 512  # held in memory at a time, features included
 
 
 @dataclass(frozen=True, slots=True)
 class InputRecord:
-    """What the store remembers of one input: enough to tell whether it must be read again."""
+    """What the store knows of one input file: enough to decide whether it must be read again."""
 
     bytes: int
     mtime_ns: int
     content_sha256: str
     decode_fingerprint: str
-    failure: str = ""  # a FailureReason, "" where it was stored
+    failure: str = ""  # a FailureReason; "" if the clip was stored
     attempts: int = 0
-    metadata: tuple[object, ...] | None = None  # values of METADATA_COLUMNS, None where it was not stored
-
-
-#: Columns of `clips` that come from the annotations and the disk, not from the file's content.
-METADATA_COLUMNS = ("split", "labels", "uri", "source_id")
+    metadata: tuple[object, ...] | None = None  # see `metadata_of`; None if the clip was not stored
 
 
 class FeatureStore:
-    """The tables of one encoder in one store. Cheap to make; reads see the latest version unless pinned.
+    """The tables of one encoder in one store. Cheap to create; reads the latest versions unless pinned.
 
     `uri` is a folder or an object store address (`s3://bucket/prefix`); `storage_options` are Lance's.
     """
@@ -70,15 +65,7 @@ class FeatureStore:
         self.fingerprint = fingerprint
         self.dim = dim
         self.storage_options = dict(storage_options or {})
-        self._schemas = {
-            Table.CLIPS: schema.clips_schema(dim),
-            Table.QUESTIONS: schema.questions_schema(dim),
-            Table.NEIGHBOURS: schema.neighbours_schema(),
-            Table.INDEXES: schema.indexes_schema(),
-            Table.FAILURES: schema.failures_schema(),
-            Table.RUNS: schema.runs_schema(),
-            Table.SNAPSHOTS: schema.snapshots_schema(),
-        }
+        self._schemas = {table: table_schema(table, dim) for table in Table}
         self._pinned: dict[Table, int] = {}
 
     def __repr__(self) -> str:
@@ -88,11 +75,9 @@ class FeatureStore:
 
     @classmethod
     def encoders(cls, uri: str, storage_options: Mapping[str, str] | None = None) -> dict[str, int]:
-        """Encoder fingerprint -> width D, of all encoders in the store; empty where there is no store."""
+        """Encoder fingerprint -> width D, for all encoders of a store; empty if there is no store."""
         catalogue = _catalogue(uri, storage_options)
-        if not catalogue.exists():
-            return {}
-        rows = catalogue.open().to_table().to_pylist()
+        rows = catalogue.open().to_table().to_pylist() if catalogue.exists() else []
         for row in rows:
             if row["schema_version"] != SCHEMA_VERSION:
                 raise StoreError(
@@ -105,38 +90,36 @@ class FeatureStore:
     def open(
         cls, uri: str, encoder: str | None = None, storage_options: Mapping[str, str] | None = None
     ) -> "FeatureStore":
-        """Open what is there. `encoder` is a fingerprint, needed only where the store holds several.
+        """Open an existing store. `encoder` is a fingerprint, needed only if the store has several.
 
-        Raises StoreError where there is no store or no such encoder in it; the message lists what there is.
+        Raises `StoreError` if there is no store or no such encoder in it; the message lists those it has.
         """
-        found = cls.encoders(uri, storage_options)
-        if not found:
+        dims = cls.encoders(uri, storage_options)
+        if not dims:
             raise StoreError(f"there is no store at {uri}; make one with `r2scp-pipe extract --store {uri}`")
-        if encoder is None and len(found) > 1:
-            raise StoreError(f"the store at {uri} holds several encoders; name one of: {', '.join(found)}")
-        encoder = encoder or next(iter(found))
-        if encoder not in found:
-            raise FingerprintMismatch(f"no encoder {encoder} in {uri}; there is: {', '.join(found)}")
-        return cls(uri, encoder, found[encoder], storage_options)
+        if encoder is None and len(dims) > 1:
+            raise StoreError(f"the store at {uri} has several encoders; name one of: {', '.join(dims)}")
+        encoder = encoder or next(iter(dims))
+        if encoder not in dims:
+            raise FingerprintMismatch(f"no encoder {encoder} in {uri}; it has: {', '.join(dims)}")
+        return cls(uri, encoder, dims[encoder], storage_options)
 
     @classmethod
     def create(
         cls, uri: str, fingerprint: str, dim: int, storage_options: Mapping[str, str] | None = None
     ) -> "FeatureStore":
-        """Open the tables of an encoder, and make those that are not there yet."""
-        known = cls.encoders(uri, storage_options)
+        """Open the tables of an encoder, creating those that do not exist yet."""
+        dims = cls.encoders(uri, storage_options)
+        if dims.get(fingerprint, dim) != dim:
+            raise FingerprintMismatch(f"{fingerprint} has width {dims[fingerprint]} in {uri}; got {dim}")
         store = cls(uri, fingerprint, dim, storage_options)
-        if fingerprint in known:
-            if known[fingerprint] != dim:
-                raise FingerprintMismatch(f"{fingerprint} has width {known[fingerprint]} in {uri}; got {dim}")
-            store.make_tables()
-            return store
-        store.make_tables()
-        row = {"fingerprint": fingerprint, "dim": dim, "schema_version": SCHEMA_VERSION}
-        catalogue = _catalogue(uri, storage_options)
-        upsert = catalogue.create().merge_insert("fingerprint").when_not_matched_insert_all()
-        with lance_errors("write to", catalogue.uri):
-            upsert.execute(pa.Table.from_pylist([row], schema=ENCODERS_SCHEMA))
+        store.create_tables()
+        if fingerprint not in dims:  # last, so that a store cut short while it is created is none yet
+            row = {"fingerprint": fingerprint, "dim": dim, "schema_version": SCHEMA_VERSION}
+            catalogue = _catalogue(uri, storage_options)
+            upsert = catalogue.create().merge_insert("fingerprint").when_not_matched_insert_all()
+            with lance_errors("write to", catalogue.uri):
+                upsert.execute(pa.Table.from_pylist([row], schema=catalogue.schema))
         return store
 
     # -- reading
@@ -147,7 +130,7 @@ class FeatureStore:
         return f"{self.uri}/{self.fingerprint}"
 
     def address(self, table: Table) -> TableAddress:
-        """Where a table rests; what a worker needs to stage rows."""
+        """Where a table is stored; all that a worker needs to stage rows."""
         return TableAddress(
             uri=f"{self.database}/{table.value}.lance",
             schema=self._schemas[table],
@@ -159,57 +142,58 @@ class FeatureStore:
         return self.address(table).open(self._pinned.get(table) if version is None else version)
 
     def tables(self) -> list[Table]:
-        """The tables that are there: a store of an earlier version lacks some until it is written to."""
+        """The existing tables: an older store has some of them only once it is written to."""
         return [t for t in self._schemas if t not in LATER_TABLES or self.address(t).exists()]
 
     def clips(
         self, columns: Sequence[str] | None = None, where: str | None = None, version: int | str | None = None
     ) -> pa.Table:
-        """Rows of `clips`: see `schema.clips_schema`. `where` is an SQL condition."""
+        """Rows of `clips`; its columns are in `schema.COLUMNS`. `where` is an SQL condition."""
         return self._read(Table.CLIPS, columns, where, version)
 
     def questions(
         self, columns: Sequence[str] | None = None, where: str | None = None, version: int | str | None = None
     ) -> pa.Table:
-        """Rows of `questions`: see `schema.questions_schema`."""
+        """Rows of `questions`."""
         return self._read(Table.QUESTIONS, columns, where, version)
 
     def neighbours(
         self, columns: Sequence[str] | None = None, where: str | None = None, version: int | str | None = None
     ) -> pa.Table:
-        """Rows of `neighbours`: see `schema.neighbours_schema`."""
+        """Rows of `neighbours`."""
         return self._read(Table.NEIGHBOURS, columns, where, version)
 
     def failures(self, where: str | None = None) -> pa.Table:
-        """Rows of `failures`: what could not be stored, and why."""
+        """Rows of `failures`: inputs that could not be stored, and why."""
         return self._read(Table.FAILURES, None, where, None)
 
     def input_records(self, corpus: str) -> dict[str, InputRecord]:
-        """clip_id -> what the store remembers, of one corpus; the newer of a clip's row and its failure."""
+        """clip_id -> what the store knows, for one corpus: from the clip's row or its failure, the newer."""
         columns = ["clip_id", "bytes", "mtime_ns", "content_sha256", "decode_fingerprint"]
         where = f"corpus = {sql_literal(corpus)}"
-        known, stored_at = {}, {}
-        for row in _rows(self.dataset(Table.CLIPS), [*columns, *METADATA_COLUMNS, "ingested_at"], where):
+        records, stored_at = {}, {}
+        for row in read_rows(self.dataset(Table.CLIPS), [*columns, *METADATA_COLUMNS, "ingested_at"], where):
             clip_id = row.pop("clip_id")
             stored_at[clip_id] = row.pop("ingested_at")
-            known[clip_id] = InputRecord(metadata=metadata_of({name: row.pop(name) for name in METADATA_COLUMNS}), **row)
-        for row in _rows(self.dataset(Table.FAILURES), [*columns, "reason", "attempts", "at"], where):
+            metadata = metadata_of({name: row.pop(name) for name in METADATA_COLUMNS})
+            records[clip_id] = InputRecord(metadata=metadata, **row)
+        for row in read_rows(self.dataset(Table.FAILURES), [*columns, "reason", "attempts", "at"], where):
             clip_id, at = row.pop("clip_id"), row.pop("at")
             if clip_id not in stored_at or at > stored_at[clip_id]:
-                known[clip_id] = InputRecord(failure=row.pop("reason"), **row)
-        return known
+                records[clip_id] = InputRecord(failure=row.pop("reason"), **row)
+        return records
 
     def missing(self, clip_ids: Iterable[str]) -> list[str]:
         """Those of `clip_ids` that have no row in `clips`, in their order."""
-        have = set(self.clips(columns=["clip_id"])["clip_id"].to_pylist())
-        return [clip_id for clip_id in clip_ids if clip_id not in have]
+        stored = set(self.clips(columns=["clip_id"])["clip_id"].to_pylist())
+        return [clip_id for clip_id in clip_ids if clip_id not in stored]
 
     def versions(self) -> dict[str, int]:
-        """Table -> version that is read: the latest, or the snapshot's."""
+        """Table -> the version that is read: the latest, or the snapshot's."""
         return {table.value: self.dataset(table).version for table in self.tables()}
 
     def status(self) -> dict[str, object]:
-        """Rows, statuses, failures by reason, versions and tags: plain values, ready for JSON."""
+        """Counts of rows, statuses and failures, versions and snapshots: plain values, ready for JSON."""
         clips = self.clips(columns=["corpus", "split", "visual_status", "audio_status"])
         failures = self.dataset(Table.FAILURES).to_table(columns=["corpus", "reason"])
         questions = self.questions(columns=["corpus", "split"])
@@ -233,57 +217,57 @@ class FeatureStore:
     # -- snapshots
 
     def snapshots(self) -> dict[str, Snapshot]:
-        """Named moments of the store: `serving`, `previous`, and those with names of your own."""
+        """The store's snapshots by name: `serving`, `previous`, and those you named."""
         return read_snapshots(self.address(Table.SNAPSHOTS))
 
     def at(self, name: str) -> "FeatureStore":
-        """The same store for reading, as it was at a snapshot: clips, questions and neighbours fit together,
-        whatever is written meanwhile. Raises `StoreError` where there is no such snapshot."""
-        found = self.snapshots()
-        if name not in found:
-            there = ", ".join(sorted(found)) or "none; a re-index job publishes `serving`"
-            raise StoreError(f"the store at {self.uri} has no snapshot {name!a}; there is: {there}")
+        """The store at a snapshot, read-only: clips, questions and neighbours that belong together, whatever
+        is written meanwhile. Raises `StoreError` if there is no such snapshot."""
+        snapshots = self.snapshots()
+        if name not in snapshots:
+            names = ", ".join(sorted(snapshots)) or "none; a re-index job publishes `serving`"
+            raise StoreError(f"the store at {self.uri} has no snapshot {name!a}; it has: {names}")
         pinned = FeatureStore(self.uri, self.fingerprint, self.dim, self.storage_options)
-        pinned._pinned = dict(found[name].versions)
+        pinned._pinned = dict(snapshots[name].versions)
         return pinned
 
     def name_snapshot(self, name: str) -> Snapshot:
-        """Give the present moment a name and keep it from being cleaned away. Raises `UsageError`."""
-        named = name_versions(self.address(Table.SNAPSHOTS), name, self.snapshot_versions())
+        """Name the latest versions, which are then never cleaned up. Raises `UsageError`."""
+        snapshot = name_versions(self.address(Table.SNAPSHOTS), name, self.snapshot_versions())
         self.protect()
-        return named
+        return snapshot
 
     def publish(self, run_id: str) -> Snapshot:
-        """Let the latest versions serve; what served is `previous`. For the holder of the lease only."""
+        """Publish the latest versions as `serving`; the old `serving` becomes `previous`. Needs the lease."""
         published = publish(self.address(Table.SNAPSHOTS), self.snapshot_versions(), run_id)
         self.protect()
         return published
 
     def rollback(self) -> Snapshot:
-        """Let `previous` serve again. For the holder of the lease only. Raises `StoreError`."""
+        """Publish `previous` again. Needs the lease. Raises `StoreError`."""
         published = rollback(self.address(Table.SNAPSHOTS))
         self.protect()
         return published
 
     def snapshot_versions(self) -> dict[Table, int]:
-        """The versions of the tables that a snapshot names."""
+        """The present versions of the tables of a snapshot."""
         return {table: self.dataset(table).version for table in SNAPSHOT_TABLES if table in self.tables()}
 
     def protect(self) -> None:
-        """Keep what snapshots name from being cleaned away; also what a crash left undone."""
-        present = [(table, self.address(table)) for table in SNAPSHOT_TABLES if table in self.tables()]
-        protect(present, self.snapshots())
+        """Keep the snapshots' versions from being cleaned up; also completes what a crash left undone."""
+        existing = [(table, self.address(table)) for table in SNAPSHOT_TABLES if table in self.tables()]
+        protect(existing, self.snapshots())
 
     # -- writing
 
-    def make_tables(self) -> None:
-        """Make the tables that are not there: all of a new store, the newer ones of an old store."""
+    def create_tables(self) -> None:
+        """Create the tables that do not exist: all of a new store, the later ones of an old store."""
         for table in self._schemas:
             if not self.address(table).exists():
                 self.address(table).create()
 
     def stage(self, table: Table, rows: pa.Table) -> Staged:
-        """Write rows where no reader sees them yet; `commit` makes them visible."""
+        """Write rows that no reader sees until `commit`."""
         return stage(self.address(table), rows)
 
     def commit(
@@ -293,53 +277,32 @@ class FeatureStore:
         properties: Mapping[str, str],
         also_delete: Iterable[str] = (),
     ) -> int:
-        """Make staged rows visible in one new version, in place of rows with the same key; its number."""
+        """Make staged rows visible in one new version, replacing rows of the same keys; its number."""
         if self._pinned:
-            raise StoreError("this store is read at a snapshot; open it without one to write")
+            raise StoreError("this store is open at a snapshot, read-only; open it without one to write")
         return commit(self.address(table), staged, properties, also_delete)
 
-    def superseded(self) -> tuple[list[str], list[str]]:
-        """(clips, failures) whose row is older than the same clip's row in the other table.
-
-        A crash between the commits of the two tables leaves such pairs; the newer row is the truth. A failure
-        that may go away by itself says nothing about the content: the clip's row stays beside it.
-        """
-        columns = ["clip_id", "reason", "at"]
-        failed = {row["clip_id"]: row for row in _rows(self.dataset(Table.FAILURES), columns, None)}
-        if not failed:
-            return [], []
-        stale_clips, stale_failures = [], []
-        for row in _rows(self.dataset(Table.CLIPS), ["clip_id", "ingested_at"], None):
-            failure = failed.get(row["clip_id"])
-            if failure is None:
-                continue
-            if failure["at"] <= row["ingested_at"]:
-                stale_failures.append(row["clip_id"])
-            elif failure["reason"] not in TRANSIENT_REASONS:
-                stale_clips.append(row["clip_id"])
-        return stale_clips, stale_failures
-
     def update_metadata(self, rows: Sequence[Mapping[str, object]], properties: Mapping[str, str]) -> None:
-        """Give clips other values of METADATA_COLUMNS, in one new version; their features stay as they are.
+        """Replace METADATA_COLUMNS of clips in one new version; their features do not change.
 
-        Each of `rows` has `clip_id` and the columns of METADATA_COLUMNS.
+        Each of `rows` has `clip_id` and METADATA_COLUMNS.
         """
         if not rows:
             return
-        metadata = {row["clip_id"]: row for row in rows}
-        staged = []
-        for start in range(0, len(rows), REDESCRIBED_AT_ONCE):
-            ids = [str(row["clip_id"]) for row in rows[start : start + REDESCRIBED_AT_ONCE]]
-            table = self.clips(where=sql_in("clip_id", ids))
+        metadata = {str(row["clip_id"]): row for row in rows}
+        clip_ids, staged = list(metadata), []
+        for start in range(0, len(clip_ids), UPDATE_ROWS):
+            table = self.clips(where=sql_in("clip_id", clip_ids[start : start + UPDATE_ROWS]))
             for name in METADATA_COLUMNS:
                 values = [metadata[clip_id][name] for clip_id in table["clip_id"].to_pylist()]
-                at, field = table.schema.get_field_index(name), table.schema.field(name)
-                table = table.set_column(at, field, pa.array(values, field.type))
+                field = table.schema.field(name)
+                column = table.schema.get_field_index(name)
+                table = table.set_column(column, field, pa.array(values, field.type))
             staged.append(self.stage(Table.CLIPS, table))
         self.commit(Table.CLIPS, staged, properties)
 
     def lease(self, purpose: str) -> Lease:
-        """The right to write, not acquired yet: `with store.lease("extract").hold() as lease: ...`."""
+        """The right to write, not yet acquired: `with store.lease("extract").hold() as lease: ...`."""
         address = TableAddress(
             uri=f"{self.database}/leases.lance", schema=LEASE_SCHEMA, storage_options=self.storage_options
         )
@@ -352,12 +315,6 @@ class FeatureStore:
     def record_index(self, row: Mapping[str, object]) -> None:
         """Insert or update one row of `indexes`."""
         put_row(self.address(Table.INDEXES), row)
-
-    def interrupt_runs(self) -> None:
-        """Runs that never told their end were killed: say so. For the holder of the lease only."""
-        runs, killed = self.dataset(Table.RUNS), "status = 'running'"
-        if runs.count_rows(killed):
-            runs.update({"status": "'interrupted'"}, where=killed)
 
     def _read(
         self, table: Table, columns: Sequence[str] | None, where: str | None, version: int | str | None
@@ -374,27 +331,50 @@ class FeatureStore:
 
 
 def metadata_of(row: Mapping[str, object]) -> tuple[object, ...]:
-    """The values of METADATA_COLUMNS in one row, comparable."""
+    """The values of METADATA_COLUMNS in one row, as values that compare."""
     values = (row[name] for name in METADATA_COLUMNS)
     return tuple(tuple(value) if isinstance(value, list | tuple) else value for value in values)
 
 
-def _catalogue(uri: str, storage_options: Mapping[str, str] | None) -> TableAddress:
-    return TableAddress(
-        uri=f"{_absolute(uri)}/encoders.lance", schema=ENCODERS_SCHEMA, storage_options=storage_options or {}
-    )
-
-
-def _absolute(uri: str) -> str:
-    """A folder as seen from anywhere, since workers run in other folders; other addresses as they are."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).absolute())
-
-
-def _rows(dataset: lance.LanceDataset, columns: Sequence[str], where: str | None) -> Iterable[dict]:
+def read_rows(
+    dataset: lance.LanceDataset, columns: Sequence[str], where: str | None = None
+) -> Iterator[dict]:
+    """Rows as plain values, a batch in memory at a time."""
     for batch in dataset.to_batches(columns=list(columns), filter=where):
         yield from batch.to_pylist()
 
 
+def read_blocks(
+    batches: Iterable[pa.RecordBatch],
+    size: int,
+    size_of: Callable[[pa.RecordBatch], int] = lambda batch: batch.num_rows,
+) -> Iterator[pa.Table]:
+    """Batches joined into tables of at least `size`, in rows unless `size_of` says otherwise; the last may be
+    smaller. Lance's own batches never span two fragments, and fragments may be small."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(size_of, waiting)) >= size:
+            yield pa.Table.from_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def _catalogue(uri: str, storage_options: Mapping[str, str] | None) -> TableAddress:
+    return TableAddress(
+        uri=f"{_absolute(uri)}/encoders.lance",
+        schema=ENCODERS_SCHEMA,
+        storage_options=storage_options or {},
+    )
+
+
+def _absolute(uri: str) -> str:
+    """A folder as an absolute path, since workers run in other folders; other addresses unchanged."""
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).absolute())
+
+
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    found = column.value_counts().to_pylist()  # the most first, as people look for them
-    return {pair["values"]: pair["counts"] for pair in sorted(found, key=lambda pair: -pair["counts"])}
+    """Value -> rows, the most frequent first."""
+    pairs = column.value_counts().to_pylist()
+    return {pair["values"]: pair["counts"] for pair in sorted(pairs, key=lambda pair: -pair["counts"])}

@@ -1,4 +1,4 @@
-"""A run that writes: it holds the lease, and its row in `runs` tells its end whatever happens."""
+"""A run that writes: it holds the lease, and its row in `runs` is finished whatever happens."""
 
 import json
 import time
@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from r2scp.store.errors import GateFailed, LeaseHeld
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import Lease, new_run_id, now
+from r2scp.store.schema import Table
 
-ASK_AGAIN_S = 2.0  # whether another writer is done
+RETRY_S = 2.0  # between attempts to take a lease that is held
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """Who wants to write, and with what in mind. `account` gives the counts when all is over."""
+    """What the row of a run says, and how long to wait for another writer. `counts` is called at the end."""
 
     kind: str
-    purpose: str  # what another writer is told
+    purpose: str  # shown to other writers
     config: Mapping[str, object]
-    account: Callable[[], Mapping[str, object]]
-    wait_s: float = 0.0  # for another writer
-    told: Callable[[str], None] = lambda text: None
+    counts: Callable[[], Mapping[str, object]]
+    wait_s: float = 0.0
+    log: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActiveRun:
-    """The right to write, for as long as the run lasts. Call `lease.require()` before each commit."""
+    """The right to write, as long as the run lasts. Call `lease.require()` before each commit."""
 
     run_id: str
     lease: Lease
@@ -35,7 +36,7 @@ class ActiveRun:
 
 @contextmanager
 def recorded_run(store: FeatureStore, spec: RunSpec) -> Iterator[ActiveRun]:
-    """Hold the lease and keep a row in `runs`. Raises `LeaseHeld` where another writer is at work."""
+    """Hold the lease and keep a row in `runs`. Raises `LeaseHeld` if another writer is active."""
     run_id = new_run_id(spec.kind)
     row: dict[str, object] = {
         "run_id": run_id,
@@ -44,8 +45,8 @@ def recorded_run(store: FeatureStore, spec: RunSpec) -> Iterator[ActiveRun]:
         "status": "running",
         "started_at": now(),
     }
-    with _lease(store, spec).hold_acquired() as lease:
-        store.interrupt_runs()
+    with _acquire_lease(store, spec).hold_acquired() as lease:
+        _mark_interrupted(store)
         row["versions_before"] = json.dumps(store.versions())
         store.record_run(row)
         status = "interrupted"
@@ -59,25 +60,31 @@ def recorded_run(store: FeatureStore, spec: RunSpec) -> Iterator[ActiveRun]:
             status = "failed"
             raise
         finally:
-            counts, versions = json.dumps(spec.account(), default=str), json.dumps(store.versions())
-            ended = {"status": status, "ended_at": now(), "counts": counts, "versions_after": versions}
-            store.record_run(row | ended)
+            counts, versions = json.dumps(spec.counts(), default=str), json.dumps(store.versions())
+            end = {"status": status, "ended_at": now(), "counts": counts, "versions_after": versions}
+            store.record_run(row | end)
 
 
-def _lease(store: FeatureStore, spec: RunSpec) -> Lease:
-    """The lease, acquired; waits for another writer as long as is allowed."""
-    until = time.monotonic() + spec.wait_s
-    waited = False
+def _mark_interrupted(store: FeatureStore) -> None:
+    """Runs that were killed still say `running`; whoever holds the lease knows better."""
+    runs, running = store.dataset(Table.RUNS), "status = 'running'"
+    if runs.count_rows(running):
+        runs.update({"status": "'interrupted'"}, where=running)
+
+
+def _acquire_lease(store: FeatureStore, spec: RunSpec) -> Lease:
+    """Take the lease, waiting up to `spec.wait_s` for another writer."""
+    deadline = time.monotonic() + spec.wait_s
+    logged = False
     while True:
         lease = store.lease(spec.purpose)
         try:
             lease.acquire()
-        except LeaseHeld as held:
-            if time.monotonic() >= until:
+            return lease
+        except LeaseHeld as error:
+            if time.monotonic() >= deadline:
                 raise
-            if not waited:
-                spec.told(f"waiting up to {spec.wait_s:.0f} s: {held}")
-            waited = True
-            time.sleep(ASK_AGAIN_S)
-            continue
-        return lease
+            if not logged:
+                spec.log(f"waiting up to {spec.wait_s:.0f} s: {error}")
+            logged = True
+        time.sleep(RETRY_S)

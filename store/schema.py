@@ -1,18 +1,19 @@
-"""What a datum is: modalities, statuses, the Arrow schemas of the tables, fingerprints.
+"""What is stored: modalities, statuses, the tables and their columns.
 
-Legend: D is the encoder's width (1024 for imagebind-huge), T the number of one-second tokens of a
-clip, W the number of real tokens of a question.
+Legend: D is the encoder's width (1024 for imagebind-huge), T the seconds of a clip, one token each, W the
+number of real tokens of a question.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 
 import pyarrow as pa
 
-#: Version of the table layout. A store written with another one is refused.
+#: Version of the table layout. A store with another layout is refused.
 SCHEMA_VERSION = 2
 
-#: Lance reads this from a field's metadata and makes concurrent upserts on the field conflict
-#: instead of inserting the same key twice.
+#: Field metadata that Lance reads: concurrent upserts of a key conflict instead of inserting it twice.
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
@@ -21,6 +22,11 @@ class Modality(StrEnum):
 
     AUDIO = "audio"
     VISUAL = "visual"
+
+    @property
+    def other(self) -> "Modality":
+        """The other one."""
+        return Modality.VISUAL if self is Modality.AUDIO else Modality.AUDIO
 
 
 #: Modalities in plain words.
@@ -51,24 +57,24 @@ class Condition(StrEnum):
 
 
 class ModalityStatus(StrEnum):
-    """What decoding found of one modality of one file."""
+    """How much of one modality of a file could be decoded."""
 
-    PRESENT = "present"  # everything that was expected
+    PRESENT = "present"  # all that was expected
     ABSENT = "absent"  # the file has no such stream
-    PARTIAL = "partial"  # some of what was expected; both numbers are kept
-    CORRUPT = "corrupt"  # the stream is there and gave nothing
+    PARTIAL = "partial"  # less than expected; both numbers are stored
+    CORRUPT = "corrupt"  # there is a stream, but nothing could be decoded
 
 
 class Retrieval(StrEnum):
-    """Whose key a query, the key of the modality that is there, is compared with."""
+    """Which keys a query, the key of the modality that is not missing, is compared with."""
 
-    CROSS = "cross"  # the key of the missing modality
-    PAIRED = "paired"  # the key of the query's own modality, of clips that have both
+    CROSS = "cross"  # those of the missing modality
+    PAIRED = "paired"  # those of the query's own modality, of clips that have both
     HYBRID = "hybrid"  # weighted mean of the two scores
 
 
 class Table(StrEnum):
-    """The tables of a store; each is one Lance dataset per encoder fingerprint."""
+    """The tables of a store: one Lance dataset each per encoder."""
 
     CLIPS = "clips"
     QUESTIONS = "questions"
@@ -79,179 +85,176 @@ class Table(StrEnum):
     SNAPSHOTS = "snapshots"
 
 
-#: What a reader sees together.
+#: Columns of `clips` that come from the annotations and the disk, not from the file's content.
+METADATA_COLUMNS = ("split", "labels", "uri", "source_id")
+#: The tables of a snapshot.
 SNAPSHOT_TABLES = (Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS)
-#: Tables that a store of an earlier version may lack until it is written to.
+#: Tables that an older store may not have until it is written to.
 LATER_TABLES = frozenset({Table.NEIGHBOURS, Table.INDEXES, Table.SNAPSHOTS})
 
 
 def sequence(dim: int) -> pa.DataType:
-    """T unit-norm embeddings of width `dim`, half precision."""
+    """(T, D) float16: unit-norm embeddings."""
     return pa.list_(vector(dim, pa.float16()))
 
 
 def vector(dim: int, value: pa.DataType | None = None) -> pa.DataType:
-    """One embedding of width `dim`, float32 unless told otherwise."""
+    """(D,): one embedding, float32 by default."""
     return pa.list_(value or pa.float32(), dim)
 
 
-def _key(name: str) -> pa.Field:
-    return pa.field(name, pa.string(), nullable=False, metadata=PRIMARY_KEY)
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table. `type`: an Arrow type, or a function of the encoder's width that gives one."""
+
+    name: str
+    type: pa.DataType | Callable[[int], pa.DataType]
+    description: str
 
 
-def clips_schema(dim: int) -> pa.Schema:
-    """One row a clip: where it came from, what was found in it, and its embeddings."""
-    return pa.schema(
-        [
-            _key("clip_id"),  # {corpus}/{video_id}
-            pa.field("corpus", pa.string()),
-            pa.field("video_id", pa.string()),
-            pa.field("source_id", pa.string()),  # what the leak guard compares
-            pa.field("split", pa.string()),
-            pa.field("labels", pa.list_(pa.string())),
-            pa.field("uri", pa.string()),
-            pa.field("content_sha256", pa.string()),
-            pa.field("bytes", pa.int64()),
-            pa.field("mtime_ns", pa.int64()),  # with `bytes`, spares hashing files nobody touched
-            pa.field("duration_s", pa.float64()),
-            pa.field("visual", sequence(dim)),  # (T, D), null when there is none
-            pa.field("audio", sequence(dim)),
-            pa.field("visual_key", vector(dim)),  # unit-norm mean of the sequence
-            pa.field("audio_key", vector(dim)),
-            pa.field("visual_status", pa.string()),
-            pa.field("audio_status", pa.string()),
-            pa.field("expected_frames", pa.int32()),
-            pa.field("decoded_frames", pa.int32()),
-            pa.field("expected_audio_s", pa.float64()),
-            pa.field("decoded_audio_s", pa.float64()),
-            pa.field("decode_errors", pa.string()),
-            pa.field("decode_fingerprint", pa.string()),
-            pa.field("encoder_fingerprint", pa.string()),
-            pa.field("run_id", pa.string()),
-            pa.field("ingested_at", pa.timestamp("us", tz="UTC")),
-        ]
-    )
+TEXT, TEXTS, SCORES = pa.string(), pa.list_(pa.string()), pa.list_(pa.float32())
+INT, LONG, DOUBLE, FLAG = pa.int32(), pa.int64(), pa.float64(), pa.bool_()
+TIME = pa.timestamp("us", tz="UTC")
+
+#: The columns of each table; the first is its key.
+COLUMNS: dict[Table, tuple[Column, ...]] = {
+    Table.CLIPS: (  # a row per clip
+        Column("clip_id", TEXT, "key: {corpus}/{video_id}"),
+        Column("corpus", TEXT, "corpus"),
+        Column("video_id", TEXT, "name in the corpus"),
+        Column(
+            "source_id", TEXT, "video it was cut from; no clip is retrieved for one of its own source"
+        ),
+        Column("split", TEXT, "split, as the corpus has it"),
+        Column("labels", TEXTS, "labels, as the corpus has them"),
+        Column("uri", TEXT, "where the file was when it was stored; a path on that machine"),
+        Column("content_sha256", TEXT, "hash of the file"),
+        Column("bytes", LONG, "size of the file"),
+        Column("mtime_ns", LONG, "last change of the file, nanoseconds since 1970"),
+        Column("duration_s", DOUBLE, "duration, seconds"),
+        Column("visual", sequence, "(T, D) float16, a unit-norm embedding per second; null if there is none"),
+        Column(
+            "audio", sequence, "(T, D) float16, of the two seconds of sound around each second's middle"
+        ),
+        Column("visual_key", vector, "(D,) float32, the unit-norm mean of `visual`"),
+        Column("audio_key", vector, "(D,) float32, the unit-norm mean of `audio`"),
+        Column("visual_status", TEXT, "present, absent, partial or corrupt"),
+        Column("audio_status", TEXT, "present, absent, partial or corrupt"),
+        Column("expected_frames", INT, "frames expected, one per second"),
+        Column("decoded_frames", INT, "frames decoded"),
+        Column("expected_audio_s", DOUBLE, "sound expected, seconds"),
+        Column("decoded_audio_s", DOUBLE, "sound decoded, seconds"),
+        Column("decode_errors", TEXT, "errors that the decoder reported"),
+        Column("decode_fingerprint", TEXT, "identifies the decoder and its settings"),
+        Column("encoder_fingerprint", TEXT, "identifies the encoder's weights"),
+        Column("run_id", TEXT, "run that stored the row"),
+        Column("ingested_at", TIME, "when the row was stored"),
+    ),
+    Table.QUESTIONS: (  # a row per question
+        Column("question_id", TEXT, "key"),
+        Column("clip_id", TEXT, "clip that the question is about"),
+        Column("corpus", TEXT, "corpus"),
+        Column("split", TEXT, "split, as the corpus has it; not always that of the clip"),
+        Column("question", TEXT, "question"),
+        Column("type", TEXT, "question type, as the corpus has it"),
+        Column("answer", TEXT, "correct answer"),
+        Column("choices", TEXTS, "answers to choose from, if the corpus has them; may hold null"),
+        Column("answer_index", INT, "index of the correct choice; -1 if there are no choices"),
+        Column("words", sequence, "(W, D) float16, an embedding per token"),
+        Column("sentence", vector, "(D,) float32, embedding of the whole question"),
+        Column(
+            "choice_sentences",
+            sequence,
+            "(choices, D) float16, of question and choice; 0 for a null",
+        ),
+        Column("encoder_fingerprint", TEXT, "identifies the encoder's weights"),
+        Column("run_id", TEXT, "run that stored the row"),
+        Column("ingested_at", TIME, "when the row was stored"),
+    ),
+    Table.NEIGHBOURS: (  # a row per clip, missing modality and way to search a bank
+        Column("neighbour_id", TEXT, "key: {clip_id}|{missing}|{retrieval}|{index}"),
+        Column("clip_id", TEXT, "clip whose neighbours these are"),
+        Column("missing", TEXT, "modality that is searched for, audio or visual; the other is the query"),
+        Column(
+            "retrieval", TEXT, "keys compared: cross (of what is missing), paired (of the query), hybrid"
+        ),
+        Column("leak_guard", FLAG, "false: hits may be of the clip's own source"),
+        Column("nearest_ids", TEXTS, "clips, nearest first; fewer than asked if the bank has fewer"),
+        Column("nearest_scores", SCORES, "cosines"),
+        Column("farthest_ids", TEXTS, "clips, farthest first"),
+        Column("farthest_scores", SCORES, "cosines"),
+        # Without the guard these hits are in the lists.
+        Column("nearest_own_source", INT, "same-source hits among the best, excluded by the leak guard"),
+        Column("farthest_own_source", INT, "same-source hits among the best, excluded by the leak guard"),
+        Column("settings", TEXT, "JSON: bank, number of hits, weight, guard"),
+        Column(
+            "index", TEXT, "row of `indexes`: up to which version of `clips` this row is valid"
+        ),
+        Column("bank_fingerprint", TEXT, "identifies the clips that were searched: ids, sources and keys"),
+        Column("bank_version", LONG, "version of `clips` that was searched"),
+        Column("query_fingerprint", TEXT, "identifies the clip's source and key"),
+        Column("run_id", TEXT, "run that stored the row"),
+        Column("at", TIME, "when the row was stored"),
+    ),
+    Table.INDEXES: (  # a row per way to search a bank
+        Column("index", TEXT, "key: identifies settings and program"),
+        Column("retrieval", TEXT, "cross, paired or hybrid"),
+        Column("settings", TEXT, "JSON: bank, number of hits, weight, guard"),
+        Column("query_corpora", TEXTS, "corpora whose clips have neighbours; empty: all"),
+        Column("bank_fingerprint", TEXT, "identifies the clips that were searched: ids, sources and keys"),
+        Column("bank_version", LONG, "version of `clips` up to which the rows of `neighbours` are valid"),
+        Column("run_id", TEXT, "run that stored the row"),
+        Column("at", TIME, "when the row was stored"),
+    ),
+    Table.FAILURES: (  # a row per input that could not be stored
+        Column("clip_id", TEXT, "key: {corpus}/{video_id}"),
+        Column("corpus", TEXT, "corpus"),
+        Column("uri", TEXT, "path of the file"),
+        Column("content_sha256", TEXT, "hash of the file"),
+        Column("bytes", LONG, "size of the file"),
+        Column("mtime_ns", LONG, "last change of the file, nanoseconds since 1970"),
+        Column("stage", TEXT, "decode or embed"),
+        Column("reason", TEXT, "a FailureReason"),
+        Column("detail", TEXT, "last lines of the tool's own message"),
+        Column("attempts", INT, "attempts so far"),
+        Column("decode_fingerprint", TEXT, "identifies the decoder and its settings"),
+        Column("encoder_fingerprint", TEXT, "identifies the encoder's weights"),
+        Column("run_id", TEXT, "run that stored the row"),
+        Column("at", TIME, "when the row was stored"),
+    ),
+    Table.RUNS: (  # a row per run of a job
+        Column("run_id", TEXT, "key"),
+        Column("kind", TEXT, "extract, index, reindex, rollback"),
+        Column("config", TEXT, "JSON"),
+        Column("status", TEXT, "running, done, refused, failed or interrupted"),
+        Column("started_at", TIME, "start"),
+        Column("ended_at", TIME, "end"),
+        Column("counts", TEXT, "JSON"),
+        Column("versions_before", TEXT, "JSON: table -> version"),
+        Column("versions_after", TEXT, "JSON: table -> version"),
+    ),
+    Table.SNAPSHOTS: (  # a row per snapshot
+        Column("name", TEXT, "key"),
+        Column("versions", TEXT, "JSON: table -> version"),
+        Column("run_id", TEXT, "run that published it"),
+        Column("rolled_back", FLAG, "whether it was published and then found to be wrong"),
+        Column("at", TIME, "when it was named"),
+    ),
+}
 
 
-def questions_schema(dim: int) -> pa.Schema:
-    """One row a question, with the text tower's embeddings of its words and of the whole."""
-    return pa.schema(
-        [
-            _key("question_id"),
-            pa.field("clip_id", pa.string()),
-            pa.field("corpus", pa.string()),
-            pa.field("split", pa.string()),
-            pa.field("question", pa.string()),
-            pa.field("type", pa.string()),
-            pa.field("answer", pa.string()),
-            pa.field("choices", pa.list_(pa.string())),
-            pa.field("answer_index", pa.int32()),  # -1: no choices
-            pa.field("words", sequence(dim)),  # (W, D), real tokens only
-            pa.field("sentence", vector(dim)),
-            # "question choice" each, zeros where a choice is null; null where there are no choices
-            pa.field("choice_sentences", sequence(dim)),
-            pa.field("encoder_fingerprint", pa.string()),
-            pa.field("run_id", pa.string()),
-            pa.field("ingested_at", pa.timestamp("us", tz="UTC")),
-        ]
-    )
+def table_schema(table: Table, dim: int) -> pa.Schema:
+    """The Arrow schema of a table; its key is never null."""
+    types = {c.name: c.type(dim) if callable(c.type) else c.type for c in COLUMNS[table]}
+    (key, key_type), *others = types.items()
+    return pa.schema([pa.field(key, key_type, nullable=False, metadata=PRIMARY_KEY), *others])
 
 
-def neighbours_schema() -> pa.Schema:
-    """One row a clip, a missing modality and a way to search one bank: where to look for what is missing.
-
-    Ids are sorted best first and are fewer than `n` where the bank holds fewer. Scores are cosines.
-    """
-    ids, scores = pa.list_(pa.string()), pa.list_(pa.float32())
-    return pa.schema(
-        [
-            _key("neighbour_id"),  # {clip_id}|{missing}|{retrieval}|{index}
-            pa.field("clip_id", pa.string()),
-            pa.field("missing", pa.string()),  # a Modality: what is looked for; the other is the query
-            pa.field("retrieval", pa.string()),  # a Retrieval
-            pa.field("leak_guard", pa.bool_()),  # false: hits may be of the clip's own source
-            pa.field("nearest_ids", ids),
-            pa.field("nearest_scores", scores),
-            pa.field("farthest_ids", ids),
-            pa.field("farthest_scores", scores),
-            # Of the clip's own source among the n best were none left out: hits that the guard kept away,
-            # or, without it, that are in the list.
-            pa.field("nearest_own_source", pa.int32()),
-            pa.field("farthest_own_source", pa.int32()),
-            pa.field("settings", pa.string()),  # JSON: bank corpora and splits, n, weight, guard
-            pa.field("index", pa.string()),  # of `indexes`: up to which version of `clips` this row is right
-            pa.field("bank_fingerprint", pa.string()),  # of ids, sources and keys, when it was searched
-            pa.field("bank_version", pa.int64()),  # of `clips`, when it was searched
-            pa.field("query_fingerprint", pa.string()),  # of source and key
-            pa.field("run_id", pa.string()),
-            pa.field("at", pa.timestamp("us", tz="UTC")),
-        ]
-    )
-
-
-def indexes_schema() -> pa.Schema:
-    """One row a way to search a bank: up to which version of `clips` its rows in `neighbours` are right."""
-    return pa.schema(
-        [
-            _key("index"),  # of settings and program
-            pa.field("retrieval", pa.string()),  # a Retrieval
-            pa.field("settings", pa.string()),
-            pa.field("query_corpora", pa.list_(pa.string())),  # whose clips have rows; empty: all
-            pa.field("bank_fingerprint", pa.string()),
-            pa.field("bank_version", pa.int64()),  # of `clips`
-            pa.field("run_id", pa.string()),
-            pa.field("at", pa.timestamp("us", tz="UTC")),
-        ]
-    )
-
-
-def failures_schema() -> pa.Schema:
-    """One row an input that could not be stored: where, at which stage, why."""
-    return pa.schema(
-        [
-            _key("clip_id"),
-            pa.field("corpus", pa.string()),
-            pa.field("uri", pa.string()),
-            pa.field("content_sha256", pa.string()),
-            pa.field("bytes", pa.int64()),
-            pa.field("mtime_ns", pa.int64()),
-            pa.field("stage", pa.string()),  # decode | embed
-            pa.field("reason", pa.string()),  # a FailureReason
-            pa.field("detail", pa.string()),  # last lines of the tool's own words
-            pa.field("attempts", pa.int32()),
-            pa.field("decode_fingerprint", pa.string()),
-            pa.field("encoder_fingerprint", pa.string()),
-            pa.field("run_id", pa.string()),
-            pa.field("at", pa.timestamp("us", tz="UTC")),
-        ]
-    )
-
-
-def runs_schema() -> pa.Schema:
-    """One row a run of a job."""
-    return pa.schema(
-        [
-            _key("run_id"),
-            pa.field("kind", pa.string()),
-            pa.field("config", pa.string()),  # JSON
-            pa.field("status", pa.string()),  # running | done | refused | failed | interrupted
-            pa.field("started_at", pa.timestamp("us", tz="UTC")),
-            pa.field("ended_at", pa.timestamp("us", tz="UTC")),
-            pa.field("counts", pa.string()),  # JSON
-            pa.field("versions_before", pa.string()),  # JSON, table -> version
-            pa.field("versions_after", pa.string()),
-        ]
-    )
-
-
-def snapshots_schema() -> pa.Schema:
-    """One row a named moment of the store: which versions of the tables belong together."""
-    return pa.schema(
-        [
-            _key("name"),
-            pa.field("versions", pa.string()),  # JSON, table -> version
-            pa.field("run_id", pa.string()),  # that made it
-            pa.field("rolled_back", pa.bool_()),
-            pa.field("at", pa.timestamp("us", tz="UTC")),
-        ]
-    )
+#: The encoders of a store.
+ENCODERS_SCHEMA = pa.schema(
+    [
+        pa.field("fingerprint", TEXT, nullable=False, metadata=PRIMARY_KEY),
+        pa.field("dim", INT),
+        pa.field("schema_version", INT),
+    ]
+)

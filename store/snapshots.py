@@ -1,9 +1,9 @@
-"""Named moments of a whole store: which version of each table belongs together.
+"""Snapshots of a whole store: which versions of the tables belong together.
 
-A row of `snapshots` names one version of `clips`, `questions` and `neighbours` each. `serving` is what
-readers are given, `previous` what served before; both move in one commit, so that no reader meets the clips
-of one moment and the neighbours of another. Lance's own tags of the same names follow on each table and keep
-the versions from being cleaned away.
+A row of `snapshots` names one version each of `clips`, `questions` and `neighbours`. `serving` is the
+published snapshot, `previous` the one before; both change in one commit, so that no reader combines the clips
+of one with the neighbours of the other. Lance tags of the same names follow on each table and keep the
+versions from being cleaned up.
 """
 
 import json
@@ -23,7 +23,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """One named moment. `rolled_back`: it served, and was found wrong."""
+    """Versions with a name. `rolled_back`: it was published and then found to be wrong."""
 
     name: str
     versions: dict[Table, int]
@@ -43,54 +43,45 @@ class Snapshot:
 
 
 def read_snapshots(address: TableAddress) -> dict[str, Snapshot]:
-    """All snapshots by name; none where the table is not there yet."""
-    if not address.exists():
-        return {}
-    found = {}
-    for row in address.open().to_table().to_pylist():
-        versions = {Table(name): version for name, version in json.loads(row["versions"]).items()}
-        found[row["name"]] = Snapshot(
-            name=row["name"],
-            versions=versions,
-            run_id=row["run_id"],
-            at=row["at"],
-            rolled_back=row["rolled_back"],
-        )
-    return found
+    """All snapshots by name; none if the table does not exist yet."""
+    rows = address.open().to_table().to_pylist() if address.exists() else []
+    for row in rows:
+        row["versions"] = {Table(name): version for name, version in json.loads(row["versions"]).items()}
+    return {row["name"]: Snapshot(**row) for row in rows}
 
 
 def publish(address: TableAddress, versions: Mapping[Table, int], run_id: str) -> Snapshot:
-    """Let `versions` serve; what served is `previous` from now on."""
+    """Publish `versions` as `serving`; what was `serving` becomes `previous`."""
     serving = read_snapshots(address).get(SERVING)
-    moved = [_row(SERVING, versions, run_id)]
+    rows = [_row(SERVING, versions, run_id)]
     if serving:
-        moved.append(_row(PREVIOUS, serving.versions, serving.run_id))
+        rows.append(_row(PREVIOUS, serving.versions, serving.run_id))
     address.create()
-    put_rows(address, moved)
+    put_rows(address, rows)
     return read_snapshots(address)[SERVING]
 
 
 def rollback(address: TableAddress) -> Snapshot:
-    """Let `previous` serve again; what served is `previous`, marked as rolled back. Both in one commit.
+    """Publish `previous` again; what was `serving` becomes `previous`, marked as rolled back, in one commit.
 
-    Raises `StoreError` where there is none, or where it was rolled back itself.
+    Raises `StoreError` if there is no `previous`, or if it was rolled back itself.
     """
-    found = read_snapshots(address)
-    serving, previous = found.get(SERVING), found.get(PREVIOUS)
+    snapshots = read_snapshots(address)
+    serving, previous = snapshots.get(SERVING), snapshots.get(PREVIOUS)
     if serving is None or previous is None:
-        raise StoreError("there is nothing to roll back to: no snapshot served before the present one")
+        raise StoreError("there is nothing to roll back to: no snapshot was published before this one")
     if previous.rolled_back:
         raise StoreError(
-            f"what served before (run {previous.run_id}) was rolled back itself; the next run of the job "
-            "publishes anew"
+            f"the previous snapshot (run {previous.run_id}) was rolled back itself; the next run of the job "
+            "publishes a new one"
         )
-    wrong = _row(PREVIOUS, serving.versions, serving.run_id) | {"rolled_back": True}
-    put_rows(address, [_row(SERVING, previous.versions, previous.run_id), wrong])
+    rolled_back = _row(PREVIOUS, serving.versions, serving.run_id) | {"rolled_back": True}
+    put_rows(address, [_row(SERVING, previous.versions, previous.run_id), rolled_back])
     return read_snapshots(address)[SERVING]
 
 
 def name_versions(address: TableAddress, name: str, versions: Mapping[Table, int]) -> Snapshot:
-    """Give `versions` a name of one's own; a name that is there moves. Raises `UsageError`."""
+    """Name `versions`; an existing name moves to them. Raises `UsageError`."""
     if not NAME.fullmatch(name) or name in (SERVING, PREVIOUS):
         raise UsageError(
             f"a snapshot's name must be letters, digits, '.', '_', '-', and not {SERVING} or {PREVIOUS}; "
@@ -102,7 +93,7 @@ def name_versions(address: TableAddress, name: str, versions: Mapping[Table, int
 
 
 def protect(addresses: Sequence[tuple[Table, TableAddress]], snapshots: Mapping[str, Snapshot]) -> None:
-    """Set Lance's tags on each table as `snapshots` says, so that cleaning spares these versions."""
+    """Tag each table's versions as `snapshots` says, so that they are not cleaned up."""
     for table, address in addresses:
         dataset = address.open()
         tags = {name: tag["version"] for name, tag in dataset.tags.list().items()}
@@ -120,5 +111,5 @@ def protect(addresses: Sequence[tuple[Table, TableAddress]], snapshots: Mapping[
 def _row(name: str, versions: Mapping[Table, int], run_id: str) -> dict[str, object]:
     unknown = set(versions) - set(SNAPSHOT_TABLES)
     assert not unknown, unknown
-    said = json.dumps({table.value: versions[table] for table in SNAPSHOT_TABLES if table in versions})
-    return {"name": name, "versions": said, "run_id": run_id, "rolled_back": False, "at": now()}
+    text = json.dumps({table.value: versions[table] for table in SNAPSHOT_TABLES if table in versions})
+    return {"name": name, "versions": text, "run_id": run_id, "rolled_back": False, "at": now()}

@@ -1,13 +1,18 @@
-"""Where a clip comes from, and a split by it: no source is in two splits.
+"""The source of a clip, and a split by source: no source is in two splits.
 
-Corpora are split by their authors, MUSIC-AVQA by question, so that a video may be asked about in training and
-in the test. Under this split what a model sees in training and what serves as its memory is of other videos
-than it is tested on.
+Corpora come with splits of their own. MUSIC-AVQA's is by question, so that one video may be asked about in
+training and in the test. Under the disjoint split, training and the memory bank use other videos than the
+test.
 """
 
 import hashlib
 
-SHARES = {"train": 70, "val": 10, "test": 20}  # in hundredths
+SHARES = {"train": 70, "val": 10, "test": 20}  # per cent
+
+
+def source_of(clip_id: str, source_id: str | None) -> str:
+    """What the leak guard compares: the clip's source or, if it is not known, the clip itself."""
+    return source_id or f"clip:{clip_id}"
 
 
 def disjoint_split(source: str) -> str:
@@ -17,9 +22,4 @@ def disjoint_split(source: str) -> str:
         if draw < share:
             return split
         draw -= share
-    raise AssertionError("the shares make up the whole")
-
-
-def source_of(clip_id: str, source_id: str | None) -> str:
-    """What the leak guard compares: the clip's source or, where none is known, the clip itself."""
-    return source_id or f"clip:{clip_id}"
+    raise AssertionError("the shares add up to 100")

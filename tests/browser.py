@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: Chromium asks its makers for this and that unless told not to.
+#: Chromium connects to its makers unless these switch it off.
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
 CHROMIUM += ("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage")
 

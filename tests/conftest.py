@@ -26,7 +26,7 @@ from r2scp.jobs.ingest.encoders import encoder_spec
 from r2scp.jobs.ingest.index import run_index
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from r2scp.pipelines.batches.dataset import Dataset, NeighbourRows
-from r2scp.pipelines.batches.examples import QuestionFilter, Clips, Examples, Pins
+from r2scp.pipelines.batches.examples import Clips, Examples, Pins, QuestionFilter
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
@@ -190,10 +190,10 @@ def local_ray() -> Iterator[None]:
 def question_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Forty clips, seventy questions of two corpora and an index, in fragments with holes. Only to be read.
 
-    Beside the ordinary questions: an answer that training has not, a clip that is not there, no choices, and
-    choices of which none is said to be right.
+    Beside the ordinary questions: an answer that is not in training, a missing clip, no choices, and
+    choices without a right one.
     """
-    store = FeatureStore.create(str(tmp_path_factory.mktemp("asked") / "store"), "tiny-encoder", WIDTH)
+    store = FeatureStore.create(str(tmp_path_factory.mktemp("questions") / "store"), "tiny-encoder", WIDTH)
     clips = [clip_row(number, seed=0) for number in range(40)]
     write_rows(store, Table.CLIPS, clips, parts=3)
     write_rows(store, Table.CLIPS, [clip_row(number, seed=1) for number in range(3, 40, 9)])

@@ -1,4 +1,4 @@
-"""Small rows, stores and clips that tests are made of; the same at every call."""
+"""Tiny rows of stores for tests; the same at every call."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -99,16 +99,16 @@ def learnable_clip(number: int, split: str, rng: np.random.Generator) -> dict[st
     return row
 
 
-def learnable_question(clip: Mapping[str, Any], asked: int, rng: np.random.Generator) -> dict[str, object]:
+def learnable_question(clip: Mapping[str, Any], which: int, rng: np.random.Generator) -> dict[str, object]:
     """0: what kind; 1: whether it is an even one; 2: which of four choices."""
     kind = int(clip["labels"][0])
-    answer = ("yes", "no")[kind % 2] if asked == 1 else f"kind {kind}"
+    answer = ("yes", "no")[kind % 2] if which == 1 else f"kind {kind}"
     row: dict[str, object] = {name: clip[name] for name in ("clip_id", "corpus", "split")}
-    row |= {"question_id": f"{clip['clip_id']}/{asked}", "question": f"question {asked} ?", "answer": answer}
-    words_WD = near_axis(8 + asked, 2 + asked, np.random.default_rng(asked))
-    row |= {"type": f"type {asked}", "choices": [], "answer_index": -1, "words": list(words_WD)}
+    row |= {"question_id": f"{clip['clip_id']}/{which}", "question": f"question {which} ?", "answer": answer}
+    words_WD = near_axis(8 + which, 2 + which, np.random.default_rng(which))
+    row |= {"type": f"type {which}", "choices": [], "answer_index": -1, "words": list(words_WD)}
     row["sentence"] = key_of(words_WD)
-    if asked == 2:
+    if which == 2:
         order = rng.permutation(4).tolist()
         sentences_KD = [near_axis(12 + kind, 1, np.random.default_rng(kind))[0] for kind in order]
         row |= {"choices": [f"kind {kind}" for kind in order], "choice_sentences": sentences_KD}
@@ -126,19 +126,21 @@ def odd_questions(clips: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]
     """Train and test questions of other types than `learnable_question` gives, on its 26 clips of MUSIC-AVQA.
 
     Split `test`: 30 about clips 16 (deaf) to 25, some of types that training has not, and 3 of them with an
-    answer that it never saw; 2 about clips that are not there. Split `odd`: hostile types.
+    answer that it never saw; 2 about missing clips. Split `odd`: hostile types.
     """
-    rng, asked = np.random.default_rng(10), []
+    rng, questions = np.random.default_rng(10), []
     counting, place = "Audio-Visual/Counting", "Visual/Location"
     for at in range(6):  # the most frequent of `place` is none: it must not count as an answer
-        asked.append(learnable_question(clips[at], at % 2, rng) | {"type": ("type 0", place)[at % 2]})
-        asked[-1] |= {"question_id": f"more/{at}", "answer": ("no", "")[at in (1, 3)]}
+        questions.append(learnable_question(clips[at], at % 2, rng) | {"type": ("type 0", place)[at % 2]})
+        questions[-1] |= {"question_id": f"more/{at}", "answer": ("no", "")[at in (1, 3)]}
     for at in range(30):
         kind = ("type 0", "type 1", counting, place, "Audio-Visual/Existential")[at % 5]
-        asked.append(learnable_question(clips[16 + at // 3], at % 2, rng) | {"type": kind, "split": "test"})
-        asked[-1] |= {"question_id": f"test/{at}"} | ({"answer": "bagpipe"} if at in (3, 7, 13) else {})
-    asked += [asked[-1] | {"question_id": f"gone/{at}", "clip_id": "gone"} for at in range(2)]
+        questions.append(
+            learnable_question(clips[16 + at // 3], at % 2, rng) | {"type": kind, "split": "test"}
+        )
+        questions[-1] |= {"question_id": f"test/{at}"} | ({"answer": "bagpipe"} if at in (3, 7, 13) else {})
+    questions += [questions[-1] | {"question_id": f"gone/{at}", "clip_id": "gone"} for at in range(2)]
     for at, kind in enumerate(HOSTILE_TYPES):
-        asked.append(learnable_question(clips[18 + at % 8], 0, rng) | {"type": kind, "split": "odd"})
-        asked[-1] |= {"question_id": f"odd/{at}"}
-    return asked
+        questions.append(learnable_question(clips[18 + at % 8], 0, rng) | {"type": kind, "split": "odd"})
+        questions[-1] |= {"question_id": f"odd/{at}"}
+    return questions

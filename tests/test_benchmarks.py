@@ -1,4 +1,4 @@
-"""Benchmarks compare fairly (turns, ratios within a round, reasons of those that cannot run), run as told."""
+"""Benchmarks compare fairly: in turns, ratios within a round, a reason for each peer that cannot run."""
 
 import io
 import json
@@ -83,9 +83,9 @@ def test_the_table_tells_every_figure_reason_and_goal(tmp_path: Path):
         assert words in text
     written = tmp_path / "out.json"
     assert run("x", "", lambda parser: None, lambda options: report, ["--json", str(written)]) == 0
-    told = json.loads(written.read_text())
-    assert told["sheets"][0]["rows"][0]["figures"]["s"] == {"median": 2.0, "least": 1.0, "most": 3.0}
-    assert told["grades"] == [{"what": "speed", "goal": 2.0, "reached": 1.0, "at_most": False}]
+    written_json = json.loads(written.read_text())
+    assert written_json["sheets"][0]["rows"][0]["figures"]["s"] == {"median": 2.0, "least": 1.0, "most": 3.0}
+    assert written_json["grades"] == [{"what": "speed", "goal": 2.0, "reached": 1.0, "at_most": False}]
 
 
 def test_bad_options_and_errors_are_one_line(capsys: pytest.CaptureFixture[str]):

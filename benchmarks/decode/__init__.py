@@ -1,1 +1,1 @@
-"""Decoding beside ffmpeg's own ceiling, PyAV and others."""
+"""Decoding compared with ffmpeg's own ceiling, PyAV and others."""

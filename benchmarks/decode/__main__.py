@@ -1,18 +1,18 @@
-"""What a clip costs to decode, beside what ffmpeg costs at the least and what a user would take instead.
+"""What a clip costs to decode, compared with the lower limit of ffmpeg and with the alternatives.
 
-All contenders do the same files on one processor core (this process and its children are pinned to it), one
-file after another, each with one decoding thread, files in the page cache. All but the limit bring the same:
-the frame shown at t + 0.5 s of every second at 224 x 224 (short side scaled, centre cut) and sound as 16 kHz
+All contenders decode the same files on one core (this process and its children are pinned to it), one file
+after another, each with one decoding thread, files in the page cache. All but the limit return the same: the
+frame shown at t + 0.5 s of every second at 224 x 224 (short side scaled, centre cropped), and sound as 16 kHz
 mono.
 
-- *limit*: `ffmpeg -f null -`, which decodes the same two streams and throws them away.
+- *limit*: `ffmpeg -f null -`, which decodes the same two streams and discards them.
 - *ours*: `decode`: probe, one supervised ffmpeg, statuses.
-- *PyAV*, *decord2*, *torchcodec*, *two ffmpeg passes*: see `decode_peers`. They know each file's size and
-  length beforehand, for nothing, and do not look whether a file is damaged; ours finds out for itself.
+- *PyAV*, *decord2*, *torchcodec*, *two ffmpeg passes*: see `decode/peers.py`. They are given the size and
+  length of each file and do not check it for damage; ours finds out for itself.
 
-Before it is timed each contender's result is held against ours: as many frames, nearly the same pixels, as
-much sound. Generated files have one key frame in 300 and are made by ffmpeg with noise in them; real ones are
-used where they lie beside the repository.
+Before the timing, the result of each contender is compared with ours: as many frames, nearly the same pixels,
+as much sound. Generated files have noise and one key frame in 300; real ones are used if they lie beside the
+repository.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, run
-from benchmarks.decode.peers import PEERS, Brought, Sought, require_same, sought
+from benchmarks.decode.peers import PEERS, Decoded, MediaFile, read_media_file, require_same
 from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.store.errors import UsageError
@@ -56,44 +56,23 @@ SIZES = {"360p": "640x360", "1080p": "1920x1080"}
 
 
 def generated(folder: Path, size: str, seconds: int) -> Path:
-    """A clip of moving shapes, noise and two tones, with one key frame in LONG_GOP; made once."""
+    """A clip of moving shapes, noise and two tones, with one key frame in LONG_GOP; generated once."""
     path = folder / f"long-gop-{size}-{seconds}s.mp4"
     if path.exists():
         return path
     picture = f"testsrc2=s={size}:r=30:d={seconds},noise=alls=12:allf=t,format=yuv420p"
     sound = f"sine=440:r=44100:d={seconds},pan=stereo|c0=c0|c1=0.5*c0"
     inputs = [word for source in (picture, sound) for word in ("-f", "lavfi", "-i", source)]
-    video = [
-        "-c:v",
-        "libx264",
-        "-preset",
-        "veryfast",
-        "-crf",
-        "28",
-        "-g",
-        str(LONG_GOP),
-        "-sc_threshold",
-        "0",
-    ]
-    half = path.with_suffix(".part.mp4")
-    command = [
-        find_program(None).path,
-        "-v",
-        "error",
-        "-nostdin",
-        "-y",
-        *inputs,
-        *video,
-        "-c:a",
-        "aac",
-        str(half),
-    ]
-    subprocess.run(command, check=True)
-    return half.replace(path)
+    video = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "28", "-g", str(LONG_GOP)]
+    video += ["-sc_threshold", "0"]
+    part = path.with_suffix(".part.mp4")
+    command = [find_program(None).path, "-v", "error", "-nostdin", "-y", *inputs, *video, "-c:a", "aac"]
+    subprocess.run([*command, str(part)], check=True)
+    return part.replace(path)
 
 
-def bare(file: Sought) -> None:
-    """ffmpeg decodes what we use of the file, into nothing."""
+def bare(file: MediaFile) -> None:
+    """ffmpeg decodes the streams that we use, and discards them."""
     maps = [
         word for index in (file.video, file.audio) if index is not None for word in ("-map", f"0:{index}")
     ]
@@ -102,28 +81,28 @@ def bare(file: Sought) -> None:
     subprocess.run([*ahead, *maps, *behind], check=True, stdin=subprocess.DEVNULL)
 
 
-def ours(file: Sought) -> Brought:
+def ours(file: MediaFile) -> Decoded:
     clip = decode(file.path)
-    return Brought(frames=clip.frames, waveform=clip.waveform)
+    return Decoded(frames=clip.frames, waveform=clip.waveform)
 
 
-def all_of(files: Sequence[Sought], work: Callable[[Sought], Brought | None]) -> Callable[[], None]:
-    """Does every file; what the first time brings is held against ours."""
+def all_of(files: Sequence[MediaFile], work: Callable[[MediaFile], Decoded | None]) -> Callable[[], None]:
+    """Decodes every file; the first time the results are compared with ours."""
     checked: list[bool] = []
 
     def once() -> None:
         for file in files:
-            brought = work(file)
-            if not checked and brought is not None:
-                require_same(brought, ours(file), file.path.name)
+            decoded = work(file)
+            if not checked and decoded is not None:
+                require_same(decoded, ours(file), file.path.name)
         checked.append(True)
 
     return once
 
 
-def measure(files: Sequence[Sought], rounds: int) -> dict[str, list[float] | str]:
+def measure(files: Sequence[MediaFile], rounds: int) -> dict[str, list[float] | str]:
     """Seconds of each contender for all files of one class."""
-    works: Mapping[str, Callable[[Sought], Brought | None]] = {LIMIT: bare, OURS: ours, **PEERS}
+    works: Mapping[str, Callable[[MediaFile], Decoded | None]] = {LIMIT: bare, OURS: ours, **PEERS}
     return contest({name: all_of(files, work) for name, work in works.items()}, rounds)
 
 
@@ -146,20 +125,22 @@ def sheet(title: str, seconds: Mapping[str, list[float] | str], files: int) -> S
     return Sheet(title=f"{title}: {files} files", rows=rows)
 
 
-def classes(wanted: argparse.Namespace) -> dict[str, list[Path]]:
-    """The files of each class; none where they are not to be had."""
-    seconds = 5 if wanted.short else 10
-    wanted.folder.mkdir(parents=True, exist_ok=True)
-    made = {f"generated {name}": [generated(wanted.folder, size, seconds)] for name, size in SIZES.items()}
-    small, large = (SMALL[:4], LARGE[:2]) if wanted.short else (SMALL, LARGE)
+def classes(options: argparse.Namespace) -> dict[str, list[Path]]:
+    """The files of each class, whether they exist or not."""
+    seconds = 5 if options.short else 10
+    options.folder.mkdir(parents=True, exist_ok=True)
+    synthetic = {
+        f"generated {name}": [generated(options.folder, size, seconds)] for name, size in SIZES.items()
+    }
+    small, large = (SMALL[:4], LARGE[:2]) if options.short else (SMALL, LARGE)
     real = {"real, small": small, "real, 720p and 1080p": large}
-    return {name: [wanted.media / file for file in files] for name, files in real.items()} | made
+    return {name: [options.media / file for file in files] for name, files in real.items()} | synthetic
 
 
-def benchmark(wanted: argparse.Namespace) -> Report:
-    if not wanted.folder.parent.is_dir():
-        raise UsageError(f"--folder must lie in a folder that exists; got {wanted.folder}")
-    groups = classes(wanted)
+def benchmark(options: argparse.Namespace) -> Report:
+    if not options.folder.parent.is_dir():
+        raise UsageError(f"--folder must lie in a folder that exists; got {options.folder}")
+    groups = classes(options)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     sheets, grades, total = [], [], {}
@@ -168,8 +149,8 @@ def benchmark(wanted: argparse.Namespace) -> Report:
         if missing:
             sheets.append(Sheet(title=name, rows=[Row(name=name, unable=f"not here: {missing[0]}, ...")]))
             continue
-        files = [sought(path) for path in paths]
-        seconds = measure(files, wanted.rounds)
+        files = [read_media_file(path) for path in paths]
+        seconds = measure(files, options.rounds)
         sheets.append(sheet(name, seconds, len(files)))
         limit, own = seconds[LIMIT], seconds[OURS]
         assert isinstance(limit, list)
@@ -192,7 +173,7 @@ def benchmark(wanted: argparse.Namespace) -> Report:
 
 
 def _sum(parts: Sequence[tuple[list[float] | str, int]]) -> list[float] | str:
-    """Of the classes, round by round; of one that failed somewhere, why."""
+    """Sums over the classes, round by round; the reason, if the contender failed in one of them."""
     for taken, _ in parts:
         if isinstance(taken, str):
             return taken

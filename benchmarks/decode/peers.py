@@ -1,6 +1,6 @@
-"""What a user would decode clips with instead: each brings frames on the grid and sound at 16 kHz.
+"""The alternatives for decoding clips: each returns frames on the grid and sound at 16 kHz.
 
-Each is used as its manual says, with one decoding thread and its own scaler, told the size to scale to.
+Each is used as its manual says, with one decoding thread and its own scaler, to a given size.
 """
 
 import math
@@ -17,30 +17,30 @@ from av.video.reformatter import VideoReformatter
 from r2scp.pipelines.decoding.decode import token_count
 from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, find_program
 
-PIXELS_APART = 12.0  # levels of 255, mean over a clip: another scaler, another colour matrix
-SOUND_APART_S = 0.3  # codec delay kept or not
+MAX_PIXEL_DIFFERENCE = 12.0  # levels of 255, mean over a clip: another scaler, another colour matrix
+MAX_SOUND_DIFFERENCE_S = 0.3  # codec delay kept or not
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sought:
-    """A file, and what is told to all contenders but ours."""
+class MediaFile:
+    """A file, and what all contenders but ours know of it beforehand."""
 
     path: Path
     video: int  # index of its stream
     audio: int | None
     width: int  # pixels, after scaling the short side to SIZE
     height: int
-    middles: tuple[float, ...]  # s, when the frames are shown
+    middles: tuple[float, ...]  # s, at which frames are selected
     start_s: float  # of the container
 
 
 @dataclass(frozen=True, kw_only=True)
-class Brought:
+class Decoded:
     frames: np.ndarray | None  # (T, 224, 224, 3) uint8
     waveform: np.ndarray | None  # (S,) float32
 
 
-def sought(path: Path) -> Sought:
+def read_media_file(path: Path) -> MediaFile:
     with av.open(str(path)) as container:
         video, audio = container.streams.best("video"), container.streams.best("audio")
         assert video is not None
@@ -51,7 +51,7 @@ def sought(path: Path) -> Sought:
         wide, high = video.codec_context.width, video.codec_context.height  # type: ignore[attr-defined]
         aspect = video.codec_context.sample_aspect_ratio  # type: ignore[attr-defined]
         shape = wide / high * float(aspect or 1)
-        return Sought(
+        return MediaFile(
             path=path,
             video=video.index,
             audio=None if audio is None else audio.index,
@@ -62,18 +62,18 @@ def sought(path: Path) -> Sought:
         )
 
 
-def require_same(brought: Brought, own: Brought, name: str) -> None:
-    """Raises ValueError unless it is the same work."""
+def require_same(decoded: Decoded, own: Decoded, name: str) -> None:
+    """Raises ValueError unless the result is as good as ours."""
     assert own.frames is not None
-    if brought.frames is None or brought.frames.shape != own.frames.shape:
-        got = None if brought.frames is None else brought.frames.shape
+    if decoded.frames is None or decoded.frames.shape != own.frames.shape:
+        got = None if decoded.frames is None else decoded.frames.shape
         raise ValueError(f"{name}: other frames than ours: {got}, not {own.frames.shape}")
-    apart = float(np.abs(brought.frames.astype(np.int16) - own.frames).mean())
-    if apart > PIXELS_APART:
-        raise ValueError(f"{name}: frames are {apart:.1f} levels from ours")
+    difference = float(np.abs(decoded.frames.astype(np.int16) - own.frames).mean())
+    if difference > MAX_PIXEL_DIFFERENCE:
+        raise ValueError(f"{name}: frames are {difference:.1f} levels from ours")
     if own.waveform is not None:
-        got = 0 if brought.waveform is None else len(brought.waveform)
-        if abs(got - len(own.waveform)) > SOUND_APART_S * RATE:
+        got = 0 if decoded.waveform is None else len(decoded.waveform)
+        if abs(got - len(own.waveform)) > MAX_SOUND_DIFFERENCE_S * RATE:
             raise ValueError(f"{name}: {got} samples, not {len(own.waveform)}")
 
 
@@ -84,7 +84,7 @@ def cut(frame: np.ndarray) -> np.ndarray:
     return frame[..., top : top + SIZE, left : left + SIZE, :]
 
 
-def with_pyav(file: Sought) -> Brought:
+def with_pyav(file: MediaFile) -> Decoded:
     """One pass of demultiplexing over both streams."""
     frames: list[np.ndarray] = []
     sound: list[np.ndarray] = []
@@ -112,10 +112,10 @@ def with_pyav(file: Sought) -> Brought:
         keep(math.inf)
         if sound:
             sound += [part.to_ndarray()[0] for part in resampler.resample(None)]
-    return Brought(frames=np.stack(frames), waveform=np.concatenate(sound) if sound else None)
+    return Decoded(frames=np.stack(frames), waveform=np.concatenate(sound) if sound else None)
 
 
-def with_decord(file: Sought) -> Brought:
+def with_decord(file: MediaFile) -> Decoded:
     """Its own seeking and scaling; the sound by its AudioReader."""
     import decord
 
@@ -126,12 +126,12 @@ def with_decord(file: Sought) -> Brought:
     chosen = np.maximum(np.searchsorted(starts, file.middles, side="right") - 1, 0)
     frames = cut(reader.get_batch(chosen.tolist()).asnumpy())
     if file.audio is None:
-        return Brought(frames=frames, waveform=None)
+        return Decoded(frames=frames, waveform=None)
     sound = decord.AudioReader(str(file.path), ctx=decord.cpu(0), sample_rate=RATE, mono=True)
-    return Brought(frames=frames, waveform=sound[:].asnumpy()[0])
+    return Decoded(frames=frames, waveform=sound[:].asnumpy()[0])
 
 
-def with_torchcodec(file: Sought) -> Brought:
+def with_torchcodec(file: MediaFile) -> Decoded:
     """Frames by the time they are shown at, scaled by its own transform; sound by its AudioDecoder."""
     from torchcodec.decoders import AudioDecoder, VideoDecoder
     from torchcodec.transforms import CenterCrop, Resize
@@ -149,12 +149,12 @@ def with_torchcodec(file: Sought) -> Brought:
     moments = [min(max(at + file.start_s, begin), end - 1e-3) for at in file.middles]
     frames = reader.get_frames_played_at(moments).data.numpy()
     if file.audio is None:
-        return Brought(frames=frames, waveform=None)
+        return Decoded(frames=frames, waveform=None)
     sound = AudioDecoder(str(file.path), sample_rate=RATE, num_channels=1).get_all_samples()
-    return Brought(frames=frames, waveform=sound.data.numpy()[0])
+    return Decoded(frames=frames, waveform=sound.data.numpy()[0])
 
 
-def with_two_passes(file: Sought) -> Brought:
+def with_two_passes(file: MediaFile) -> Decoded:
     """One ffmpeg for the frames, another for the sound, their output through standard output."""
     ahead = [find_program(None).path, "-v", "error", "-nostdin", "-threads", "1", "-i", str(file.path)]
     picked = (
@@ -170,7 +170,7 @@ def with_two_passes(file: Sought) -> Brought:
     ).stdout
     frames = np.frombuffer(seen, np.uint8).reshape(-1, SIZE, SIZE, 3)[: len(file.middles)]
     if file.audio is None:
-        return Brought(frames=frames, waveform=None)
+        return Decoded(frames=frames, waveform=None)
     audio = ["-map", f"0:{file.audio}", "-ac", "1", "-ar", str(RATE)]
     heard = subprocess.run(
         [*ahead, *audio, "-threads", "1", "-f", "f32le", "-"],
@@ -178,10 +178,10 @@ def with_two_passes(file: Sought) -> Brought:
         capture_output=True,
         stdin=subprocess.DEVNULL,
     ).stdout
-    return Brought(frames=frames, waveform=np.frombuffer(heard, np.float32))
+    return Decoded(frames=frames, waveform=np.frombuffer(heard, np.float32))
 
 
-PEERS: dict[str, Callable[[Sought], Brought | None]] = {
+PEERS: dict[str, Callable[[MediaFile], Decoded | None]] = {
     "PyAV": with_pyav,
     "decord2": with_decord,
     "torchcodec": with_torchcodec,

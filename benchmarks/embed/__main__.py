@@ -181,13 +181,13 @@ def cosines(exact: ImageBind, laid: ImageBind, inputs: Inputs) -> float:
 
 def rows(sheet: str, entries: Mapping[str, Entry], seconds: Mapping[str, Sequence[float] | str]) -> list[Row]:
     """One table: seconds of a frame or a clip, the rate, its share of the machine's, times upstream."""
-    made = []
+    rows = []
     for name, entry in entries.items():
         taken, peaks = seconds[name], seconds[_peak(entry.dtype)]
         if entry.sheet != sheet:
             continue
         if isinstance(taken, str):
-            made.append(Row(name=name, unable=taken))
+            rows.append(Row(name=name, unable=taken))
             continue
         rates = [entry.units * entry.flops / second / 1e12 for second in taken]
         assert not isinstance(peaks, str)
@@ -200,10 +200,10 @@ def rows(sheet: str, entries: Mapping[str, Entry], seconds: Mapping[str, Sequenc
         shipped = seconds.get(UPSTREAM)
         if sheet == "clip" and shipped is not None and not isinstance(shipped, str):
             figures["x upstream"] = ratios(shipped, taken)
-        made.append(Row(name=name, figures=figures))
+        rows.append(Row(name=name, figures=figures))
     if sheet == "clip" and UPSTREAM not in entries:
-        made.append(Row(name=UPSTREAM, unable="name a checkout with --upstream"))
-    return made
+        rows.append(Row(name=UPSTREAM, unable="name a checkout with --upstream"))
+    return rows
 
 
 def _peak(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ All contenders do the same clips, in turn, round after round, so that noise hits
 - *embed alone*: the decoded clips through the encoder, in batches, on all cores, with threads that do not
   spin while they wait (on a busy machine spinning can cost more than the arithmetic).
 - *plain loop*: decode one, embed one, write one, in one process with PyTorch's defaults.
-- *Daft*, *Pixeltable*: see `extract_peers`; in processes that live from round to round, encoder loaded.
+- *Daft*, *Pixeltable*: see `extract/peers.py`; in processes that live from round to round, encoder loaded.
 - *flow*: the whole of `run_extract` into a fresh store: plan, hash, decode, embed, stage, commit. Its worker
   processes start and load the encoder anew each time. They run at the priority of the others; as Ray comes,
   they give way to whatever else runs on the machine.
@@ -143,16 +143,16 @@ def flow(work: Work) -> tuple[float, int]:
 def contenders(work: Work, pools: Mapping[str, ProcessPoolExecutor]) -> dict[str, partial[object]]:
     """All of them by name; those that do the whole, of one clip as well."""
     one = work.first(1)
-    found: dict[str, partial[object]] = {
+    result: dict[str, partial[object]] = {
         RAY: partial(_start_ray, work.resources),
         DECODE: partial(_in, pools[LOOP], decode_alone, work),
         EMBED: partial(_in, pools[EMBED], embed_alone, work),
     }
     for name in (LOOP, DAFT, PIXELTABLE):
-        found[_of_one(name)] = partial(_kept, pools[name], name, one)
-        found[name] = partial(_kept, pools[name], name, work)
-    found[_of_one(FLOW)], found[FLOW] = partial(_flow, one), partial(_flow, work)
-    return found
+        result[_of_one(name)] = partial(_kept, pools[name], name, one)
+        result[name] = partial(_kept, pools[name], name, work)
+    result[_of_one(FLOW)], result[FLOW] = partial(_flow, one), partial(_flow, work)
+    return result
 
 
 def _of_one(name: str) -> str:

@@ -55,12 +55,12 @@ def exact_sheet(bank: Bank, rounds: int) -> tuple[Sheet, list[Grade]]:
     chosen = np.sort(np.random.default_rng(5).choice(clips, min(CHUNK, clips), replace=False))
     queries_QD = np.ascontiguousarray(bank.keys_KD[chosen])
     sources = [f"source{at // CLIPS_A_SOURCE}" for at in chosen]
-    held = MemoryBank.open(bank.store, in_memory_bytes=1 << 62)
+    memory_bank = MemoryBank.open(bank.store, in_memory_bytes=1 << 62)
     room = np.empty(QUERY_ROWS * TILE_KEYS, np.float32)
 
     def ours() -> object:
         how = Search(missing=AMONG, retrieval=Retrieval.CROSS)
-        return held.search(Queries(keys_QD=queries_QD, sources=sources), how)
+        return memory_bank.search(Queries(keys_QD=queries_QD, sources=sources), how)
 
     def bare() -> None:
         for start in range(0, clips, BLOCK_KEYS):
@@ -104,17 +104,17 @@ def exact_sheet(bank: Bank, rounds: int) -> tuple[Sheet, list[Grade]]:
 
 
 def _faiss_flat(bank: Bank, queries_QD: np.ndarray):
-    """Made when first asked."""
-    made = []
+    """The index is built at the first call."""
+    built = []
 
     def search() -> None:
         import faiss  # a peer: it may not be installed
 
-        if not made:
-            made.append(faiss.IndexFlatIP(DIM))
+        if not built:
+            built.append(faiss.IndexFlatIP(DIM))
             for _, keys in bank.blocks():
-                made[0].add(keys)
-        made[0].search(queries_QD, NEIGHBOURS)
+                built[0].add(keys)
+        built[0].search(queries_QD, NEIGHBOURS)
 
     return search
 
@@ -239,7 +239,7 @@ def _tell(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this benchmark."""
     parser.add_argument("--clips", type=int, nargs="+", help=f"sizes of store (default: {CLIPS}; see --full)")
     parser.add_argument("--full", action="store_true", help=f"{FULL_CLIPS:,} clips, too")
@@ -249,23 +249,23 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gib", type=float, default=6.0, help="for indexes in memory (default: 6)")
 
 
-def benchmark(wanted: argparse.Namespace) -> Report:
+def benchmark(options: argparse.Namespace) -> Report:
     """Both parts at each size."""
-    sizes = wanted.clips or ([SHORT_CLIPS] if wanted.short else [CLIPS, *[FULL_CLIPS] * wanted.full])
+    sizes = options.clips or ([SHORT_CLIPS] if options.short else [CLIPS, *[FULL_CLIPS] * options.full])
     sheets: list[Sheet] = []
     grades: list[Grade] = []
     with tempfile.TemporaryDirectory(prefix="r2scp-retrieval-") as temporary:
         for clips in sizes:
-            folder = (wanted.folder or Path(temporary)) / f"{clips}"
+            folder = (options.folder or Path(temporary)) / f"{clips}"
             folder.mkdir(parents=True, exist_ok=True)
             bank = fill(folder, clips)
             parts = []
-            if wanted.part != "serving":
-                parts.append(exact_sheet(bank, wanted.rounds))
-            if wanted.part != "exact":
-                queries = SHORT_QUERIES if wanted.short else QUERIES
-                memory = wanted.memory_gib * GIB
-                parts.append(serving_sheet(bank, queries, wanted.rounds, memory, wanted.only))
+            if options.part != "serving":
+                parts.append(exact_sheet(bank, options.rounds))
+            if options.part != "exact":
+                queries = SHORT_QUERIES if options.short else QUERIES
+                memory = options.memory_gib * GIB
+                parts.append(serving_sheet(bank, queries, options.rounds, memory, options.only))
             for sheet, reached in parts:
                 sheets.append(sheet)
                 grades.extend(reached)
@@ -275,7 +275,7 @@ def benchmark(wanted: argparse.Namespace) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    return run("retrieval", __doc__ or "", options, benchmark, arguments)
+    return run("retrieval", __doc__ or "", add_options, benchmark, arguments)
 
 
 if __name__ == "__main__":

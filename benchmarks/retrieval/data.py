@@ -27,11 +27,11 @@ LATENT = 64
 MEAN, WITHIN, WHITE = 0.9, 0.6, 0.3  # lengths of the mean and of what is added to a centre of length 1
 STEP = 16_384  # keys generated, written or compared at once: 67 MB
 AMONG = Modality.VISUAL
-CLIPS_A_SOURCE = 2
+CLIPS_PER_SOURCE = 2
 
 
 class Mixture:
-    """Where keys and queries come from."""
+    """The distribution of keys and queries."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ class Bank:
     keys_KD: np.ndarray
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Where each begins, and its keys."""
+        """The start and the keys of each block."""
         for start in range(0, len(self.keys_KD), STEP):
             yield start, np.asarray(self.keys_KD[start : start + STEP])
 
@@ -80,12 +80,12 @@ class Bank:
 
 
 def number(clip_id: str) -> int:
-    """Which key a clip has."""
+    """The index of a clip's key."""
     return int(clip_id.rpartition("/")[2])
 
 
 def fill(folder: Path, clips: int, seed: int = 100) -> Bank:
-    """A bank of so many clips, made unless it is there: rows as `extract` writes them, without sequences."""
+    """A bank of that many clips, created if missing: rows as `extract` writes them, without sequences."""
     path, uri = folder / "keys.npy", str(folder / "store")
     if not path.exists():
         mixture, staged = Mixture(), []
@@ -107,7 +107,7 @@ def _rows(store: FeatureStore, keys_KD: np.ndarray, start: int) -> pa.Table:
     known = {
         "clip_id": pa.array([f"bench/{at:08}" for at in numbers]),
         "corpus": pa.array(["bench"] * count),
-        "source_id": pa.array([f"source{at // CLIPS_A_SOURCE}" for at in numbers]),
+        "source_id": pa.array([f"source{at // CLIPS_PER_SOURCE}" for at in numbers]),
         "split": pa.array(["train"] * count),
         KEY_COLUMNS[AMONG]: pa.FixedSizeListArray.from_arrays(pa.array(keys_KD.reshape(-1)), DIM),
     }

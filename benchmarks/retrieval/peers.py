@@ -27,7 +27,7 @@ Ask = Callable[[np.ndarray], Sequence[int]]  # a key -> the HITS keys that are n
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What one contender made. `at`: search with a setting; `disk`, `memory`: bytes beside the keys' own."""
+    """The index of a contender. `at`: search with a setting; `disk`, `memory`: bytes, without the keys."""
 
     settings: Sequence[object]
     at: Callable[[object], Ask]
@@ -44,7 +44,7 @@ class Contender:
     make: Callable[[Bank], Index]
     vectors: float = 0.0
     slow: bool = False
-    most: int = 1 << 62  # keys it is built with in bearable time
+    most: int = 1 << 62  # keys with which it can be built in reasonable time
 
 
 def _ours(kind: Literal["auto", "exact"], in_memory_bytes: int) -> Callable[[Bank], Index]:
@@ -56,18 +56,18 @@ def _ours(kind: Literal["auto", "exact"], in_memory_bytes: int) -> Callable[[Ban
         index = ServingIndex(bank.store, ServingSettings(kind=kind), in_memory_bytes=in_memory_bytes)
         size = 0 if kind == "exact" else _index_bytes(Path(bank.store.address(Table.CLIPS).uri))
         keys = len(bank.keys_KD) * DIM * 4
-        held = keys if len(KEY_COLUMNS) * keys <= in_memory_bytes else 0
+        cached = keys if len(KEY_COLUMNS) * keys <= in_memory_bytes else 0
 
         def at(setting: object) -> Ask:
             return lambda key_D: [number(hit.clip_id) for hit in index.nearest(key_D, AMONG, HITS)]
 
-        return Index(settings=["as shipped"], at=at, disk=size, memory=size + held)
+        return Index(settings=["as shipped"], at=at, disk=size, memory=size + cached)
 
     return make
 
 
 def _lancedb(bank: Bank) -> Index:
-    """IVF_PQ, as LanceDB makes it unless told otherwise but for the metric; on a copy of links."""
+    """IVF_PQ, as LanceDB makes it by default, but for the metric; on a copy of links."""
     folder = bank.folder / "lancedb"
     if not folder.exists():
         shutil.copytree(bank.store.address(Table.CLIPS).uri, folder / "clips.lance", copy_function=os.link)
@@ -85,8 +85,8 @@ def _lancedb(bank: Bank) -> Index:
             query = table.search(key_D, vector_column_name=KEY_COLUMNS[AMONG]).distance_type("cosine")  # pyright: ignore[reportAttributeAccessIssue]
             if nprobes is not None:
                 query = query.nprobes(nprobes).refine_factor(refine)
-            found = query.select(["clip_id", "_distance"]).limit(HITS).to_arrow()
-            return [number(clip_id) for clip_id in found["clip_id"].to_pylist()]
+            rows = query.select(["clip_id", "_distance"]).limit(HITS).to_arrow()
+            return [number(clip_id) for clip_id in rows["clip_id"].to_pylist()]
 
         return ask
 
@@ -115,10 +115,10 @@ def _numpy(bank: Bank) -> Index:
 
 
 def _faiss(factory: str, settings: Sequence[object], train: int, ef_construction: int = 0):
-    """One made by faiss's `index_factory`; inner products. `train`: keys that it learns from, at most."""
+    """An index of faiss's `index_factory`, by inner product. `train`: keys it is trained on, at most."""
 
     def make(bank: Bank) -> Index:
-        import faiss  # a peer: it may not be installed
+        import faiss  # a peer that may not be installed
 
         count = len(bank.keys_KD)
         text = factory.format(lists=_lists(count))
@@ -149,12 +149,12 @@ def _faiss(factory: str, settings: Sequence[object], train: int, ef_construction
 
 
 def _lists(count: int) -> int:
-    """As faiss's guidelines have it: four times the root of the keys, to a power of two."""
+    """By faiss's guidelines: four times the square root of the number of keys, as a power of two."""
     return 1 << round(np.log2(4 * count**0.5))
 
 
 def _hnswlib(bank: Bank) -> Index:
-    import hnswlib  # a peer: it may not be installed
+    import hnswlib  # a peer that may not be installed
 
     index, path, count = hnswlib.Index("ip", DIM), bank.folder / "hnswlib.index", len(bank.keys_KD)
     if path.exists():

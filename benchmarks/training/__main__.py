@@ -44,7 +44,7 @@ from r2scp.pipelines.batches.prefetch import prefetch
 PARTS = ("feed", "first", "step", "memory")
 CHECKED = 3  # batches of each contender that are compared with ours
 OURS, RAM, MAPPED = "ours", "tensors in memory", "np.memmap"
-AHEAD = ", made ahead by a thread"  # as a training has them made
+AHEAD = ", made ahead by a thread"  # as in a training
 AT_ONCE, JOINED = "Ray Data, gather", "Ray Data, joined"
 AUDIO = 0  # the missing modality, where one is
 RAY_QUESTIONS = 2_048  # a pass of Ray Data's, so that it ends
@@ -57,18 +57,18 @@ def ask(rows: np.ndarray, missing: int) -> BatchRequest:
 
 
 def ours(site: Site) -> Make:
-    """What the training's thread makes."""
+    """Batches as the thread of a training makes them."""
     return lambda rows, missing: site.dataset.batch(rows, ask(rows, missing))
 
 
-def same(found: Batch, wanted: Batch) -> None:
+def same(batch: Batch, expected: Batch) -> None:
     """Raises AssertionError where two batches differ in anything."""
     for name in ("audio_BLC", "visual_BLC", "words_BWC", "words_mask_BW", "sentence_BC", "target_B"):
-        _equal(getattr(found, name), getattr(wanted, name), name)
+        _equal(getattr(batch, name), getattr(expected, name), name)
     for name in ("audio_mask_BL", "visual_mask_BL", "present_BM"):
-        _equal(getattr(found, name), getattr(wanted, name), name)
+        _equal(getattr(batch, name), getattr(expected, name), name)
     for name in ("retrieved", "farthest"):
-        one, two = getattr(found, name), getattr(wanted, name)
+        one, two = getattr(batch, name), getattr(expected, name)
         assert (one is None) is (two is None), name
         if isinstance(one, Neighbours) and isinstance(two, Neighbours):
             for part, other in zip(one, two, strict=True):
@@ -80,10 +80,10 @@ def _equal(one: Tensor, two: Tensor, name: str) -> None:
     assert one.equal(two), f"{name} differs"
 
 
-def feed(site: Site, stage: str, missing: int, wanted: argparse.Namespace) -> tuple[Sheet, list[Grade]]:
+def feed(site: Site, stage: str, missing: int, options: argparse.Namespace) -> tuple[Sheet, list[Grade]]:
     """One pass of batches by each contender, in turn."""
     neighbours = missing != NO_MODALITY
-    batches = site.order[: wanted.batches]
+    batches = site.order[: options.batches]
     questions = sum(map(len, batches))
     makers = {OURS: ours(site), MAPPED: mapped(site.arrays, neighbours)}
     makers[RAM] = in_memory(site.arrays, tensors_of(site.arrays), neighbours)
@@ -96,14 +96,14 @@ def feed(site: Site, stage: str, missing: int, wanted: argparse.Namespace) -> tu
             make(rows, missing)
 
     def ahead(make: Make) -> None:
-        with closing(prefetch(lambda rows: make(rows, missing), batches)) as made:
-            for _ in made:
+        with closing(prefetch(lambda rows: make(rows, missing), batches)) as prefetched:
+            for _ in prefetched:
                 pass
 
     works = {name: partial(through, make) for name, make in makers.items()}
     works |= {name + AHEAD: partial(ahead, makers[name]) for name in (OURS, MAPPED)}
-    seconds = contest(works, wanted.rounds)
-    peers = _ray_rows(site, batches, wanted.rounds) if neighbours else []
+    seconds = contest(works, options.rounds)
+    peers = _ray_rows(site, batches, options.rounds) if neighbours else []
     rates = {
         name: [questions / one for one in taken]
         for name, taken in seconds.items()
@@ -134,21 +134,21 @@ def _tensors(batch: Batch) -> Sequence[Tensor]:
 
 
 def _ray_rows(site: Site, batches: Sequence[np.ndarray], rounds: int) -> list[Row]:
-    """Both ways of Ray Data, their content checked. A task's start is in the time, the session's is not."""
+    """Both ways of Ray Data, their content checked. The time includes the start of tasks, not of the session."""
     data = RayData(site.arrays, site.opened.config.batch_size, site.folder)
     try:
         rows = np.concatenate(batches)[:RAY_QUESTIONS]
         table = data.write_joined()
         ways = {AT_ONCE: lambda: data.gather(rows), JOINED: lambda: data.joined(table)}
-        found = []
+        results = []
         for name, way in ways.items():
             try:
                 count = sum(_checked(site, batch) for batch in way())
                 taken = [count / timed(lambda way=way: deque(way(), maxlen=0)) for _ in range(rounds)]
-                found.append(Row(name=name, figures={"questions/s": Spread.of(taken)}))
-            except Exception as error:  # a peer's own, of any kind
-                found.append(Row(name=name, unable=reason(error)))
-        return found
+                results.append(Row(name=name, figures={"questions/s": Spread.of(taken)}))
+            except Exception as error:  # a peer may raise anything
+                results.append(Row(name=name, unable=reason(error)))
+        return results
     finally:
         data.close()
 
@@ -156,30 +156,30 @@ def _ray_rows(site: Site, batches: Sequence[np.ndarray], rounds: int) -> list[Ro
 def _checked(site: Site, batch: dict[str, Tensor]) -> int:
     """Compare one of Ray Data's batches with ours; its questions."""
     rows = batch["row"].numpy()
-    wanted = site.dataset.batch(rows, ask(rows, AUDIO))
-    assert wanted.retrieved is not None
-    assert wanted.farthest is not None
-    assert wanted.target_B is not None
+    expected = site.dataset.batch(rows, ask(rows, AUDIO))
+    assert expected.retrieved is not None
+    assert expected.farthest is not None
+    assert expected.target_B is not None
     pairs = (
-        ("audio", wanted.audio_BLC),
-        ("visual", wanted.visual_BLC),
-        ("near", wanted.retrieved.tokens_BNLC),
-        ("far", wanted.farthest.tokens_BNLC),
-        ("sentence", wanted.sentence_BC),
-        ("target", wanted.target_B),
+        ("audio", expected.audio_BLC),
+        ("visual", expected.visual_BLC),
+        ("near", expected.retrieved.tokens_BNLC),
+        ("far", expected.farthest.tokens_BNLC),
+        ("sentence", expected.sentence_BC),
+        ("target", expected.target_B),
     )
     for name, tensor in pairs:
         _equal(batch[name].reshape(tensor.shape), tensor, name)
-    words = batch["words"].reshape(len(rows), -1, wanted.words_BWC.shape[2])
-    _equal(words[:, : wanted.words_BWC.shape[1]], wanted.words_BWC, "words")
+    words = batch["words"].reshape(len(rows), -1, expected.words_BWC.shape[2])
+    _equal(words[:, : expected.words_BWC.shape[1]], expected.words_BWC, "words")
     return len(rows)
 
 
-def first(site: Site, wanted: argparse.Namespace) -> Sheet:
+def first(site: Site, options: argparse.Namespace) -> Sheet:
     """The first pass of stage I: ours begins with an empty cache each time."""
     files = [site.folder / f"{name}.npy" for name in ("audio", "visual")]
     tables = [path for path in Path(site.store.uri).rglob("*") if path.is_file()]
-    batches = site.order[: wanted.batches]
+    batches = site.order[: options.batches]
     questions = sum(map(len, batches))
 
     def through(make: Make) -> None:
@@ -189,14 +189,14 @@ def first(site: Site, wanted: argparse.Namespace) -> Sheet:
     rows = []
     for name, paths in (("files in the page cache", []), ("files dropped from it", [*files, *tables])):
         rates: dict[str, list[float]] = {OURS: [], MAPPED: []}
-        for _ in range(wanted.rounds):
+        for _ in range(options.rounds):
             cool(paths, site.arrays)
             fresh = replace(site, dataset=site.again())
             rates[OURS].append(questions / timed(partial(through, ours(fresh))))
             cool(paths, site.arrays)
             make = mapped(site.arrays.reopened(), neighbours=False)
             rates[MAPPED].append(questions / timed(partial(through, make)))
-            del fresh, make  # what is mapped is not dropped
+            del fresh, make  # mapped files stay in the page cache
         share = ratios(rates[OURS], rates[MAPPED])
         for who, rate in rates.items():
             figures: dict[str, Spread | float | str] = {"questions/s": Spread.of(rate)}
@@ -205,10 +205,10 @@ def first(site: Site, wanted: argparse.Namespace) -> Sheet:
     return Sheet(title=f"First pass of stage I, {questions:,} questions", rows=rows)
 
 
-def steps(site: Site, wanted: argparse.Namespace) -> tuple[list[Sheet], list[Grade]]:
+def steps(site: Site, options: argparse.Namespace) -> tuple[list[Sheet], list[Grade]]:
     """Whole steps of both stages, and what kept states save."""
     sheets, grades = [], []
-    for stage, taken, states in step_seconds(site, wanted.steps, 1 if wanted.short else wanted.rounds):
+    for stage, taken, states in step_seconds(site, options.steps, 1 if options.short else options.rounds):
         rows = [
             Row(
                 name=name,
@@ -224,14 +224,14 @@ def steps(site: Site, wanted: argparse.Namespace) -> tuple[list[Sheet], list[Gra
     return sheets, grades
 
 
-def benchmark(wanted: argparse.Namespace) -> Report:
-    """All parts that are wanted."""
-    scale = Scale.of(wanted.clips or (SHORT_CLIPS if wanted.short else Scale().clips))
-    if wanted.short:
-        wanted.batches, wanted.steps = min(wanted.batches, 20), 1
+def benchmark(options: argparse.Namespace) -> Report:
+    """All parts that are options."""
+    scale = Scale.of(options.clips or (SHORT_CLIPS if options.short else Scale().clips))
+    if options.short:
+        options.batches, options.steps = min(options.batches, 20), 1
     sheets, grades = [], []
     with tempfile.TemporaryDirectory(prefix="r2scp-training-") as name:
-        folder = wanted.folder or Path(name)
+        folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         site = open_site(folder, scale)
@@ -240,41 +240,41 @@ def benchmark(wanted: argparse.Namespace) -> Report:
             "questions": scale.train,
             "seconds to fill": time.perf_counter() - began,
         }
-        if "feed" in wanted.parts:
+        if "feed" in options.parts:
             for stage, missing in (("I", NO_MODALITY), ("II", AUDIO)):
-                sheet, more = feed(site, stage, missing, wanted)
+                sheet, more = feed(site, stage, missing, options)
                 sheets.append(sheet)
                 grades += more
-        if "first" in wanted.parts:
-            sheets.append(first(site, wanted))
-        if "step" in wanted.parts:
-            more_sheets, more = steps(site, wanted)
+        if "first" in options.parts:
+            sheets.append(first(site, options))
+        if "step" in options.parts:
+            more_sheets, more = steps(site, options)
             sheets += more_sheets
             grades += more
-        if "memory" in wanted.parts:
+        if "memory" in options.parts:
             sheets.append(
                 Sheet(
-                    title="Memory of a process after an epoch", rows=memory_rows(folder, scale, wanted.short)
+                    title="Memory of a process after an epoch", rows=memory_rows(folder, scale, options.short)
                 )
             )
     return Report(sheets=sheets, grades=grades, settings=settings)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """Beside what every benchmark has."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
     parser.add_argument("--clips", type=int, help="in the store (default: 9288; short: 400)")
-    parser.add_argument("--batches", type=int, default=500, help="most of a pass (default: an epoch)")
+    parser.add_argument("--batches", type=int, default=500, help="of a pass, at most (default: an epoch)")
     parser.add_argument(
         "--steps", type=int, default=5, help="of a training, in each round (short: 1, and one round)"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--folder", type=Path, help="where the store is, or will be and stay")
+    parser.add_argument("--folder", type=Path, help="keep the store here, and use it if it exists")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     assert __doc__ is not None
-    return run("training", __doc__, options, benchmark, arguments)
+    return run("training", __doc__, add_options, benchmark, arguments)
 
 
 if __name__ == "__main__":

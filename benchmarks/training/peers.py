@@ -51,7 +51,7 @@ class Arrays:
 
     @classmethod
     def read(cls, opened: TrainingData, dataset: Dataset, folder: Path) -> "Arrays":
-        """From the store; sequences go into files of `folder` unless they are there."""
+        """From the store; sequences are written to files in `folder` if missing."""
         texts = np.unique(dataset.text_B, return_index=True)[1]
         words, mask = dataset.words(texts)
         neighbours = opened.neighbours
@@ -73,7 +73,7 @@ class Arrays:
         )
 
     def reopened(self) -> "Arrays":
-        """The same with its files mapped anew."""
+        """The same with its files mapped again."""
         files = [part.filename for part in self.clips if isinstance(part, np.memmap)]
         audio, visual = (np.load(str(file), mmap_mode="r") for file in files)
         return replace(self, clips=(audio, visual))
@@ -102,7 +102,7 @@ class Arrays:
             target_B=torch.from_numpy(self.target_B[rows]),
         )
 
-    def wanted(self, rows: np.ndarray, missing: int, neighbours: bool) -> list[tuple[int, np.ndarray]]:
+    def selected_rows(self, rows: np.ndarray, missing: int, neighbours: bool) -> list[tuple[int, np.ndarray]]:
         """(modality, rows of clips) of each of a batch's tensors."""
         clips = self.clip_B[rows]
         own = [(0, clips), (1, clips)]
@@ -114,7 +114,7 @@ def mapped(arrays: Arrays, neighbours: bool) -> Make:
     """Rows of the files by numpy's indexing."""
 
     def make(rows: np.ndarray, missing: int) -> Batch:
-        parts = arrays.wanted(rows, missing, neighbours)
+        parts = arrays.selected_rows(rows, missing, neighbours)
         return arrays.batch(rows, missing, [torch.from_numpy(arrays.clips[m][at]) for m, at in parts])
 
     return make
@@ -124,7 +124,7 @@ def in_memory(arrays: Arrays, tensors: Sequence[Tensor], neighbours: bool) -> Ma
     """Rows of tensors by torch's indexing."""
 
     def make(rows: np.ndarray, missing: int) -> Batch:
-        parts = arrays.wanted(rows, missing, neighbours)
+        parts = arrays.selected_rows(rows, missing, neighbours)
         return arrays.batch(rows, missing, [tensors[m][torch.from_numpy(at)] for m, at in parts])
 
     return make
@@ -193,9 +193,9 @@ class RayData:
             audio, visual = ray.get(refs)
             at = batch["data"]
             clips = clip_B[at]
-            found = {"row": at, "audio": audio[clips], "visual": visual[clips], "target": target_B[at]}
-            found |= {"near": audio[near[clips]], "far": audio[far[clips]]}
-            return found | {"words": words[text_B[at]], "sentence": sentences[text_B[at]]}
+            batch = {"row": at, "audio": audio[clips], "visual": visual[clips], "target": target_B[at]}
+            batch |= {"near": audio[near[clips]], "far": audio[far[clips]]}
+            return batch | {"words": words[text_B[at]], "sentence": sentences[text_B[at]]}
 
         data = ray.data.from_numpy(np.array_split(rows, 4 * cores()))
         data = data.map_batches(look_up, batch_size=self._batch_size)  # pyright: ignore[reportArgumentType]

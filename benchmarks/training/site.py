@@ -30,7 +30,7 @@ class Site:
     order: list[np.ndarray]
 
     def again(self) -> Dataset:
-        """The dataset as a new process has it: with nothing read yet."""
+        """The dataset as in a new process: with nothing read yet."""
         return open_dataset(self.store)[1]
 
 
@@ -38,11 +38,11 @@ def open_dataset(store: FeatureStore, cache_bytes: int = CACHE_BYTES) -> tuple[T
     """The train split under the preset `paper_music_avqa`."""
     pins, config = Pins.latest(store), paper_music_avqa(store.dim, ANSWERS)
     opened = TrainingData.read(store, pins, config, answers_of(store, pins, config), cache_bytes)
-    return opened, opened.dataset(complete(opened.learning()[0]))
+    return opened, opened.dataset(complete(opened.train_and_validation()[0]))
 
 
 def open_site(folder: Path, scale: Scale) -> Site:
-    """Fill what is not there yet."""
+    """Opens the store, filled first if need be."""
     store = fill(folder, scale)
     opened, dataset = open_dataset(store)
     return Site(

@@ -46,11 +46,11 @@ class Stepping:
 
     def run(self, make: Callable[[np.ndarray], Inputs], batches: list[np.ndarray]) -> None:
         """Steps on what a thread makes ahead of them, as a training does."""
-        with closing(prefetch(make, batches)) as made:
-            self.all(made)
+        with closing(prefetch(make, batches)) as prefetched:
+            self.all(prefetched)
 
-    def all(self, made: Iterable[Inputs]) -> None:
-        for inputs in made:
+    def all(self, batches: Iterable[Inputs]) -> None:
+        for inputs in batches:
             self.learn(inputs)
 
 

@@ -53,7 +53,7 @@ class Scale:
 
 
 def fill(folder: Path, scale: Scale) -> FeatureStore:
-    """The store in `folder`; what is there already is taken as it is."""
+    """The store in `folder`, created if missing."""
     uri = str(folder / "store")
     if not FeatureStore.encoders(uri):
         store = FeatureStore.create(uri, "generated", DIM)

@@ -35,7 +35,6 @@ from r2scp.pipelines.recordings.retriever import RetrievalQuery, RetrievedClip, 
 from r2scp.store.errors import FailureReason, MediaError, R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
-from r2scp.store.search.bank import OTHER
 from r2scp.store.snapshots import SERVING
 
 BATCH_SIZE = 16  # requests embedded and answered together
@@ -234,7 +233,7 @@ class Answerer:
         for missing in Modality:
             queries = {
                 at: RetrievalQuery(
-                    key_D=key_of(recording.tokens[OTHER[missing]]),
+                    key_D=key_of(recording.tokens[missing.other]),
                     content_sha256=recording.content_sha256,
                     source_id=request.source_id,
                 )

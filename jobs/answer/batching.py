@@ -1,7 +1,7 @@
 """Requests in batches, with their recordings decoded ahead.
 
 A batch waits only for its first request, never for one that has not arrived or is not decoded yet. So a
-caller who sends one request at a time gets one answer at a time, and one who sends many is answered at full speed.
+caller who sends one request at a time gets one answer at a time, and one who sends many gets full speed.
 """
 
 import queue
@@ -13,7 +13,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from r2scp.jobs.answer.records import Rejected, Request
-from r2scp.pipelines.recordings.recording import Recording, file_identity
+from r2scp.pipelines.media_file import file_identity
+from r2scp.pipelines.recordings.recording import Recording
 from r2scp.store.errors import TRANSIENT_REASONS, MediaError
 
 PREFETCH = 2  # recordings decoded ahead, per worker

@@ -16,7 +16,7 @@ def read_requests(descriptor: int) -> Iterator[Request | Rejected]:
     """A `Request` for each line of a file descriptor, `Rejected` for each invalid line.
 
     A line is `{"video": ..., "question": ...}`, optionally with the other fields of `Request`. Blank lines
-    are skipped. Each request is yielded as soon as its line is complete. Raises `UsageError` if reading fails.
+    are skipped. Each comes as soon as its line is complete. Raises `UsageError` if reading fails.
     """
     for number, line in enumerate(_lines(descriptor), start=1):
         if line is None:

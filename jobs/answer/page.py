@@ -1,13 +1,13 @@
 """Answers with their evidence as an HTML page: the answer, what was missing, and the retrieved clips.
 
 >>> html = answer_page(result)
->>> cards = [answer_card(result, load_media(result, previews)) for result in results]  # for `parts.answer_card`
+>>> card = answer_card(result, load_media(result))  # for `parts.answer_card`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from r2scp.jobs.answer.records import Result, Neighbour, RecoveredSecond, Stream
+from r2scp.jobs.answer.records import Neighbour, Result, Stream
 from r2scp.jobs.html.render import decimal, page
 from r2scp.jobs.html.thumbnails import Preview, Previews
 from r2scp.store.schema import MODALITY_NAMES, Modality
@@ -93,8 +93,7 @@ def answer_card(result: Result, media: Media) -> dict[str, object]:
         "shown_answers": SHOWN_ANSWERS,
         "other_answers": len(rest),
         "other_share": sum(candidate.probability for candidate in rest),
-        "finding": _shorten_text(answered.finding())
-        or "Sound and picture are both there; nothing had to stand in.",
+        "finding": _shorten_text(result.finding()) or "Sound and picture are both available.",
         "neighbours": [
             (_shorten(asdict(clip) | {"labels": _first_labels(clip.labels)}), preview)
             for clip, preview in zip(result.neighbours, media.neighbours, strict=True)
@@ -111,49 +110,45 @@ def answer_card(result: Result, media: Media) -> dict[str, object]:
     }
 
 
-def _neighbour(each: Neighbour) -> list[object]:
-    score = {"text": decimal(each.score, 3), "value": each.score}
-    origin = map(_shorten_text, (each.split, each.source_id, each.content_sha256, each.encoder))
-    labels = _shorten_text(", ".join(_first_labels(each.labels)))
-    return [
-        _shorten_text(each.clip_id),
-        each.second,
-        score,
-        labels,
-        *origin,
-        each.clips_version,
-        _shorten_text(each.file),
-    ]
+def _neighbour(clip: Neighbour) -> list[object]:
+    """One row of the table of retrieved clips."""
+    score = {"text": decimal(clip.score, 3), "value": clip.score}
+    origin = map(_shorten_text, (clip.split, clip.source_id, clip.content_sha256, clip.encoder))
+    labels = _shorten_text(", ".join(_first_labels(clip.labels)))
+    name, file = _shorten_text(clip.clip_id), _shorten_text(clip.file)
+    return [name, clip.second, score, labels, *origin, clip.clips_version, file]
 
 
-def _heading(answered: Result) -> str:
-    gone = MODALITY_NAMES[Modality(answered.missing)] if answered.missing else "features"
-    return f"Clips whose {gone} stood in"
+def _heading(result: Result) -> str:
+    used = (
+        f"their {MODALITY_NAMES[Modality(result.missing)]} was" if result.missing else "their features were"
+    )
+    return f"Retrieved clips ({used} used)"
 
 
-def _unused_streams(answered: Result, seen: Preview) -> list[str]:
-    """Why a stream of the recording is not to be seen or heard below its heading, or was not used."""
+def _unused_streams(result: Result, preview: Preview) -> list[str]:
+    """Why a stream of the recording cannot be shown or was not used."""
     lines = []
-    for name, stream in _streams(answered):
-        there = seen.peaks if name is Modality.AUDIO else seen.pictures
-        word = MODALITY_NAMES[name]
-        if not there and not seen.fault:
-            lines.append(_shorten_text(f"No {word}: {stream.status}."))
+    for modality, stream in _streams(result):
+        media = preview.peaks if modality is Modality.AUDIO else preview.pictures
+        name = MODALITY_NAMES[modality]
+        if not media and not preview.fault:
+            lines.append(_shorten_text(f"No {name}: {stream.status}."))
         elif not stream.used:
             why = f": {stream.why.rstrip('.')}" if stream.why else ""
-            lines.append(_shorten_text(f"Its {word} was not used{why}."))
+            lines.append(_shorten_text(f"The {name} was not used{why}."))
     return lines
 
 
-def _streams(answered: Result) -> tuple[tuple[Modality, Stream], ...]:
-    return (Modality.AUDIO, answered.audio), (Modality.VISUAL, answered.visual)
+def _streams(result: Result) -> tuple[tuple[Modality, Stream], ...]:
+    return (Modality.AUDIO, result.audio), (Modality.VISUAL, result.visual)
 
 
-def _stream(name: Modality, stream: Stream) -> list[object]:
-    unit = "s" if name is Modality.AUDIO else "frames"
-    places = 1 if name is Modality.AUDIO else 0
+def _stream(modality: Modality, stream: Stream) -> list[object]:
+    """One row of the table of streams."""
+    unit, places = ("s", 1) if modality is Modality.AUDIO else ("frames", 0)
     return [
-        MODALITY_NAMES[name],
+        MODALITY_NAMES[modality],
         _shorten_text(stream.status),
         f"{decimal(stream.decoded, places)} {unit}",
         f"{decimal(stream.expected, places)} {unit}",
@@ -161,72 +156,86 @@ def _stream(name: Modality, stream: Stream) -> list[object]:
     ]
 
 
-def _highest(recovered: Sequence[RecoveredSecond]) -> float:
-    return max((each.dissonance for each in recovered if each.dissonance is not None), default=0.0) or 1.0
+def _timeline(result: Result) -> list[dict[str, object]]:
+    """The bars of the recovered seconds; the highest dissonance has height 1."""
+    highest = max((each.dissonance or 0.0 for each in result.recovered), default=0.0) or 1.0
+    _, available = _recovery_names(result)
+    bars: list[dict[str, object]] = []
+    for each in result.recovered[:MAX_SECONDS]:
+        delta = decimal(each.dissonance, 2)
+        words = "not purified" if each.dissonance is None else f"dissonance {delta}"
+        if each.purged:
+            words += ", purged"
+        if each.replaced_by is not None:
+            at = f"{each.replaced_by // 60}:{each.replaced_by % 60:02d}"
+            words += f", replaced with the representation guided by the {available} at {at}"
+        bars.append(
+            {
+                "second": each.second,
+                "delta": delta,
+                "height": (each.dissonance or 0.0) / highest,
+                "purged": each.purged,
+                "replaced_by": each.replaced_by,
+                "words": words,
+            }
+        )
+    return bars
 
 
-def _second(each: RecoveredSecond, highest: float) -> dict[str, object]:
-    delta = decimal(each.dissonance, 2)
-    words = "not purified" if each.dissonance is None else f"dissonance {delta}"
-    if each.purged:
-        words += ", purged"
-    if each.replaced_by is not None:
-        words += f", replaced by the guided token of second {each.replaced_by}"
-    return {
-        "second": each.second,
-        "delta": delta,
-        "height": (each.dissonance or 0.0) / highest,
-        "purged": each.purged,
-        "replaced_by": each.replaced_by,
-        "words": words,
-    }
-
-
-def _timeline_words(answered: Result) -> str:
-    gone = MODALITY_NAMES[Modality(answered.missing)] if answered.missing else "stream"
-    there = {"sound": "picture", "picture": "sound"}.get(gone, "other stream")
-    if all(each.dissonance is None for each in answered.recovered):
-        return f"The {gone} was recovered in {len(answered.recovered)} seconds; nothing was purified."
-    purged = sum(each.purged for each in answered.recovered)
+def _timeline_caption(result: Result) -> str:
+    missing, available = _recovery_names(result)
+    count = len(result.recovered)
+    if all(each.dissonance is None for each in result.recovered):
+        return f"{count} seconds of {missing} were recovered; nothing was purified."
+    purged = sum(each.purged for each in result.recovered)
     return (
-        f"Height: dissonance δ between the recovered {gone} and the {there}, 0 to 2. "
-        f"{purged} of {len(answered.recovered)} seconds were purged (dashed, ×); ← names the second of the "
-        f"{there} whose guided token took the place."
+        f"Height: dissonance δ between the recovered {missing} and the {available}, 0 to 2. "
+        f"{purged} of {count} seconds were purged (dashed, ×); ← is the second of the {available} that "
+        "guided the replacement."
     )
 
 
-def _asked(answered: Result) -> Iterator[tuple[str, object]]:
-    yield "recording's SHA-256", _shorten_text(answered.content_sha256)
-    if answered.id:
-        yield "asked as", _shorten_text(answered.id)
+def _recovery_names(result: Result) -> tuple[str, str]:
+    """Names of the missing and the available modality."""
+    if result.missing is None:
+        return "stream", "other stream"
+    missing = Modality(result.missing)
+    return MODALITY_NAMES[missing], MODALITY_NAMES[missing.other]
+
+
+def _request_facts(result: Result) -> Iterator[tuple[str, object]]:
+    yield "recording's SHA-256", _shorten_text(result.content_sha256)
+    if result.id:
+        yield "request id", _shorten_text(result.id)
 
 
 def _flat(name: str, values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """(name, value) of each, on one line; None where there is nothing."""
+    """(name, value on one line) of each; None for empty values."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            text = ", ".join(f"{inner} {one}" for inner, one in value.items())
+            text = ", ".join(f"{inner} {part}" for inner, part in value.items())
         elif isinstance(value, list | tuple):
             text = ", ".join(map(str, value))
         else:
-            text = next((word for known, word in BOOLEAN_WORDS if value is known), str(value))
+            text = next((word for constant, word in BOOLEAN_WORDS if value is constant), str(value))
         yield _shorten_text(f"{name}: {key.replace('_', ' ')}"), _shorten_text(text) or None
 
 
 def _first_labels(labels: Sequence[str]) -> list[str]:
-    return [*labels[:LABELS], *([f"and {len(labels) - LABELS} more"] if len(labels) > LABELS else [])]
+    rest = len(labels) - MAX_LABELS
+    return [*labels[:MAX_LABELS], *([f"and {rest} more"] if rest > 0 else [])]
 
 
 def _shorten(value: object) -> object:
-    """The same values, texts cut to LONGEST."""
+    """The same values with texts shortened to MAX_TEXT."""
     if isinstance(value, str):
         return _shorten_text(value)
     if isinstance(value, Mapping):
-        return {_shorten_text(str(key)): _shorten(one) for key, one in value.items()}
+        return {_shorten_text(str(key)): _shorten(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_shorten(one) for one in value]
+        return [_shorten(item) for item in value]
     return value
 
 
 def _shorten_text(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

@@ -1,7 +1,7 @@
 """Requests and results: an answer with its evidence, or the reason why there is none.
 
 Plain values only. `to_json` is what `answer --json` prints; it is enough to compute the same logits again
-from the store, since the ids of the retrieved clips and the version of `clips` identify the tokens that were used.
+from the store, since the ids of the retrieved clips and the version of `clips` identify the tokens used.
 """
 
 from dataclasses import asdict, dataclass, field

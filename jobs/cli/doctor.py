@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what works, what lacks and how to mend it."""
+"""`doctor`: what is installed, what works, what is missing and how to fix it."""
 
 import os
 import platform
@@ -31,10 +31,11 @@ PACKAGES = (
 def examine(
     store: str, storage_options: Mapping[str, str], ffmpeg: str | None
 ) -> tuple[dict[str, object], bool]:
-    """Findings by topic, and whether everything essential is there (weights and a store need not be yet)."""
+    """Results by topic, and whether everything essential is available (weights and a store are optional)."""
     encoder, has_encoder = _demo_encoder()
     program, has_ffmpeg = _ffmpeg(ffmpeg)
-    findings = {
+    complete = has_encoder and has_ffmpeg
+    results = {
         "r2scp_pipe": metadata.version("r2scp-pipe"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages": {name: metadata.version(name) for name in PACKAGES},
@@ -43,11 +44,9 @@ def examine(
         "imagebind_demo": encoder,
         "imagebind_huge": _huge_weights(),
         "store": _store(store, storage_options),
-        "verdict": "everything needed is there"
-        if has_ffmpeg and has_encoder
-        else "something essential lacks",
+        "verdict": "everything needed is available" if complete else "something essential is missing",
     }
-    return findings, has_ffmpeg and has_encoder
+    return results, complete
 
 
 def _ffmpeg(path: str | None) -> tuple[str, bool]:
@@ -60,11 +59,11 @@ def _ffmpeg(path: str | None) -> tuple[str, bool]:
 
 def _devices() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"cpu": f"{cores} cores, computes in {DTYPE_NAMES[best_dtype('cpu')]}"}
+    devices = {"cpu": f"{cores} cores, computes in {DTYPE_NAMES[best_dtype('cpu')]}"}
     for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
-    return found
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return devices
 
 
 def _demo_encoder() -> tuple[str, bool]:
@@ -76,7 +75,7 @@ def _demo_encoder() -> tuple[str, bool]:
 
 def _huge_weights() -> str:
     path = default_weights_path()
-    return str(path) if path.is_file() else f"not fetched; {COMMAND}"
+    return str(path) if path.is_file() else f"not downloaded; {COMMAND}"
 
 
 def _store(uri: str, storage_options: Mapping[str, str]) -> str:
@@ -85,12 +84,9 @@ def _store(uri: str, storage_options: Mapping[str, str]) -> str:
     except (R2SCPError, OSError, ValueError) as error:
         return f"{uri} cannot be reached: {error}"
     if not encoders:
-        free = (
-            f", {shutil.disk_usage(_existing(Path(uri))).free / 2**30:.0f} GiB free"
-            if "://" not in uri
-            else ""
-        )
-        return f"{uri}: nothing there yet{free}"
+        local = "://" not in uri
+        free = f", {shutil.disk_usage(_existing(Path(uri))).free / 2**30:.0f} GiB free" if local else ""
+        return f"{uri}: no store yet{free}"
     return f"{uri}: {', '.join(encoders)}"
 
 

@@ -1,26 +1,25 @@
-"""The commands of `r2scp-pipe jobs`; like those of `cli`, each imports its module when it is called."""
+"""The commands of `r2scp-pipe jobs`. Each imports its module when it is called, so that --help is quick."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from r2scp.jobs.console import (
+from r2scp.jobs.cli.options import (
     DEFAULT_STORE,
     FingerprintOption,
     JsonOption,
+    SeedOption,
     StorageOption,
     StoreOption,
-    parse_choice,
-    print_result,
-    exit_on_error,
-    storage_options,
+    open_store,
 )
+from r2scp.jobs.console import exit_on_error, parse_choice, print_result
 
-JobFile = Annotated[Path, typer.Argument(help="The YAML file of the job.", show_default=False)]
+JobFile = Annotated[Path, typer.Argument(help="YAML file of the job.", show_default=False)]
 
 jobs_app = typer.Typer(
-    help="Re-indexing jobs: keep a store fresh, on a schedule, and let it serve only when it is fit to.",
+    help="Re-indexing jobs: keep a store up to date on a schedule, and publish it only if it passes checks.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -29,47 +28,45 @@ jobs_app = typer.Typer(
 @jobs_app.command("run")
 def jobs_run(
     file: JobFile,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is due; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring a store up to date with its corpora; let it serve if the gate passes, else exit with 1."""
+    """Bring a store up to date with its corpora and publish it; exits 1 if the gate refuses it."""
     with exit_on_error():
-        from r2scp.jobs.reindex.command import run_and_tell
+        from r2scp.jobs.reindex.command import run_and_report
 
-        run_and_tell(file, dry_run, as_json)
+        run_and_report(file, dry_run, as_json)
 
 
 @jobs_app.command("list")
 def jobs_list(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most N runs.")] = 20,
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List what was done to a store, newest first."""
+    """List the runs that wrote to a store, newest first."""
     with exit_on_error():
-        from r2scp.jobs.reindex.history import runs, show_runs
-        from r2scp.store.feature_store import FeatureStore
+        from r2scp.jobs.reindex.history import list_runs, print_runs
 
-        rows = runs(FeatureStore.open(store, fingerprint, storage_options(storage_option)), limit)
-        print_result({"runs": rows}, as_json) if as_json else show_runs(rows)
+        rows = list_runs(open_store(store, fingerprint, storage_option), limit)
+        print_result({"runs": rows}, as_json) if as_json else print_runs(rows)
 
 
 @jobs_app.command("show")
 def jobs_show(
-    run: Annotated[str, typer.Argument(help="The run's id, or a part that fits no other.")],
+    run: Annotated[str, typer.Argument(help="The run id, or a unique part of it.")],
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show all that is known of one run: settings, counts, recall, gate, versions."""
+    """Show one run: settings, counts, recall, gate, versions."""
     with exit_on_error():
-        from r2scp.jobs.reindex.history import run as find
-        from r2scp.store.feature_store import FeatureStore
+        from r2scp.jobs.reindex.history import run_details
 
-        print_result(find(FeatureStore.open(store, fingerprint, storage_options(storage_option)), run), as_json)
+        print_result(run_details(open_store(store, fingerprint, storage_option), run), as_json)
 
 
 @jobs_app.command("rollback")
@@ -79,12 +76,11 @@ def jobs_rollback(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the snapshot that served before serve again."""
+    """Roll back to the previous published snapshot."""
     with exit_on_error():
         from r2scp.jobs.reindex.history import rollback
-        from r2scp.store.feature_store import FeatureStore
 
-        print_result(rollback(FeatureStore.open(store, fingerprint, storage_options(storage_option))), as_json)
+        print_result(rollback(open_store(store, fingerprint, storage_option)), as_json)
 
 
 @jobs_app.command("schedule")
@@ -93,32 +89,33 @@ def jobs_schedule(
     printed: Annotated[
         str | None,
         typer.Option(
-            "--print", help="Only print: crontab, systemd, ray, rayjob, raycronjob or cronjob (KubeRay)."
+            "--print",
+            help="Print instead: crontab, systemd, ray, rayjob, raycronjob or cronjob (KubeRay).",
         ),
     ] = None,
-    image: Annotated[str | None, typer.Option(help="Container image of the pods, for KubeRay.")] = None,
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster that `ray job` submits to.")] = None,
+    image: Annotated[str | None, typer.Option(help="Container image for KubeRay's pods.")] = None,
+    address: Annotated[str | None, typer.Option(help="Dashboard address of the Ray cluster.")] = None,
 ) -> None:
-    """Run a job at its times in the foreground, until interrupted; or print what runs it elsewhere."""
+    """Run a job on its schedule until interrupted, or print the schedule for another scheduler."""
     with exit_on_error():
-        from r2scp.jobs.reindex.schedule.command import Elsewhere, Printed, schedule
+        from r2scp.jobs.reindex.schedule.command import ScheduleFormat, run_or_print
 
-        kind = parse_choice(Printed, printed, "--print") if printed else None
-        if text := schedule(file, kind, Elsewhere(address=address, image=image)):
+        output = parse_choice(ScheduleFormat, printed, "--print") if printed else None
+        if text := run_or_print(file, output, address, image):
             typer.echo(text, nl=not text.endswith("\n"))
 
 
 @jobs_app.command("torture")
 def jobs_torture(
-    rounds: Annotated[int, typer.Option(min=1, help="How many; each is one fault and two runs.")] = 30,
-    seed: Annotated[int, typer.Option(min=0, help="Of all choices.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds: one fault and two runs each.")] = 30,
+    seed: SeedOption = 1,
     folder: Annotated[
-        Path | None, typer.Option(help="Where to work and keep what was found; else all of it goes.")
+        Path | None, typer.Option(help="Folder to work in and keep (default: a temporary one).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Kill a job in every way we know, on a generated corpus, and account for every clip and file."""
+    """Crash test: kill jobs at random points and check that nothing is lost."""
     with exit_on_error():
-        from r2scp.jobs.faults.command import torture_and_tell
+        from r2scp.jobs.faults.command import crash_test_and_report
 
-        torture_and_tell(rounds, seed, folder, as_json)
+        crash_test_and_report(rounds, seed, folder, as_json)

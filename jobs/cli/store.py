@@ -1,28 +1,27 @@
-"""The commands of `r2scp-pipe store`; like those of `cli`, each imports its module when it is called."""
+"""The commands of `r2scp-pipe store`. Each imports its module when it is called, so that --help is quick."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from r2scp.jobs.console import (
+from r2scp.jobs.cli.options import (
     DEFAULT_STORE,
     AtOption,
     DeviceOption,
-    EncoderName,
     FingerprintOption,
     JsonOption,
     StorageOption,
+    StoreEncoderOption,
     StoreOption,
     WeightsOption,
-    print_result,
-    exit_on_error,
-    storage_options,
+    open_store,
 )
+from r2scp.jobs.console import exit_on_error, print_result
 from r2scp.store.errors import UsageError
 
 store_app = typer.Typer(
-    help="Look into a store: one clip, a search by text, or a copy of it as Parquet.",
+    help="Inspect a store: show a clip, search by text, export as Parquet.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -30,9 +29,9 @@ store_app = typer.Typer(
 
 @store_app.command("show")
 def store_show(
-    clip: Annotated[str, typer.Argument(help="The clip's id, such as my-videos/party.mp4.")],
+    clip: Annotated[str, typer.Argument(help="The clip id, such as my-videos/party.mp4.")],
     neighbours: Annotated[
-        int, typer.Option("--neighbours", "-n", min=1, help="How many of each list to print.")
+        int, typer.Option("--neighbours", "-n", min=1, help="Number of neighbours to show per list.")
     ] = 3,
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
@@ -40,36 +39,32 @@ def store_show(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show all that is known of one clip: statuses, where it came from, questions, neighbours, failure."""
+    """Show one clip: statuses, origin, questions, neighbours, failure."""
     with exit_on_error():
         from r2scp.jobs.inspect.show import clip_facts, show
-        from r2scp.store.feature_store import FeatureStore
 
-        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
-        told = clip_facts(opened.at(at) if at else opened, clip)
-        print_result(told, as_json) if as_json else show(told, neighbours)
+        facts = clip_facts(open_store(store, fingerprint, storage_option, at), clip)
+        print_result(facts, as_json) if as_json else show(facts, neighbours)
 
 
 @store_app.command("search")
 def store_search(
-    text: Annotated[str | None, typer.Argument(help='What to look for, such as "a dog barking".')] = None,
+    text: Annotated[str | None, typer.Argument(help='Text to search for, such as "a dog barking".')] = None,
     like: Annotated[
-        str | None, typer.Option("--like", metavar="CLIP", help="Clips like this one, instead of a text.")
+        str | None,
+        typer.Option("--like", metavar="CLIP", help="Search by this clip instead of a text."),
     ] = None,
     modality: Annotated[
-        str, typer.Option("--in", help="visual, audio or both: each is ranked by itself.")
+        str, typer.Option("--in", help="visual, audio or both, each ranked separately.")
     ] = "both",
-    most: Annotated[int, typer.Option("-n", min=1, help="How many clips of each modality.")] = 10,
+    most: Annotated[int, typer.Option("-n", min=1, help="Number of clips per modality.")] = 10,
     where: Annotated[
-        str | None, typer.Option("--where", help="An SQL condition on clips, such as \"split = 'train'\".")
+        str | None, typer.Option("--where", help="SQL condition on clips, such as \"split = 'train'\".")
     ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with thumbnails.")
     ] = None,
-    encoder: Annotated[
-        EncoderName | None,
-        typer.Option("--encoder", help="Which ImageBind; the one that fits the store by default."),
-    ] = None,
+    encoder: StoreEncoderOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -78,41 +73,37 @@ def store_search(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find clips by a text, through the encoder's text tower, or clips like one that is there."""
+    """Search clips by a text, with the encoder's text tower, or by a clip in the store."""
     with exit_on_error():
         from r2scp.jobs.ingest.encoders import encoder_of, pick_device
         from r2scp.jobs.inspect.search import Query, run_search, show
         from r2scp.jobs.inspect.search_page import write_page
-        from r2scp.store.feature_store import FeatureStore
 
         if like is not None and (encoder or weights or device):
             raise UsageError("--like needs no encoder; leave out --encoder, --weights and --device")
         query = Query(text=text, like=like, modality=modality, most=most, where=where)
-        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
-        opened = opened.at(at) if at else opened
+        opened = open_store(store, fingerprint, storage_option, at)
         spec = None if text is None else encoder_of(opened, encoder, weights, pick_device(device))
-        found = run_search(opened, query, spec and spec.load())
+        result = run_search(opened, query, spec and spec.load())
         if html is not None:
-            write_page(found, html)
-        print_result(found, as_json) if as_json else show(found)
+            write_page(result, html)
+        print_result(result, as_json) if as_json else show(result)
 
 
 @store_app.command("export")
 def store_export(
-    folder: Annotated[
-        Path, typer.Argument(help="A new or empty folder, or one that holds this very export.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Folder: new, empty, or with this same export.")],
     corpus: Annotated[
-        list[str] | None, typer.Option(help="Only of this corpus; all by default. Repeatable.")
+        list[str] | None, typer.Option(help="Export only this corpus (default: all). Repeatable.")
     ] = None,
     split: Annotated[
-        list[str] | None, typer.Option(help="Only of this split; all by default. Repeatable.")
+        list[str] | None, typer.Option(help="Export only this split (default: all). Repeatable.")
     ] = None,
     sequences: Annotated[
-        bool, typer.Option(help="Also the embeddings of each second and word, not the keys alone.")
+        bool, typer.Option(help="Include embeddings per second and per word, not only the keys.")
     ] = True,
     where: Annotated[
-        str | None, typer.Option("--where", help="An SQL condition on clips; their questions follow.")
+        str | None, typer.Option("--where", help="SQL condition on clips; applies to their questions too.")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
@@ -120,13 +111,12 @@ def store_export(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy clips, questions and neighbours of one moment as Parquet that `datasets` loads."""
+    """Export clips, questions and neighbours of one snapshot as Parquet for `datasets`."""
     with exit_on_error():
-        from r2scp.jobs.inspect.export import Export, export_with_progress
-        from r2scp.store.feature_store import FeatureStore
+        from r2scp.jobs.inspect.export import ExportOptions, export_with_progress
 
-        opened = FeatureStore.open(store, fingerprint, storage_options(storage_option))
-        wanted = Export(
+        opened = open_store(store, fingerprint, storage_option, at)
+        request = ExportOptions(
             corpora=tuple(corpus or ()), splits=tuple(split or ()), sequences=sequences, where=where
         )
-        print_result(export_with_progress(opened.at(at) if at else opened, folder, wanted), as_json)
+        print_result(export_with_progress(opened, folder, request), as_json)

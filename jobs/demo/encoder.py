@@ -4,20 +4,20 @@
       --minutes 45 --seed 1
 
 Pairs (the frame at a second's middle, the 2 s window around it) are rendered once into memory-mapped
-files under `--scratch`, then four contrasts are trained at the level of seconds:
+files under `--scratch`, then four contrastive losses are trained, per second:
 
-* picture against sound (InfoNCE both ways). Negatives are other seconds of the same clip, other clips of
-  the same ensemble and of the same world, and other worlds; seconds of one clip in which the same parts
-  sound and move are left out, because nothing tells them apart;
-* picture, and sound, against the phrases of each group of `demo_captions` (which of them is true now?);
-* picture, and sound, against captions made of a few true phrases (every pair for which a caption is true
-  is a positive);
-* questions in MUSIC-AVQA's wording against short descriptions of what is asked, so that wordings stay
-  apart.
+* picture with sound (InfoNCE in both directions). Negatives are other seconds of the same clip, other clips
+  of the same ensemble and of the same world, and other worlds; seconds of one clip in which the same parts
+  sound and move are left out, because they cannot be distinguished;
+* picture, and sound, with the phrases of each group of `captions`, of which one is true;
+* picture, and sound, with captions made of a few true phrases (every pair for which a caption is true is a
+  positive);
+* questions in MUSIC-AVQA's wording with short descriptions of what they ask, so that wordings stay
+  distinguishable.
 
 For speed, patches are dropped at random during the first part of the training (Li et al. 2023,
-FLIP). Worlds: seeds from `TRAIN_WORLD` on are for training; `demo_measures` names the held-out ones; corpora
-use smaller seeds.
+FLIP). Worlds: seeds from `TRAIN_WORLD` on are for training; `measures` names the held-out ones; corpora use
+smaller seeds.
 """
 
 import json
@@ -45,29 +45,29 @@ from r2scp.pipelines.demo.captions import (
     AUDIO_GROUPS,
     VISION_GROUPS,
     audio_labels,
-    common_state,
+    visible_audible_state,
     vision_labels,
 )
 from r2scp.pipelines.demo.render import SIZE, render_frames
-from r2scp.pipelines.demo.scene import Scene, scene
+from r2scp.pipelines.demo.scene import Scene, make_scene
 from r2scp.pipelines.demo.sound import render_audio
-from r2scp.pipelines.demo.world import ENSEMBLES, SECONDS, world
+from r2scp.pipelines.demo.world import ENSEMBLES, SECONDS, make_world
 
-_TAG = 7  # of this module's random numbers
+_TAG = 7  # seeds this module's random numbers
 TRAIN_WORLD = 5000  # the first of the training worlds
 MEASURED_CLIPS = 200  # of the held-out world
-CLIPS_A_WORLD, RENDERED_SECONDS = 20, 5  # … of each clip, at random
-CLIPS_A_BATCH, SECONDS_A_CLIP = 32, 2
-BATCH = CLIPS_A_BATCH * SECONDS_A_CLIP
+CLIPS_PER_WORLD, RENDERED_SECONDS = 20, 5  # … of each clip, at random
+CLIPS_PER_BATCH, SECONDS_PER_CLIP = 32, 2
+BATCH = CLIPS_PER_BATCH * SECONDS_PER_CLIP
 REPORT_EVERY, SAVE_EVERY = 25, 250  # steps
-PEAK_RATE, WARMUP_STEPS, WEIGHT_DECAY = 1e-3, 150, 0.02
+PEAK_LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 1e-3, 150, 0.02
 KEEP_PATCHES = (0.75, 0.4)  # of vision and audio, until …
 WHOLE_FROM = 0.85  # … this share of the training
 JITTER = 0.03  # standard deviation of the colour gain and shift
 JITTER_DB = 2.0  # of the loudness
 
 Save = Callable[[ImageBind, int], None]
-At = tuple[np.ndarray, np.ndarray]  # rows and seconds of pairs
+PairIndex = tuple[np.ndarray, np.ndarray]  # rows and seconds of pairs
 
 CONFIG = ImageBindConfig(
     vision=TowerConfig(width=128, depth=3, heads=4),
@@ -86,18 +86,18 @@ class Pairs:
     melspecs: np.ndarray  # float16 (N, 10, 128, 204), memory-mapped
     vision: np.ndarray  # int16 (N, 10, len(VISION_GROUPS))
     audio: np.ndarray  # int16 (N, 10, len(AUDIO_GROUPS))
-    state: np.ndarray  # int32 (N, 10): equal within a clip where nothing tells seconds apart
+    state: np.ndarray  # int32 (N, 10): equal for seconds of a clip that cannot be distinguished
     ensemble: np.ndarray  # int32 (N,)
 
     @property
     def world(self) -> np.ndarray:
-        """Number of the world each clip is of: (N,)."""
-        return np.arange(len(self.ensemble)) // CLIPS_A_WORLD
+        """World of each clip: (N,)."""
+        return np.arange(len(self.ensemble)) // CLIPS_PER_WORLD
 
 
 def render(folder: Path, worlds: int, workers: int) -> Pairs:
-    """Render `worlds` worlds into `folder`, or map what an earlier call left there."""
-    clips = worlds * CLIPS_A_WORLD
+    """Renders `worlds` worlds into `folder`, or maps what an earlier call rendered."""
+    clips = worlds * CLIPS_PER_WORLD
     shapes = {
         "frames": (np.uint8, (clips, RENDERED_SECONDS, SIZE, SIZE, 3)),
         "melspecs": (np.float16, (clips, RENDERED_SECONDS, MEL_BINS, MEL_FRAMES)),
@@ -122,87 +122,84 @@ def _render_world(folder: Path, number: int) -> None:
     out = {path.stem: np.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
     seed = TRAIN_WORLD + number
     rng = np.random.default_rng([seed, _TAG])
-    for index in range(CLIPS_A_WORLD):
-        row, one = number * CLIPS_A_WORLD + index, _unsettled(scene(seed, index), rng)
+    for index in range(CLIPS_PER_WORLD):
+        row, scene = number * CLIPS_PER_WORLD + index, _decorrelate(make_scene(seed, index), rng)
         seconds = np.sort(rng.choice(SECONDS, RENDERED_SECONDS, replace=False))
-        out["frames"][row] = render_frames(one, MIDDLES_S[seconds])
-        out["melspecs"][row] = log_mel(windows(render_audio(one))[seconds])[:, 0].numpy()
-        out["vision"][row] = [vision_labels(one, second) for second in seconds]
-        out["audio"][row] = [audio_labels(one, second) for second in seconds]
-        states = [common_state(one, second) for second in seconds]
+        out["frames"][row] = render_frames(scene, MIDDLES_S[seconds])
+        out["melspecs"][row] = log_mel(windows(render_audio(scene))[seconds])[:, 0].numpy()
+        out["vision"][row] = [vision_labels(scene, second) for second in seconds]
+        out["audio"][row] = [audio_labels(scene, second) for second in seconds]
+        states = [visible_audible_state(scene, second) for second in seconds]
         out["state"][row] = [states.index(state) for state in states]
-        out["ensemble"][row] = one.ensemble
+        out["ensemble"][row] = scene.ensemble
 
 
-def _unsettled(one: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with backdrop, room and costumes of three other ensembles: what goes along is no use."""
-    picks = [world(one.seed).ensembles[i] for i in rng.integers(ENSEMBLES, size=3)]
-    return replace(one, backdrop=picks[0].backdrop, room=picks[1].room, costume=picks[2].costume)
+def _decorrelate(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with backdrop, room and costumes of three other ensembles, so that none predicts another."""
+    picks = [make_world(scene.seed).ensembles[i] for i in rng.integers(ENSEMBLES, size=3)]
+    return replace(scene, backdrop=picks[0].backdrop, room=picks[1].room, costume=picks[2].costume)
 
 
 class Batches:
-    """Draws batches of pairs: clips come in twos of the same ensemble, or at least of the same world."""
+    """Draws batches of pairs: every two clips are of the same ensemble, or at least of the same world."""
 
     def __init__(self, pairs: Pairs, seed: int) -> None:
         self.pairs = pairs
         self.rng, self.light, self.gain = (np.random.default_rng([seed, i]) for i in range(3))
 
-    def draw(self) -> At:
+    def draw(self) -> PairIndex:
         """Rows and seconds, int64 (BATCH,) each."""
         world, ensemble = self.pairs.world, self.pairs.ensemble
         rows = []
-        for first in self.rng.choice(len(ensemble), CLIPS_A_BATCH // 2, replace=False):
-            near = np.flatnonzero(world == world[first])
-            alike = near[(ensemble[near] == ensemble[first]) & (near != first)]
-            rows += [
-                first,
-                self.rng.choice(alike if len(alike) and self.rng.random() < 0.6 else near[near != first]),
-            ]
-        seconds = [self.rng.choice(RENDERED_SECONDS, SECONDS_A_CLIP, replace=False) for _ in rows]
-        return np.repeat(rows, SECONDS_A_CLIP), np.concatenate(seconds)
+        for first in self.rng.choice(len(ensemble), CLIPS_PER_BATCH // 2, replace=False):
+            others = np.flatnonzero(world == world[first])
+            others = others[others != first]
+            same = others[ensemble[others] == ensemble[first]]
+            rows += [first, self.rng.choice(same if len(same) and self.rng.random() < 0.6 else others)]
+        seconds = [self.rng.choice(RENDERED_SECONDS, SECONDS_PER_CLIP, replace=False) for _ in rows]
+        return np.repeat(rows, SECONDS_PER_CLIP), np.concatenate(seconds)
 
-    def frames(self, at: At) -> Tensor:
+    def frames(self, index: PairIndex) -> Tensor:
         """Normalised and jittered in colour, as cameras and codecs do: float32 (BATCH, 3, 224, 224)."""
-        pixels = torch.from_numpy(self.pairs.frames[at]).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(self.pairs.frames[index]).permute(0, 3, 1, 2).float()
         std, mean = (torch.tensor(x).view(3, 1, 1) for x in (PIXEL_STD, PIXEL_MEAN))
         gain = torch.from_numpy(self.light.normal(1.0, JITTER, (len(pixels), 3, 1, 1))).float()
         shift = torch.from_numpy(self.light.normal(0.0, JITTER, (len(pixels), 3, 1, 1))).float()
         return pixels.mul_(gain / (255 * std)).add_(shift - mean / std)
 
-    def melspecs(self, at: At) -> Tensor:
+    def melspecs(self, index: PairIndex) -> Tensor:
         """With a random gain: float32 (BATCH, 1, 128, 204)."""
-        mels = torch.from_numpy(self.pairs.melspecs[at]).float().unsqueeze(1)
+        mels = torch.from_numpy(self.pairs.melspecs[index]).float().unsqueeze(1)
         gain_db = torch.from_numpy(self.gain.normal(0.0, JITTER_DB, (len(mels), 1, 1, 1))).float()
         return mels.add_(gain_db * (math.log(10) / 10 / LOG_MEL_STD))
 
-    def alike(self, at: At) -> Tensor:
-        """Which pairs nothing tells apart: bool (BATCH, BATCH)."""
-        clip, state = at[0], self.pairs.state[at]
+    def identical(self, index: PairIndex) -> Tensor:
+        """Which pairs have the same content: bool (BATCH, BATCH)."""
+        clip, state = index[0], self.pairs.state[index]
         return torch.from_numpy((clip[:, None] == clip) & (state[:, None] == state))
 
-    def labels(self, at: At) -> tuple[np.ndarray, np.ndarray]:
+    def labels(self, index: PairIndex) -> tuple[np.ndarray, np.ndarray]:
         """True phrases of VISION_GROUPS and AUDIO_GROUPS: int64 (BATCH, groups) each."""
-        return self.pairs.vision[at].astype(np.int64), self.pairs.audio[at].astype(np.int64)
+        return self.pairs.vision[index].astype(np.int64), self.pairs.audio[index].astype(np.int64)
 
 
 def optimiser_of(model: ImageBind, contrasts: Contrasts) -> torch.optim.Optimizer:
     """AdamW; matrices decay, embeddings, biases, norms and scales do not."""
-    rare = ("words", "positions")
-    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(rare)]
+    embeddings = ("words", "positions")
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(embeddings)]
     others = [*({*model.parameters()} - {*decayed}), *contrasts.parameters()]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(step: int, share: float) -> float:
-    """Linear warm-up in steps, then half a cosine in the share of the time that has passed."""
-    return (
-        PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * math.cos(math.pi * share / 2) ** 2)
-    )
+    """Linear warm-up in steps, then half a cosine over the training time, of which `share` has passed."""
+    warm_rate = PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+    return warm_rate * (0.02 + 0.98 * math.cos(math.pi * share / 2) ** 2)
 
 
 def train(model: ImageBind, pairs: Pairs, minutes: float, seed: int, save: Save) -> None:
-    """Train for `minutes`; `save` is called with model and step now and then, and at the end."""
+    """Trains for `minutes`; `save` gets model and step every SAVE_EVERY steps and at the end."""
     torch.set_num_threads(1)  # a thread for each tower; see Towers
     towers, batches = Towers(model), Batches(pairs, seed)
     contrasts = Contrasts(model, np.random.default_rng(seed + 1))
@@ -211,11 +208,11 @@ def train(model: ImageBind, pairs: Pairs, minutes: float, seed: int, save: Save)
     while (share := (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, share)
-        at = batches.draw()
+        index = batches.draw()
         keep = KEEP_PATCHES if share < WHOLE_FROM else (1.0, 1.0)
-        outputs = towers(partial(batches.frames, at), partial(batches.melspecs, at), keep)
+        outputs = towers(partial(batches.frames, index), partial(batches.melspecs, index), keep)
         leaves = outputs[0].detach().requires_grad_(), outputs[1].detach().requires_grad_()
-        losses = contrasts.losses(leaves, batches.alike(at), batches.labels(at))
+        losses = contrasts.losses(leaves, batches.identical(index), batches.labels(index))
         optimiser.zero_grad()
         torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum().backward()
         towers.backward(outputs, leaves)
@@ -232,19 +229,19 @@ def train(model: ImageBind, pairs: Pairs, minutes: float, seed: int, save: Save)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="the safetensors file to write")],
-    minutes: Annotated[float, typer.Option(help="of training, rendering not counted")] = 45.0,
-    start: Annotated[Path | None, typer.Option(help="go on from these weights")] = None,
-    seed: Annotated[int, typer.Option(help="of weights and batches")] = 1,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    minutes: Annotated[float, typer.Option(help="Minutes of training, without rendering.")] = 45.0,
+    start: Annotated[Path | None, typer.Option(help="Start from these weights.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of weights and batches.")] = 1,
     worlds: Annotated[
-        int, typer.Option(help="training worlds of 20 clips each (1 MB a clip in scratch)")
+        int, typer.Option(help="Training worlds of 20 clips each (1 MB per clip in scratch).")
     ] = 300,
-    scratch: Annotated[Path, typer.Option(help="where rendered pairs are kept")] = Path(
+    scratch: Annotated[Path, typer.Option(help="Folder of the rendered pairs.")] = Path(
         "demo-encoder-scratch"
     ),
-    workers: Annotated[int, typer.Option(help="processes that render")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that render.")] = 2,
 ) -> None:
-    """Render, train, save, measure."""
+    """Train the demo encoder: render, train, save, measure."""
     pairs = render(scratch, worlds, workers)
     torch.manual_seed(seed)
     model = ImageBind(CONFIG) if start is None else ImageBind.load(start, dtype=torch.float32).train()
@@ -253,8 +250,8 @@ def main(
     print(json.dumps(figures(ImageBind.load(out), MEASURED_CLIPS), indent=1), flush=True)
 
 
-def _save(out: Path, of: str, model: ImageBind, steps: int) -> None:
-    model.save(out, {"trained": f"{steps} steps of {BATCH}, {of}"}, torch.float16)
+def _save(out: Path, data: str, model: ImageBind, steps: int) -> None:
+    model.save(out, {"trained": f"{steps} steps of {BATCH}, {data}"}, torch.float16)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from r2scp.pipelines.demo.captions import (
     vision_labels,
 )
 from r2scp.pipelines.demo.render import render_frames
-from r2scp.pipelines.demo.scene import Scene, scene
+from r2scp.pipelines.demo.scene import Scene, make_scene
 from r2scp.pipelines.demo.sound import render_audio
 from r2scp.pipelines.demo.world import SECONDS
 
@@ -32,7 +32,7 @@ MIDDLES_S = np.arange(SECONDS) + 0.5  # the frame of each second
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Embedded:
-    """Clips of one world, rendered directly and embedded, beside what is true of them."""
+    """Clips of one world, rendered directly and embedded, with their true labels."""
 
     visual_NTD: Tensor
     audio_NTD: Tensor
@@ -50,18 +50,18 @@ def embed_clip(model: ImageBind, frames: np.ndarray, waveform: np.ndarray) -> tu
 
 def embed_scenes(model: ImageBind, scenes: Sequence[Scene]) -> Embedded:
     """Render and embed whole clips."""
-    pairs = [embed_clip(model, render_frames(one, MIDDLES_S), render_audio(one)) for one in scenes]
+    pairs = [embed_clip(model, render_frames(scene, MIDDLES_S), render_audio(scene)) for scene in scenes]
     return Embedded(
         visual_NTD=torch.stack([visual for visual, _ in pairs]),
         audio_NTD=torch.stack([audio for _, audio in pairs]),
         vision_labels_NTG=_labels(scenes, vision_labels),
         audio_labels_NTG=_labels(scenes, audio_labels),
-        ensemble_N=np.array([one.ensemble for one in scenes]),
+        ensemble_N=np.array([scene.ensemble for scene in scenes]),
     )
 
 
 def _labels(scenes: Sequence[Scene], label: Callable[[Scene, int], np.ndarray]) -> np.ndarray:
-    return np.array([[label(one, second) for second in range(SECONDS)] for one in scenes])
+    return np.array([[label(scene, second) for second in range(SECONDS)] for scene in scenes])
 
 
 def keys(sequence_NTD: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def recall(queries_ND: Tensor, keys_ND: Tensor, n: int) -> float:
 
 
 def same_ensemble(queries_ND: Tensor, keys_ND: Tensor, ensemble_N: np.ndarray) -> float:
-    """Share of nearest *other* clips that are of the query's ensemble, where it has others."""
+    """Share of queries whose nearest *other* clip is of the same ensemble, if there is any."""
     score_NN = (queries_ND @ keys_ND.T).fill_diagonal_(-2.0)
     nearest_N = score_NN.argmax(dim=1).numpy()
     has_others = (ensemble_N[:, None] == ensemble_N).sum(axis=1) > 1
@@ -102,46 +102,42 @@ def probe(train_XD: Tensor, train_XG: np.ndarray, test_XD: Tensor, test_XG: np.n
 
     optimiser.step(closure)
     with torch.inference_mode():
-        said_XG = (layer(test_XD) > 0).numpy()
-    hits = (said_XG & (test_XG == 1)).sum()
+        predicted_XG = (layer(test_XD) > 0).numpy()
+    hits = (predicted_XG & (test_XG == 1)).sum()
     return {
-        "f1": float(2 * hits / (said_XG.sum() + test_XG.sum())),
-        "exact": float((said_XG == test_XG).all(axis=1).mean()),
+        "f1": float(2 * hits / (predicted_XG.sum() + test_XG.sum())),
+        "exact": float((predicted_XG == test_XG).all(axis=1).mean()),
     }
 
 
-def group_accuracy(embedding_ND: Tensor, labels_NG: np.ndarray, phrases: list[Tensor]) -> np.ndarray:
-    """Zero-shot: how often the nearest phrase of each group is the true one; `phrases`: (P, D) each."""
-    found = [(embedding_ND @ phrase_PD.T).argmax(dim=1).numpy() for phrase_PD in phrases]
-    return np.array([(labels_NG[:, g] == found[g]).mean() for g in range(len(phrases))])
-
-
 def figures(model: ImageBind, clips: int) -> dict[str, float]:
-    """Everything the card reports: `clips` clips of a held-out world; probes learn on many other worlds."""
-    test = embed_scenes(model, [scene(TEST_WORLD, index) for index in range(clips)])
-    other = embed_scenes(model, [scene(seed, index) for seed in PROBE_WORLDS for index in range(PROBE_CLIPS)])
+    """Everything the card reports, on `clips` clips of a held-out world; probes train on many others."""
+    test = embed_scenes(model, [make_scene(TEST_WORLD, index) for index in range(clips)])
+    other = embed_scenes(
+        model, [make_scene(seed, index) for seed in PROBE_WORLDS for index in range(PROBE_CLIPS)]
+    )
     visual, audio = keys(test.visual_NTD), keys(test.audio_NTD)
-    seen = _probed(other.visual_NTD, other.vision_labels_NTG, test.visual_NTD, test.vision_labels_NTG)
-    heard = _probed(other.audio_NTD, other.audio_labels_NTG, test.audio_NTD, test.audio_labels_NTG)
-    ideal_seen, ideal_heard = (_ideal(x) for x in (test.vision_labels_NTG, test.audio_labels_NTG))
-    found = {"clips": clips, "chance recall@1": 1 / clips, "chance recall@3": 3 / clips}
+    visible = _probed(other.visual_NTD, other.vision_labels_NTG, test.visual_NTD, test.vision_labels_NTG)
+    audible = _probed(other.audio_NTD, other.audio_labels_NTG, test.audio_NTD, test.audio_labels_NTG)
+    ideal_visual, ideal_audio = (_ideal(x) for x in (test.vision_labels_NTG, test.audio_labels_NTG))
+    results = {"clips": clips, "chance recall@1": 1 / clips, "chance recall@3": 3 / clips}
     for name, queries, bank in (
         ("visual->audio", visual, audio),
         ("audio->visual", audio, visual),
-        ("instruments known, visual->audio", ideal_seen, ideal_heard),
-        ("instruments known, audio->visual", ideal_heard, ideal_seen),
+        ("instruments known, visual->audio", ideal_visual, ideal_audio),
+        ("instruments known, audio->visual", ideal_audio, ideal_visual),
     ):
-        found |= {f"{name} recall@{n}": recall(queries, bank, n) for n in (1, 3)}
-    found |= {f"visible instruments {name}": value for name, value in seen.items()}
-    found |= {f"sounding instruments {name}": value for name, value in heard.items()}
+        results |= {f"{name} recall@{n}": recall(queries, bank, n) for n in (1, 3)}
+    results |= {f"visible instruments {name}": value for name, value in visible.items()}
+    results |= {f"sounding instruments {name}": value for name, value in audible.items()}
     for name, queries, bank in (
         ("visual->visual", visual, visual),
         ("audio->audio", audio, audio),
         ("visual->audio", visual, audio),
         ("audio->visual", audio, visual),
     ):
-        found[f"same ensemble {name}"] = same_ensemble(queries, bank, test.ensemble_N)
-    return found
+        results[f"same ensemble {name}"] = same_ensemble(queries, bank, test.ensemble_N)
+    return results
 
 
 def _probed(
@@ -151,7 +147,7 @@ def _probed(
 
 
 def _ideal(labels_NTG: np.ndarray) -> Tensor:
-    """A key that knows the instruments of every second and nothing else: (N, 12); ties broken at random."""
+    """Keys that encode the instruments of every second and nothing else: (N, 12); ties broken at random."""
     known = labels_NTG[..., -len(SHARED_GROUPS) :].mean(axis=1)
     noise = np.random.default_rng(0).normal(0.0, 1e-4, known.shape)
     return F.normalize(torch.from_numpy(known + noise).float(), dim=-1)

@@ -1,7 +1,7 @@
-"""The victims of `jobs torture`: the real `jobs run`, in a process of its own, with one fault in it.
+"""Fault injection for `jobs torture`: the real `jobs run` in a process of its own, with one fault.
 
-A victim starts Ray, says `ready`, and waits for an order. Then it wraps the functions of the job where the
-fault is to strike, in its own process alone, and calls the command line. The job itself knows nothing of it.
+The process starts Ray, prints `ready`, and waits for a `FaultOrder`. Then it wraps the functions of the job
+where the fault strikes, in this process only, and calls the command line. The job itself is unchanged.
 """
 
 import errno
@@ -23,12 +23,10 @@ import pyarrow as pa
 
 from r2scp.jobs.ingest import extract
 from r2scp.jobs.reindex import job as reindex
-from r2scp.pipelines.extraction import flow as flows
+from r2scp.pipelines.extraction import flow
 from r2scp.pipelines.extraction.stages import StageRows
 from r2scp.pipelines.ray_session import Resources, ray_session
-from r2scp.store import commits as transaction
-from r2scp.store import feature_store
-from r2scp.store import maintenance as upkeep
+from r2scp.store import commits, feature_store, maintenance
 from r2scp.store.commits import TableAddress, lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import Lease
@@ -36,7 +34,7 @@ from r2scp.store.schema import Table
 
 
 class Fault(StrEnum):
-    """What befalls a job."""
+    """What happens to a job."""
 
     DRIVER = "driver killed"
     WORKER = "decode worker killed"
@@ -58,59 +56,59 @@ class Fault(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a victim is to do. `delay_s`: from a point in the job to the blow; `nth`: the time it is reached.
+class FaultOrder:
+    """What a process is to do. `delay_s`: from a point in the job to the kill; `nth`: at its nth occurrence.
 
-    `chance`: of each operation of a store that fails; `clock_off_s`: of the lease's clock. `note`: the file
-    that takes one line for each write, with its begin and end on the clock all processes share.
+    `chance`: probability that an operation of the store fails; `clock_offset_s`: added to the lease's clock.
+    `writes_file`: gets one line per write, with its begin and end on the monotonic clock.
     """
 
-    file: str  # of the job
+    file: str  # the job's YAML
     fault: str = ""
-    note: str = ""
+    writes_file: str = ""
     seed: int = 0
     delay_s: float = 0.0
     nth: int = 1
     chance: float = 0.0
-    clock_off_s: float = 0.0
+    clock_offset_s: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
 def main() -> None:
-    """Be a victim. `sys.argv[1]`: cores to decode on."""
+    """Run one job with the fault read from standard input. `sys.argv[1]`: cores to decode on."""
     with ray_session(Resources(num_workers=int(sys.argv[1]))):
         print("ready", file=sys.__stdout__, flush=True)
-        said = sys.stdin.readline()
-        if not said:  # whoever started us is gone
+        line = sys.stdin.readline()
+        if not line:  # the parent is gone
             return
-        order = Order(**json.loads(said))
+        order = FaultOrder(**json.loads(line))
         install(order)
         sys.argv = ["r2scp-pipe", "jobs", "run", order.file]
         runpy.run_module("r2scp.jobs", run_name="__main__")
 
 
-def install(order: Order) -> None:
-    """Put the fault into this process. Commits are small, so that there are many moments to strike at."""
-    extract.COMMIT_EVERY_S, flows.ROWS_PER_FRAGMENT = 0.0, (1, 1)
-    upkeep.SMALL_FRAGMENTS = 2
-    _note_writes(order)
+def install(order: FaultOrder) -> None:
+    """Install the fault in this process. Commits are made small, so that there are many points to hit."""
+    extract.COMMIT_EVERY_S, flow.ROWS_PER_FRAGMENT = 0.0, (1, 1)
+    maintenance.SMALL_FRAGMENTS = 2
+    _record_writes(order)
     if order.fault:
-        INSTALLED.get(Fault(order.fault), _nothing)(order)
+        INSTALLERS.get(Fault(order.fault), _install_nothing)(order)
 
 
-def die() -> None:
-    """The end of this process, as the kernel or the power supply brings it about."""
+def kill_self() -> None:
+    """End this process as the kernel or a power failure would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _nothing(order: Order) -> None:
-    """The fault comes from outside."""
+def _install_nothing(order: FaultOrder) -> None:
+    """The fault is injected from outside."""
 
 
-class _Nth:
-    """True the `nth` time it is asked."""
+class _NthCall:
+    """True on the `nth` call only."""
 
     def __init__(self, nth: int) -> None:
         self._left = nth
@@ -120,105 +118,103 @@ class _Nth:
         return self._left == 0
 
 
-def _before(owner: Any, name: str, strike: Callable[..., None]) -> None:
-    """Have `strike` called with the arguments of `owner.name`, before it."""
+def _call_before(owner: Any, name: str, action: Callable[..., None]) -> None:
+    """Have `action` called before `owner.name`, with its arguments."""
     original = getattr(owner, name)
 
-    def struck(*arguments: Any, **named: Any) -> Any:
-        strike(*arguments, **named)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        action(*arguments, **named)
         return original(*arguments, **named)
 
-    setattr(owner, name, struck)
+    setattr(owner, name, wrapped)
 
 
-def _note_writes(order: Order) -> None:
-    if not order.note:
+def _record_writes(order: FaultOrder) -> None:
+    if not order.writes_file:
         return
     for name in ("commit", "publish"):
         original = getattr(FeatureStore, name)
 
-        def noted(*arguments: Any, original: Any = original, **named: Any) -> Any:
+        def recorded(*arguments: Any, original: Any = original, **named: Any) -> Any:
             began = time.monotonic()
-            done = original(*arguments, **named)
+            result = original(*arguments, **named)
             line = json.dumps([os.getpid(), began, time.monotonic()]) + "\n"
-            with open(order.note, "a", encoding="utf-8") as stream:
+            with open(order.writes_file, "a", encoding="utf-8") as stream:
                 stream.write(line)
-            return done
+            return result
 
-        setattr(FeatureStore, name, noted)
-
-
-# -- the blow at one point
+        setattr(FeatureStore, name, recorded)
 
 
-def _staged(order: Order) -> None:
-    reached = _Nth(order.nth)
+# -- a kill at one point
 
-    def strike(store: FeatureStore, table: Table, staged: Any, *rest: Any, **named: Any) -> None:
+
+def _kill_before_clip_commit(order: FaultOrder) -> None:
+    reached = _NthCall(order.nth)
+
+    def kill(store: FeatureStore, table: Table, staged: Any, *rest: Any, **named: Any) -> None:
         if table is Table.CLIPS and any(batch.ids for batch in staged) and reached():
-            die()
+            kill_self()
 
-    _before(FeatureStore, "commit", strike)
+    _call_before(FeatureStore, "commit", kill)
 
 
-def _commit(order: Order) -> None:
-    reached = _Nth(order.nth)
+def _kill_within_commit(order: FaultOrder) -> None:
+    reached = _NthCall(order.nth)
 
-    def strike(*arguments: Any, **named: Any) -> None:
+    def kill(*arguments: Any, **named: Any) -> None:
         if reached():
-            threading.Timer(order.delay_s, die).start()
+            threading.Timer(order.delay_s, kill_self).start()
 
-    _before(FeatureStore, "commit", strike)
+    _call_before(FeatureStore, "commit", kill)
 
 
-def _tables(order: Order) -> None:
-    """After clips, before failures, of the same commit."""
-    reached = _Nth(order.nth)
+def _kill_between_tables(order: FaultOrder) -> None:
+    """After clips and before failures of the same commit."""
+    reached = _NthCall(order.nth)
 
-    def strike(
-        store: FeatureStore, table: Table, staged: Any, properties: Any, *rest: Any, **kw: Any
-    ) -> None:
+    def kill(store: FeatureStore, table: Table, staged: Any, properties: Any, *rest: Any, **kw: Any) -> None:
         if table is Table.FAILURES and properties["sequence"].isdecimal() and reached():
-            die()
+            kill_self()
 
-    _before(FeatureStore, "commit", strike)
-
-
-def _neighbours(order: Order) -> None:
-    reached = _Nth(order.nth)
-    _before(FeatureStore, "record_index", lambda *_: die() if reached() else None)
+    _call_before(FeatureStore, "commit", kill)
 
 
-def _unpublished(order: Order) -> None:
-    _before(FeatureStore, "publish", lambda *_: die())
+def _kill_before_index_record(order: FaultOrder) -> None:
+    reached = _NthCall(order.nth)
+    _call_before(FeatureStore, "record_index", lambda *_: kill_self() if reached() else None)
 
 
-def _untagged(order: Order) -> None:
-    def armed(*_: Any) -> None:
-        _before(FeatureStore, "protect", lambda *_: die())
-
-    _before(FeatureStore, "publish", armed)
+def _kill_before_publish(order: FaultOrder) -> None:
+    _call_before(FeatureStore, "publish", lambda *_: kill_self())
 
 
-def _within(name: str) -> Callable[[Order], None]:
-    """Some moments after the job called a function of its own."""
+def _kill_before_tags(order: FaultOrder) -> None:
+    def arm(*_: Any) -> None:
+        _call_before(FeatureStore, "protect", lambda *_: kill_self())
 
-    def installed(order: Order) -> None:
-        def strike(*arguments: Any, **named: Any) -> None:
-            threading.Timer(order.delay_s, die).start()
+    _call_before(FeatureStore, "publish", arm)
 
-        _before(reindex, name, strike)
 
-    return installed
+def _kill_within(name: str) -> Callable[[FaultOrder], None]:
+    """A short time after the job called one of its own functions."""
+
+    def installer(order: FaultOrder) -> None:
+        def kill(*arguments: Any, **named: Any) -> None:
+            threading.Timer(order.delay_s, kill_self).start()
+
+        _call_before(reindex, name, kill)
+
+    return installer
 
 
 # -- a store that fails
 
 
 class FailingStage(StageRows):
-    """`StageRows` of which some calls fail, before or after they have written; made where the order is."""
+    """`StageRows` of which some calls fail, before or after writing. Created in the driver."""
 
-    order = Order(file="")
+    order = FaultOrder(file="")
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -226,73 +222,74 @@ class FailingStage(StageRows):
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         order = self._order
-        draw = random.Random(f"{order.seed}/{batch['clip_id'][0]}").random()
-        if draw >= order.chance:
+        number = random.Random(f"{order.seed}/{batch['clip_id'][0]}").random()
+        if number >= order.chance:
             return super().__call__(batch)
-        if draw < order.chance / 2:
+        if number < order.chance / 2:
             super().__call__(batch)
         with lance_errors("write to", self._clips.uri):
-            raise _failure(order)
+            raise _disk_error(order)
 
 
-def _failure(order: Order) -> OSError:
-    number = errno.ENOSPC if order.fault == Fault.DISK else errno.EIO
-    return OSError(number, os.strerror(number))
+def _disk_error(order: FaultOrder) -> OSError:
+    code = errno.ENOSPC if order.fault == Fault.DISK else errno.EIO
+    return OSError(code, os.strerror(code))
 
 
-def _flaky(order: Order) -> None:
-    """Opens, commits and stages fail now and then; what is said to have failed may have been done."""
-    draw = random.Random(order.seed)
+def _fail_at_random(order: FaultOrder) -> None:
+    """Opens, commits and stages fail at random; a reported failure may have taken effect."""
+    rng = random.Random(order.seed)
     FailingStage.order = order
-    flows.StageRows = FailingStage
-    for owner, name in ((TableAddress, "_opened"), (transaction, "_commit"), (feature_store, "put_row")):
+    flow.StageRows = FailingStage
+    for owner, name in ((TableAddress, "_opened"), (commits, "_commit"), (feature_store, "put_row")):
         original = getattr(owner, name)
 
         def failing(*arguments: Any, original: Any = original, **named: Any) -> Any:
-            drawn = draw.random()
+            drawn = rng.random()
             if drawn >= order.chance:
                 return original(*arguments, **named)
             if drawn < order.chance / 2:
                 original(*arguments, **named)
-            with transaction.lance_errors("reach", "the store"):
-                raise _failure(order)
+            with commits.lance_errors("reach", "the store"):
+                raise _disk_error(order)
 
         setattr(owner, name, failing)
 
 
-def _full(order: Order) -> None:
-    """No disk of one's own could be mounted: from the `nth` write on, writes fail as a full disk's do."""
-    reached, full = _Nth(order.nth), threading.Event()
+def _simulate_full_disk(order: FaultOrder) -> None:
+    """Without a private disk: from the `nth` write on, writes fail with ENOSPC."""
+    reached, full = _NthCall(order.nth), threading.Event()
     FailingStage.order = order
-    flows.StageRows = FailingStage
+    flow.StageRows = FailingStage
 
-    def strike(*arguments: Any, **named: Any) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
         if reached():
             full.set()
         if full.is_set():
-            with transaction.lance_errors("write to", "the store"):
-                raise _failure(order)
+            with commits.lance_errors("write to", "the store"):
+                raise _disk_error(order)
 
-    for owner, name in ((transaction, "_commit"), (feature_store, "put_row"), (feature_store, "stage")):
-        _before(owner, name, strike)
-
-
-def _clock(order: Order) -> None:
-    feature_store.Lease = partial(Lease, clock=lambda: time.time() + order.clock_off_s)
+    for owner, name in ((commits, "_commit"), (feature_store, "put_row"), (feature_store, "stage")):
+        _call_before(owner, name, fail)
 
 
-INSTALLED: dict[Fault, Callable[[Order], None]] = {
-    Fault.STAGED: _staged,
-    Fault.COMMIT: _commit,
-    Fault.TABLES: _tables,
-    Fault.NEIGHBOURS: _neighbours,
-    Fault.UNPUBLISHED: _unpublished,
-    Fault.UNTAGGED: _untagged,
-    Fault.COMPACTION: _within("compact"),
-    Fault.INDEX: _within("refresh_index"),
-    Fault.CLEANING: _within("clean"),
-    Fault.DISK: lambda order: _full(order) if order.chance else None,  # else the disk is full indeed
-    Fault.FLAKY: _flaky,
-    Fault.SKEW: _clock,
-    Fault.CLOCK: _clock,
+def _shift_clock(order: FaultOrder) -> None:
+    feature_store.Lease = partial(Lease, clock=lambda: time.time() + order.clock_offset_s)
+
+
+INSTALLERS: dict[Fault, Callable[[FaultOrder], None]] = {
+    Fault.STAGED: _kill_before_clip_commit,
+    Fault.COMMIT: _kill_within_commit,
+    Fault.TABLES: _kill_between_tables,
+    Fault.NEIGHBOURS: _kill_before_index_record,
+    Fault.UNPUBLISHED: _kill_before_publish,
+    Fault.UNTAGGED: _kill_before_tags,
+    Fault.COMPACTION: _kill_within("compact"),
+    Fault.INDEX: _kill_within("refresh_index"),
+    Fault.CLEANING: _kill_within("clean"),
+    # chance 0: a private disk is really full
+    Fault.DISK: lambda order: _simulate_full_disk(order) if order.chance else None,
+    Fault.FLAKY: _fail_at_random,
+    Fault.SKEW: _shift_clock,
+    Fault.CLOCK: _shift_clock,
 }

@@ -1,34 +1,34 @@
-"""Who reads what serves while `jobs torture` ill-treats the job that renews it."""
+"""A reader of the published snapshot while `jobs torture` injects faults into the job."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from r2scp.jobs.faults.audit import Finding, Kind, digest, inconsistencies
+from r2scp.jobs.faults.audit import Finding, Kind, inconsistencies, snapshot_digest
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES
 from r2scp.store.snapshots import SERVING, Snapshot
 
-PAUSE_S = 0.25  # between two looks
+READ_EVERY_S = 0.25
 
-Moment = tuple[int, ...]  # versions of the tables that a snapshot names
+Versions = tuple[int, ...]  # of the tables in a snapshot
 
 
-class Reader:
-    """Opens `serving` again and again, and reads all of it each time."""
+class SnapshotReader:
+    """Opens `serving` repeatedly and reads all of it each time."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.findings: list[Finding] = []
-        self.looks = 0
-        self.seen: dict[Moment, str] = {}  # moment -> digest of its rows
+        self.reads = 0
+        self.digests: dict[Versions, str] = {}  # of all rows, by versions read
         self._store = store
         self._stop = threading.Event()
 
     @contextmanager
-    def reading(self) -> Iterator["Reader"]:
-        """Read throughout, from a thread; and, at the end, once more what was read first."""
-        named, first = self._serving()
-        self._look(named, first)
+    def reading(self) -> Iterator["SnapshotReader"]:
+        """Read from a thread throughout, and at the end read the first snapshot once more."""
+        named, first = self._open_serving()
+        self._check(named, first)
         thread = threading.Thread(target=self._read, name="reader", daemon=True)
         thread.start()
         try:
@@ -36,42 +36,43 @@ class Reader:
         finally:
             self._stop.set()
             thread.join()
-        self._look(named, first)
+        self._check(named, first)
 
     def _read(self) -> None:
-        while not self._stop.wait(PAUSE_S):
+        while not self._stop.wait(READ_EVERY_S):
             try:
-                named, serving = self._serving()
+                named, serving = self._open_serving()
             except Exception as error:
-                self._torn(f"a reader could not open what serves: {error}")
+                self._report(f"a reader could not open the published snapshot: {error}")
                 continue
-            self._look(named, serving)
+            self._check(named, serving)
 
-    def _serving(self) -> tuple[Moment, FeatureStore]:
-        return _named(self._store.snapshots()[SERVING]), self._store.at(SERVING)
+    def _open_serving(self) -> tuple[Versions, FeatureStore]:
+        return _versions_of(self._store.snapshots()[SERVING]), self._store.at(SERVING)
 
-    def _look(self, named: Moment, serving: FeatureStore) -> None:
+    def _check(self, named: Versions, serving: FeatureStore) -> None:
         try:
-            found, seen = digest(serving), moment(serving)
-            for what in () if seen in self.seen else inconsistencies(serving):
-                self._torn(what)
-            if self.seen.setdefault(seen, found) != found:
-                self._torn(f"rows of the moment {seen} changed while it served")
-            self.looks += 1
+            digest, versions = snapshot_digest(serving), versions_read(serving)
+            for what in () if versions in self.digests else inconsistencies(serving):
+                self._report(what)
+            if self.digests.setdefault(versions, digest) != digest:
+                self._report(f"rows of versions {versions} changed while they were published")
+            self.reads += 1
         except Exception as error:
-            if named in map(_named, self._store.snapshots().values()):  # else it was cleaned away, as it may
-                self._torn(f"a reader could not read what serves: {error}")
+            # a snapshot that is no longer named may have been cleaned away
+            if named in map(_versions_of, self._store.snapshots().values()):
+                self._report(f"a reader could not read the published snapshot: {error}")
 
-    def _torn(self, what: str) -> None:
+    def _report(self, what: str) -> None:
         finding = Finding(kind=Kind.TORN, what=what)
         if finding not in self.findings:
             self.findings.append(finding)
 
 
-def moment(serving: FeatureStore) -> Moment:
-    """Which versions a pinned store reads."""
+def versions_read(serving: FeatureStore) -> Versions:
+    """The versions that a pinned store reads."""
     return tuple(serving.dataset(table).version for table in SNAPSHOT_TABLES)
 
 
-def _named(snapshot: Snapshot) -> Moment:
+def _versions_of(snapshot: Snapshot) -> Versions:
     return tuple(snapshot.versions[table] for table in SNAPSHOT_TABLES if table in snapshot.versions)

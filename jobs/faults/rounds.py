@@ -1,4 +1,4 @@
-"""What befalls the job in one round of `jobs torture`, and whether it ended as it may."""
+"""One round of `jobs torture`: runs the job with a fault and checks how it ended."""
 
 import time
 from collections.abc import Sequence
@@ -6,151 +6,155 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r2scp.jobs.faults.audit import Finding, Kind, writes_together
-from r2scp.jobs.faults.corpus import Site
-from r2scp.jobs.faults.full_disk import filled
-from r2scp.jobs.faults.injection import Fault, Order
-from r2scp.jobs.faults.processes import DECODE, EMBED, Ended, Victim
+from r2scp.jobs.faults.audit import Finding, Kind, writes_overlap
+from r2scp.jobs.faults.corpus import JOB_NAME, ChangingCorpus
+from r2scp.jobs.faults.full_disk import fill_disk
+from r2scp.jobs.faults.injection import Fault, FaultOrder
+from r2scp.jobs.faults.processes import DECODE_WORKER, EMBED_ACTOR, ExitResult, JobProcess
 from r2scp.jobs.faults.report import Round
 from r2scp.store.errors import R2SCPError
 
-VICTIM_LIMIT_S = 300.0  # one run of the job takes some ten seconds
-SKEW_S = 5.0  # by which clocks may differ: what a lease allows for is "a few seconds"
+RUN_TIMEOUT_S = 300.0  # one run takes about ten seconds
+SKEW_S = 5.0  # clock difference that leases allow for
 WRONG_CLOCK_S = 600.0
-ROOM_BYTES = (16 << 10, 640 << 10)  # left on a full disk; one run writes about the latter
-MOST_NTH = {Fault.COMMIT: 8, Fault.STAGED: 3, Fault.TABLES: 3, Fault.NEIGHBOURS: 2, Fault.DISK: 20}
-#: From the beginning of each to the blow, at most: about as long as it takes.
-MOST_DELAY_S = {Fault.COMMIT: 0.03, Fault.COMPACTION: 0.1, Fault.INDEX: 0.15, Fault.CLEANING: 0.05}
-PAUSE_S = 2.0  # at most, before a blow from outside or a second job with a wrong clock
-KILLED = -9  # how a process ends that was killed
-TWICE = (Fault.TWO, Fault.SKEW, Fault.CLOCK)
-FROM_OUTSIDE = {Fault.WORKER: DECODE, Fault.ACTOR: EMBED}
-DONE = "torture: published"  # what the job says at its very end
-HELD = "another writer holds this store"
-STARTS = 3  # of one process, before torture gives up
-WORDS = 300  # characters of a job's last ones
-REMEMBERED = 5  # runs whose length tells when to kill the next one
+FREE_BYTES = (16 << 10, 640 << 10)  # left on a full disk; one run writes about the larger amount
+MAX_NTH = {Fault.COMMIT: 8, Fault.STAGED: 3, Fault.TABLES: 3, Fault.NEIGHBOURS: 2, Fault.DISK: 20}
+#: From the start of each step to the kill: about the step's duration.
+MAX_DELAY_S = {Fault.COMMIT: 0.03, Fault.COMPACTION: 0.1, Fault.INDEX: 0.15, Fault.CLEANING: 0.05}
+MAX_PAUSE_S = 2.0  # before a child is killed, or a second job with a wrong clock starts
+SIGKILL_CODE = -9
+TWO_JOBS = (Fault.TWO, Fault.SKEW, Fault.CLOCK)
+CHILD_TITLES = {Fault.WORKER: DECODE_WORKER, Fault.ACTOR: EMBED_ACTOR}
+PUBLISHED_MESSAGE = f"{JOB_NAME}: published"  # the job's last line
+LEASE_MESSAGE = "another writer holds this store"
+MAX_STARTS = 3  # per process
+MAX_MESSAGE = 300  # characters of a job's last line
+KEPT_DURATIONS = 5  # recent run times, from which to choose when to kill
 
 
 @dataclass(kw_only=True)
-class Rack:
-    """Where jobs are run with a fault. `disk`: the folder of a disk of our own, None where there is none."""
+class FaultRunner:
+    """Runs jobs with faults. `disk`: the folder of a private disk, None if there is none."""
 
-    site: Site
+    corpus: ChangingCorpus
     disk: Path | None
     ray_folder: Path
     num_workers: int
-    took_s: list[float] = field(default_factory=list)  # by runs that came to their end
-    _waiting: list[Victim] = field(default_factory=list)
+    durations_s: list[float] = field(default_factory=list)  # of complete runs
+    _processes: list[JobProcess] = field(default_factory=list)
     _started: int = 0
 
     @property
-    def _note(self) -> Path:
-        return self.site.folder / "writes.jsonl"
+    def _writes_file(self) -> Path:
+        return self.corpus.folder / "writes.jsonl"
 
-    def warm_up(self) -> None:
-        """Have a process come up for the next blow."""
+    def start_process(self) -> None:
+        """Start a process for the next round."""
         self._started += 1
-        folder = self.site.folder
-        self._waiting.append(Victim.start(folder, self._started, self.ray_folder, self.num_workers))
+        folder = self.corpus.folder
+        self._processes.append(JobProcess.start(folder, self._started, self.ray_folder, self.num_workers))
 
     def close(self) -> None:
-        """Leave no process."""
-        while self._waiting:
-            self._waiting.pop().end()
+        """End all processes."""
+        while self._processes:
+            self._processes.pop().clean_up()
 
-    def strike(self, one: Round) -> None:
-        """Run the job with the fault in it, and leave nothing of it but what is in the store."""
-        draw, fault, victims = one.draw, one.fault, self._waiting
-        self._note.unlink(missing_ok=True)
-        while len(victims) < (2 if fault in TWICE else 1):
-            self.warm_up()
+    def inject(self, round_: Round) -> None:
+        """Run the job with the round's fault, and remove everything of it except the store."""
+        rng, fault, jobs = round_.rng, round_.fault, self._processes
+        self._writes_file.unlink(missing_ok=True)
+        while len(jobs) < (2 if fault in TWO_JOBS else 1):
+            self.start_process()
         self._wait_ready()
-        orders = [self._order(one, off_s) for off_s in _clocks_off(one)[: len(victims)]]
-        room, fraction, pause_s = draw.randrange(*ROOM_BYTES), draw.random(), draw.uniform(0.0, PAUSE_S)
-        with filled(self.disk, room) if fault is Fault.DISK and self.disk else nullcontext():
-            for victim, order in zip(victims, orders, strict=True):
-                victim.order(order)
+        orders = [self._draw_order(round_, off_s) for off_s in _clock_offsets(round_)[: len(jobs)]]
+        free_bytes, fraction, pause_s = (
+            rng.randrange(*FREE_BYTES),
+            rng.random(),
+            rng.uniform(0.0, MAX_PAUSE_S),
+        )
+        with fill_disk(self.disk, free_bytes) if fault is Fault.DISK and self.disk else nullcontext():
+            for job, order in zip(jobs, orders, strict=True):
+                job.send(order)
                 if fault is Fault.CLOCK:
                     time.sleep(pause_s)
-            if fault is Fault.DRIVER and victims[0].wait(fraction * min(self.took_s)) is None:
-                victims[0].kill()
-            elif title := FROM_OUTSIDE.get(fault):
-                one.struck = victims[0].kill_child(title, pause_s / 4)
-            ended = [victim.wait(VICTIM_LIMIT_S) for victim in victims]
+            if fault is Fault.DRIVER and jobs[0].wait(fraction * min(self.durations_s)) is None:
+                jobs[0].kill()
+            elif title := CHILD_TITLES.get(fault):
+                round_.hit = jobs[0].kill_child(title, pause_s / 4)
+            exits = [job.wait(RUN_TIMEOUT_S) for job in jobs]
             self.close()
-        self._judge(one, ended)
+        self._check_exits(round_, exits)
 
     def _wait_ready(self) -> None:
-        """For all that were started. On a busy machine a Ray may not come up in time: it gets another try."""
-        for at in range(len(self._waiting)):
-            for left in reversed(range(STARTS)):
+        """Wait for all started processes, with retries: on a busy machine Ray may not start in time."""
+        for at in range(len(self._processes)):
+            for retries in reversed(range(MAX_STARTS)):
                 try:
-                    self._waiting[at].wait_ready()
+                    self._processes[at].wait_ready()
                     break
                 except R2SCPError:
-                    if not left:
+                    if not retries:
                         raise
-                    self.warm_up()
-                    self._waiting[at] = self._waiting.pop()
+                    self.start_process()
+                    self._processes[at] = self._processes.pop()
 
-    def _order(self, one: Round, clock_off_s: float) -> Order:
-        draw, fault = one.draw, one.fault
-        chance = {Fault.FLAKY: draw.uniform(0.003, 0.03), Fault.DISK: 0.0 if self.disk else 0.3}
-        wait_s = draw.choice([0.0, 120.0])
-        return Order(
-            file=str(self.site.job(wait_s=wait_s if fault in TWICE else 0.0)),
+    def _draw_order(self, round_: Round, clock_offset_s: float) -> FaultOrder:
+        rng, fault = round_.rng, round_.fault
+        chance = {Fault.FLAKY: rng.uniform(0.003, 0.03), Fault.DISK: 0.0 if self.disk else 0.3}
+        wait_s = rng.choice([0.0, 120.0])
+        return FaultOrder(
+            file=str(self.corpus.write_job(wait_s=wait_s if fault in TWO_JOBS else 0.0)),
             fault=fault.value,
-            note=str(self._note),
-            seed=draw.randrange(1 << 30),
-            delay_s=draw.uniform(0.0, MOST_DELAY_S.get(fault, 0.0)),
-            nth=draw.randint(1, MOST_NTH.get(fault, 1)),
+            writes_file=str(self._writes_file),
+            seed=rng.randrange(1 << 30),
+            delay_s=rng.uniform(0.0, MAX_DELAY_S.get(fault, 0.0)),
+            nth=rng.randint(1, MAX_NTH.get(fault, 1)),
             chance=chance.get(fault, 0.0),
-            clock_off_s=clock_off_s,
+            clock_offset_s=clock_offset_s,
         )
 
-    def _judge(self, one: Round, ended: Sequence[Ended | None]) -> None:
-        """Whether the job ended as it may under this fault."""
-        when, fault = "at its end", one.fault
-        for end in ended:
-            if end is None:
-                one.failed(when, f"the job did not end within {VICTIM_LIMIT_S:.0f} s")
+    def _check_exits(self, round_: Round, exits: Sequence[ExitResult | None]) -> None:
+        """Record a failure if the job ended in a way that this fault does not explain."""
+        when, fault = "at the end of the job", round_.fault
+        for result in exits:
+            if result is None:
+                round_.add_failure(when, f"the job did not end within {RUN_TIMEOUT_S:.0f} s")
                 continue
-            said = (end.words.strip().splitlines() or [""])[-1]
-            one.ended.append(f"{end.code}: {said}"[:WORDS])
-            if end.code == 0:
-                self.took_s = [*self.took_s[1 - REMEMBERED :], end.seconds]
-            elif not _may_end(fault, end):
-                one.failed(when, f"the job ended with code {end.code}: {said}")
-            if end.code > 0 and "Traceback" in end.words:
-                one.notes.append(f"it ended with a traceback: {said}")
-        codes = [end.code for end in ended if end]
-        late = any(DONE in end.words for end in ended if end)
-        if fault not in TWICE:
-            one.struck = one.struck if fault in FROM_OUTSIDE else any(codes) and not late
+            last_line = (result.stderr.strip().splitlines() or [""])[-1]
+            round_.exits.append(f"{result.code}: {last_line}"[:MAX_MESSAGE])
+            if result.code == 0:
+                self.durations_s = [*self.durations_s[1 - KEPT_DURATIONS :], result.seconds]
+            elif not _exit_allowed(fault, result):
+                round_.add_failure(when, f"the job ended with code {result.code}: {last_line}")
+            if result.code > 0 and "Traceback" in result.stderr:
+                round_.notes.append(f"the job ended with a traceback: {last_line}")
+        codes = [result.code for result in exits if result]
+        published = any(PUBLISHED_MESSAGE in result.stderr for result in exits if result)
+        if fault not in TWO_JOBS:
+            round_.hit = round_.hit if fault in CHILD_TITLES else any(codes) and not published
             return
         if 0 not in codes:
-            one.failed(when, "of two jobs none did its work")
-        if writes_together(self._note):
-            one.found(when, [Finding(kind=Kind.TOGETHER, what="two jobs wrote at once")])
+            round_.add_failure(when, "neither of two jobs succeeded")
+        if writes_overlap(self._writes_file):
+            round_.add(when, [Finding(kind=Kind.TOGETHER, what="two jobs wrote at the same time")])
 
 
-def _clocks_off(one: Round) -> tuple[float, float]:
-    """By how many seconds the clocks of the first and of the second job are off.
+def _clock_offsets(round_: Round) -> tuple[float, float]:
+    """Clock offsets in seconds of the first and the second job.
 
-    A wrong clock is wrong so that the first job's lease looks expired to the second.
+    With a wrong clock the first job's lease looks expired to the second.
     """
-    if one.fault is Fault.SKEW:
-        return one.draw.uniform(-SKEW_S, SKEW_S), one.draw.uniform(-SKEW_S, SKEW_S)
-    if one.fault is Fault.CLOCK:
-        return one.draw.choice([(-WRONG_CLOCK_S, 0.0), (0.0, WRONG_CLOCK_S)])
+    if round_.fault is Fault.SKEW:
+        return round_.rng.uniform(-SKEW_S, SKEW_S), round_.rng.uniform(-SKEW_S, SKEW_S)
+    if round_.fault is Fault.CLOCK:
+        return round_.rng.choice([(-WRONG_CLOCK_S, 0.0), (0.0, WRONG_CLOCK_S)])
     return 0.0, 0.0
 
 
-def _may_end(fault: Fault, end: Ended) -> bool:
-    """Whether a job may end so, which did not do its work."""
-    if fault in TWICE:
-        return end.code == 1 and HELD in end.words
+def _exit_allowed(fault: Fault, result: ExitResult) -> bool:
+    """Whether an unsuccessful job may end like this."""
+    if fault in TWO_JOBS:
+        return result.code == 1 and LEASE_MESSAGE in result.stderr
     if fault in (Fault.DISK, Fault.FLAKY):
-        return end.code == 1
-    return end.code == KILLED and fault not in FROM_OUTSIDE
+        return result.code == 1
+    return result.code == SIGKILL_CODE and fault not in CHILD_TITLES

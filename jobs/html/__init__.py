@@ -1,1 +1,1 @@
-"""Pages that need no network: templates, styles, small pictures."""
+"""Self-contained pages: templates, styles, previews."""

@@ -1,8 +1,7 @@
-"""Small pictures and the shape of the sound of a recording, for a person to look at.
+"""Previews of a recording for a page: small pictures, and the waveform of its sound.
 
-What is shown is what was asked for, or nothing: where a store recorded a file's SHA-256, only a file that
-still has it is shown. Pictures are the squares that the encoder saw, of the seconds that its tokens stand
-for.
+A file is shown only if it still has the SHA-256 that the store recorded. Pictures are the squares that the
+encoder saw, of the seconds that its tokens represent.
 """
 
 import io
@@ -18,31 +17,31 @@ from PIL import Image
 
 from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode
 from r2scp.pipelines.decoding.ffmpeg_command import RATE
-from r2scp.pipelines.extraction.stages import file_facts
-from r2scp.store.errors import FailureReason, MediaError
+from r2scp.pipelines.media_file import file_digest, file_identity
+from r2scp.store.errors import MediaError
 
 SIDE = 160  # pixels, width and height of a picture
 QUALITY = 60  # of WebP: about 4 kB a picture
-PEAK_S = 0.1  # seconds of sound behind one peak ...
-MOST_PEAKS = 600  # ... unless that would make more peaks than a drawing can show
-KEPT_BYTES = 96 << 20  # of decoded recordings, kept for those asked for again: about 60 of 10 s
+PEAK_S = 0.1  # seconds of sound per peak, more if ...
+MAX_PEAKS = 600  # ... there would be more peaks than a drawing can show
+CACHE_BYTES = 96 << 20  # of decoded recordings: about 60 of 10 s
 PREVIEW_LIMITS = DecodeLimits(seconds_per_file=120.0)
 
 
-class Sight(StrEnum):
-    """What became of the wish to see a file."""
+class PreviewStatus(StrEnum):
+    """Whether a file is shown, or why not."""
 
     SHOWN = "shown"
     GONE = "gone"  # no file there
-    CHANGED = "changed"  # another content than the store recorded
-    UNREADABLE = "unreadable"  # it is there and cannot be decoded
+    CHANGED = "changed"  # other content than the store recorded
+    UNREADABLE = "unreadable"  # it exists but cannot be decoded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preview:
-    """What can be seen and heard of one file. `fault`: one line that says why there is less, "" otherwise."""
+    """Pictures and waveform of one file. `fault`: one line that says why something is missing, or ""."""
 
-    sight: Sight
+    status: PreviewStatus
     pictures: Mapping[int, bytes] = field(default_factory=dict)  # second -> WebP of SIDE x SIDE
     peaks: tuple[tuple[float, float], ...] = ()  # lowest and highest sample of each `peak_s`, in [-1, 1]
     peak_s: float = PEAK_S
@@ -52,10 +51,10 @@ class Preview:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """A file decoded, or why not."""
+class _Decoded:
+    """A decoded file, or why it is not decoded."""
 
-    sight: Sight
+    status: PreviewStatus
     clip: Clip | None = None
     fault: str = ""
 
@@ -72,100 +71,96 @@ def preview(
     limits: DecodeLimits = PREVIEW_LIMITS,
     ffmpeg: str | None = None,
 ) -> Preview:
-    """Pictures of some seconds of a local regular file, and the shape of its sound. No file makes it raise.
+    """Pictures of some seconds of a local regular file, and its waveform. Raises for no file.
 
-    `content_sha256`: what the store recorded; a file that has another is not shown. Seconds that the
-    recording does not have are left out.
+    `content_sha256`: as recorded in the store; a file with another one is not shown. Seconds beyond the
+    recording are left out.
     """
-    return _picked(_look(path, content_sha256, limits, ffmpeg), seconds)
-
-
-def preview_of(clip: Clip, seconds: Iterable[int]) -> Preview:
-    """The same of a recording that is decoded already."""
-    return _picked(_Look(Sight.SHOWN, clip), seconds)
+    return _preview(_decode(path, content_sha256, limits, ffmpeg), seconds)
 
 
 class Previews:
-    """`preview` for many: a file that is asked for again is not decoded again, as far as `kept_bytes` go.
+    """`preview` with a cache of decoded files, least recently used first out, of about `cache_bytes`.
 
-    Not for several threads at once. `decoded` counts the files that were decoded.
+    Not thread-safe. `decoded` counts the files that were decoded.
     """
 
     def __init__(
         self,
-        kept_bytes: int = KEPT_BYTES,
+        cache_bytes: int = CACHE_BYTES,
         limits: DecodeLimits = PREVIEW_LIMITS,
         ffmpeg: str | None = None,
     ) -> None:
         self.decoded = 0
-        self._kept_bytes = kept_bytes
+        self._cache_bytes = cache_bytes
         self._limits, self._ffmpeg = limits, ffmpeg
-        self._looks: OrderedDict[tuple[str, str | None], _Look] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str | None], _Decoded] = OrderedDict()
 
     def preview(self, path: str | Path, seconds: Iterable[int], content_sha256: str | None = None) -> Preview:
-        """See the function of this name."""
+        """See the function `preview`."""
         key = (str(path), content_sha256)
-        look = self._looks.get(key)
-        if look is None:
-            look = _look(path, content_sha256, self._limits, self._ffmpeg)
-            self.decoded += look.clip is not None
-            self._looks[key] = look
-        self._looks.move_to_end(key)
-        while len(self._looks) > 1 and sum(kept.bytes for kept in self._looks.values()) > self._kept_bytes:
-            self._looks.popitem(last=False)
-        return _picked(look, seconds)
+        decoded = self._cache.get(key)
+        if decoded is None:
+            decoded = _decode(path, content_sha256, self._limits, self._ffmpeg)
+            self.decoded += decoded.clip is not None
+            self._cache[key] = decoded
+        self._cache.move_to_end(key)
+        while len(self._cache) > 1 and sum(one.bytes for one in self._cache.values()) > self._cache_bytes:
+            self._cache.popitem(last=False)
+        return _preview(decoded, seconds)
 
 
-def _look(path: str | Path, content_sha256: str | None, limits: DecodeLimits, ffmpeg: str | None) -> _Look:
+def _decode(
+    path: str | Path, content_sha256: str | None, limits: DecodeLimits, ffmpeg: str | None
+) -> _Decoded:
+    if _is_gone(path):
+        return _Decoded(PreviewStatus.GONE, fault="The file no longer exists.")
     try:
-        before = _identity(path)
+        before = file_identity(path)
         if content_sha256 is not None:
-            found = str(file_facts(str(path))["content_sha256"])
-            if found != content_sha256:
-                return _Look(Sight.CHANGED, fault=_changed(found, content_sha256))
+            digest = file_digest(path).sha256
+            if digest != content_sha256:
+                return _Decoded(PreviewStatus.CHANGED, fault=_changed(digest, content_sha256))
         clip = decode(path, limits, ffmpeg)
-        if content_sha256 is not None and _identity(path) != before:
-            return _Look(Sight.CHANGED, fault="The file changed while it was read.")
-    except FileNotFoundError:
-        return _Look(Sight.GONE, fault="The file is gone from where it was.")
+        if content_sha256 is not None and file_identity(path) != before:
+            return _Decoded(PreviewStatus.CHANGED, fault="The file changed while it was being read.")
     except MediaError as error:
-        return _Look(Sight.UNREADABLE, fault=f"The file cannot be shown: {error}.")
-    return _Look(Sight.SHOWN, clip)
+        return _Decoded(PreviewStatus.UNREADABLE, fault=f"The file cannot be shown: {error}.")
+    return _Decoded(PreviewStatus.SHOWN, clip)
 
 
-def _changed(found: str, recorded: str) -> str:
+def _changed(digest: str, recorded: str) -> str:
     return (
-        f"The file is no longer the one that was stored: its SHA-256 begins with {found[:10]}; the store "
+        f"The file is not the one that was stored: its SHA-256 begins with {digest[:10]}, the store "
         f"recorded {recorded[:10] or 'none'}."
     )
 
 
-def _identity(path: str | Path) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to. Raises `MediaError`, `FileNotFoundError`."""
+def _is_gone(path: str | Path) -> bool:
     try:
-        facts = os.stat(path)
+        os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(path) from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise MediaError(FailureReason.UNREADABLE, getattr(error, "strerror", None) or str(error)) from None
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+        return True
+    except (OSError, ValueError):  # unreadable; ValueError: a zero byte in the name
+        pass
+    return False
 
 
-def _picked(look: _Look, seconds: Iterable[int]) -> Preview:
-    clip = look.clip
+def _preview(decoded: _Decoded, seconds: Iterable[int]) -> Preview:
+    clip = decoded.clip
     if clip is None:
-        return Preview(sight=look.sight, fault=look.fault)
-    there = 0 if clip.frames is None else len(clip.frames)
-    wanted = sorted({second for second in seconds if 0 <= second < there})
-    pictures = {} if clip.frames is None else {second: _picture(clip.frames[second]) for second in wanted}
+        return Preview(status=decoded.status, fault=decoded.fault)
+    frames = () if clip.frames is None else clip.frames
+    shown = sorted({second for second in seconds if 0 <= second < len(frames)})
+    pictures = {second: _picture(frames[second]) for second in shown}
     peak_s, peaks = _peaks(clip.waveform)
     return Preview(
-        sight=look.sight,
+        status=decoded.status,
         pictures=pictures,
         peaks=peaks,
         peak_s=peak_s,
         duration_s=clip.duration_s,
-        seconds=there,
+        seconds=len(frames),
     )
 
 
@@ -178,10 +173,10 @@ def _picture(frame: np.ndarray) -> bytes:
 
 
 def _peaks(waveform: np.ndarray | None) -> tuple[float, tuple[tuple[float, float], ...]]:
-    """(seconds a peak, the peaks) of float32 (S,) at RATE; the last one may stand for less."""
+    """(seconds per peak, the peaks) of float32 (S,) at RATE; the last peak may cover less."""
     if waveform is None or not len(waveform):
         return PEAK_S, ()
-    slice_S = max(round(PEAK_S * RATE), -(-len(waveform) // MOST_PEAKS))
+    slice_S = max(round(PEAK_S * RATE), -(-len(waveform) // MAX_PEAKS))
     starts = np.arange(0, len(waveform), slice_S)
     sound = np.clip(np.nan_to_num(waveform), -1.0, 1.0)
     low, high = np.minimum.reduceat(sound, starts), np.maximum.reduceat(sound, starts)

@@ -1,4 +1,4 @@
-"""Which encoder, and on which device: what the options of the command line mean."""
+"""The encoder and the device that the options of the command line name."""
 
 from pathlib import Path
 
@@ -11,37 +11,36 @@ from r2scp.store.errors import EncoderError, FingerprintMismatch, UsageError
 from r2scp.store.feature_store import FeatureStore
 
 
-def pick_device(wanted: str | None) -> str:
-    """`cpu` or `cuda`: as asked for, or the GPU where there is one."""
+def pick_device(requested: str | None) -> str:
+    """`cpu` or `cuda`: as requested, by default the GPU if there is one."""
     available = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted not in (None, "cpu", "cuda") or (wanted == "cuda" and available == "cpu"):
+    if requested not in (None, "cpu", "cuda") or (requested == "cuda" and available == "cpu"):
         raise UsageError(
-            f"--device must be cpu{', or cuda' if available == 'cuda' else ' here'}; got {wanted!r}"
+            f"--device must be cpu{', or cuda' if available == 'cuda' else ' here'}; got {requested!r}"
         )
-    return wanted or available
+    return requested or available
 
 
 def encoder_spec(name: str, weights: str | None, device: str) -> EncoderSpec:
-    """The encoder that `--encoder NAME --weights FILE` means. Raises `EncoderError`."""
+    """The encoder of `--encoder NAME --weights FILE`. Raises `EncoderError`."""
     source = resolve_encoder(name, weights)
     if not source.startswith("random:"):
         source = str(Path(source).resolve())  # actors work in other folders
-    described = describe_encoder(source, device)
+    description = describe_encoder(source, device)
     return EncoderSpec(
         source=source,
-        fingerprint=described.fingerprint,
-        dim=described.dim,
-        dtype=DTYPE_NAMES[described.dtype],
+        fingerprint=description.fingerprint,
+        dim=description.dim,
+        dtype=DTYPE_NAMES[description.dtype],
         device=device,
-        sha256=described.sha256,
+        sha256=description.sha256,
     )
 
 
 def encoder_of(store: FeatureStore, name: str | None, weights: str | None, device: str) -> EncoderSpec:
-    """The encoder that filled a store; by itself, the one of our own that fits.
+    """The encoder that filled a store: the one named, or the known one with the store's fingerprint.
 
-    Raises `FingerprintMismatch` where the one that is named is another, `EncoderError` where its weights are
-    not there.
+    Raises `FingerprintMismatch` if the one named is another, `EncoderError` if its weights do not exist.
     """
     if name or weights:
         spec = encoder_spec(name or ENCODERS[0], weights, device)
@@ -51,15 +50,15 @@ def encoder_of(store: FeatureStore, name: str | None, weights: str | None, devic
                 f"{spec.fingerprint}: name the encoder that filled it (--encoder, --weights)"
             )
         return spec
-    for known in reversed(ENCODERS):  # the small one first: it is always there
+    for candidate in reversed(ENCODERS):  # the demo encoder first: it comes with the package
         try:
-            spec = encoder_spec(known, None, device)
+            spec = encoder_spec(candidate, None, device)
         except EncoderError:
             continue
         if spec.fingerprint == store.fingerprint:
             return spec
     raise FingerprintMismatch(
         f"the store at {store.uri} was filled by encoder {store.fingerprint}, which is none of "
-        f"{', '.join(ENCODERS)} as they are on this machine; name its weights with --weights FILE, or fetch "
-        "the published ones with `r2scp-pipe weights imagebind-huge`"
+        f"{', '.join(ENCODERS)} as installed on this machine; name its weights with --weights FILE, or "
+        "download the published ones with `r2scp-pipe weights imagebind-huge`"
     )

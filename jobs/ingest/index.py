@@ -1,15 +1,16 @@
-"""`index`: the neighbours of every clip, for each modality that may be missing, under each retrieval mode.
+"""`index`: the neighbours of every clip, for each modality that may be missing, in each retrieval mode.
 
-Where nothing has changed nothing is written: no version, no lease, no run. Each retrieval mode is one commit;
-a run that is killed leaves the modes it had committed, and the next one goes on from there.
+If nothing has changed, nothing is written: no version, no lease, no run. Each retrieval mode is one commit; a
+run that is killed leaves the modes it had committed, and the next one resumes from there.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from r2scp.pipelines.neighbours.plan import ModePlan, plan_neighbours
-from r2scp.pipelines.neighbours.search import Writing, note_valid, write_neighbours
+from r2scp.pipelines.neighbours.search import WriteContext, record_validity, write_neighbours
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
@@ -20,7 +21,7 @@ from r2scp.store.search.bank import MemoryBank
 
 @dataclass(kw_only=True)
 class IndexReport:
-    """The account of one run; `modes` holds `Counts` by retrieval mode."""
+    """The result of one run; `modes` holds `ModeCounts` by retrieval mode."""
 
     bank_clips: int
     bank_serving: dict[str, int]  # modality -> clips of the bank that have it
@@ -33,40 +34,40 @@ class IndexReport:
     searched: int = 0
     seconds: float = 0.0
     neighbours_version: int = 0
-    run_id: str = ""  # "": there was nothing to do
+    run_id: str = ""  # "" where nothing had to be written
 
     def to_json(self) -> dict[str, object]:
         """Plain values, ready for JSON."""
         return asdict(self)
 
 
-Progress = Callable[[str, int, int], None]  # retrieval mode, searches done, searches to do
+OnProgress = Callable[[str, int, int], None]  # retrieval mode, searches done, searches to do
 
 
-def run_index(store: FeatureStore, settings: IndexSettings, progress: Progress) -> IndexReport:
+def run_index(store: FeatureStore, settings: IndexSettings, on_progress: OnProgress) -> IndexReport:
     """Bring `neighbours` up to date with the latest `clips`.
 
-    Raises `StoreError` where the bank is empty, `LeaseHeld` where another writer is at work.
+    Raises `StoreError` if the bank is empty, `LeaseHeld` if another process is writing.
     """
     started = time.monotonic()
-    index = Index.open(store, settings)
-    if index.has_work:
+    update = NeighbourUpdate.open(store, settings)
+    if update.has_work:
         spec = RunSpec(
             kind="index",
             purpose="index",
             config=asdict(settings),
-            account=lambda: index.report().modes,
+            counts=lambda: update.report().modes,
         )
-        with recorded_run(store, spec) as writer:
-            index.write(writer, progress)
-    report = index.report()
+        with recorded_run(store, spec) as run:
+            update.write(run, on_progress)
+    report = update.report()
     report.seconds = round(time.monotonic() - started, 3)
     return report
 
 
 @dataclass(kw_only=True)
-class Index:
-    """What is to do to bring `neighbours` up to date with one version of `clips`; made by `open`."""
+class NeighbourUpdate:
+    """What it takes to bring `neighbours` up to date with one version of `clips`; made by `open`."""
 
     bank: MemoryBank
     settings: IndexSettings
@@ -74,44 +75,42 @@ class Index:
     run_id: str = ""
 
     @classmethod
-    def open(cls, store: FeatureStore, settings: IndexSettings) -> "Index":
-        """Plan; reads only. Raises `StoreError` where the bank is empty."""
+    def open(cls, store: FeatureStore, settings: IndexSettings) -> "NeighbourUpdate":
+        """Plan; reads only. Raises `StoreError` if the bank is empty."""
         bank = MemoryBank.open(store, settings.bank)
         if not len(bank):
             raise StoreError(
-                f"no clip of {store.uri} is in the bank (corpora: {_named(settings.bank.corpora)}, "
-                f"splits: {_named(settings.bank.splits)}); `r2scp-pipe status` lists what there is"
+                f"no clip of {store.uri} is in the bank (corpora: {_join(settings.bank.corpora)}, "
+                f"splits: {_join(settings.bank.splits)}); `r2scp-pipe status` lists its corpora and splits"
             )
         return cls(bank=bank, settings=settings, plans=plan_neighbours(bank, settings))
 
     @property
     def has_work(self) -> bool:
-        """Whether a search is missing or a row stale."""
-        return any(plan.due for plan in self.plans)
+        """Whether a search is missing or a row outdated."""
+        return any(plan.has_work for plan in self.plans)
 
-    def write(self, writer: ActiveRun, progress: Progress) -> None:
-        """Search and commit what is due, mode by mode; note of each that it is right at this version."""
-        self.run_id = writer.run_id
-        self.bank.store.make_tables()
+    def write(self, run: ActiveRun, on_progress: OnProgress) -> None:
+        """Search and commit, mode by mode; record for each that its rows are right at this version."""
+        self.run_id = run.run_id
+        self.bank.store.create_tables()
         for plan in self.plans:
-            if not plan.due:
-                note_valid(self.bank, self.settings, plan, writer.run_id)
+            if not plan.has_work:
+                record_validity(self.bank, self.settings, plan, run.run_id)
                 continue
-            total, name = plan.total, plan.retrieval.value
-
-            def told(done: int, name: str = name, total: int = total) -> None:
-                progress(name, done, total)
-
-            told(0)
-            about = Writing(run_id=writer.run_id, before_commit=writer.lease.require, progress=told)
-            write_neighbours(self.bank, self.settings, plan, about)
+            report_done = partial(_report_done, on_progress, plan.retrieval.value, plan.searches)
+            report_done(0)
+            context = WriteContext(
+                run_id=run.run_id, before_commit=run.lease.require, on_progress=report_done
+            )
+            write_neighbours(self.bank, self.settings, plan, context)
 
     def report(self) -> IndexReport:
-        """The account so far."""
+        """The result so far."""
         bank, scope = self.bank, self.settings.bank
         return IndexReport(
             bank_clips=len(bank),
-            bank_serving={modality.value: bank.serving(modality) for modality in Modality},
+            bank_serving={modality.value: bank.count_with(modality) for modality in Modality},
             bank_version=bank.version,
             bank_fingerprint=bank.fingerprint,
             bank_corpora=list(scope.corpora),
@@ -124,5 +123,9 @@ class Index:
         )
 
 
-def _named(values: tuple[str, ...]) -> str:
+def _report_done(on_progress: OnProgress, mode: str, total: int, done: int) -> None:
+    on_progress(mode, done, total)
+
+
+def _join(values: tuple[str, ...]) -> str:
     return ", ".join(values) or "all"

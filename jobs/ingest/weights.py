@@ -1,7 +1,7 @@
 """Where the encoders' weights come from: the published checkpoint, the demo model in the package, or a file.
 
-The published weights are under a non-commercial licence. They are not part of this software and are fetched
-only when somebody asks for them and accepts the licence.
+The published weights are under a non-commercial licence. They are not part of this software and are
+downloaded only on request, once the licence is accepted.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from r2scp.jobs.ingest.download import Patience, Progress, RemoteFile, download
+from r2scp.jobs.ingest.download import OnProgress, RemoteFile, RetryPolicy, download
 from r2scp.model.imagebind.imagebind import Description, ImageBind, WeightsError
 from r2scp.model.imagebind.weights_file import sha256_of
 from r2scp.store.errors import EncoderError
@@ -38,25 +38,25 @@ def fetch_weights(
     *,
     accept_license: bool,
     remote: RemoteFile = PUBLISHED,
-    progress: Progress | None = None,
-    patience: Patience | None = None,
+    on_progress: OnProgress | None = None,
+    retries: RetryPolicy | None = None,
 ) -> Path:
-    """Fetch the published checkpoint to `dest` (None: `default_weights_path()`) and return where it is.
+    """Download the published checkpoint to `dest` (default: `default_weights_path()`) and return its path.
 
-    A file that is there already and whole is left alone. `progress` is told bytes so far and bytes in all.
-    Raises EncoderError: licence not accepted, network, another file than expected, no room.
+    A complete file is not downloaded again. Raises `EncoderError`: licence not accepted, network, another
+    file than expected, no space.
     """
     dest = dest or default_weights_path()
     if dest.is_file() and dest.stat().st_size == remote.size and sha256_of(dest) == remote.sha256:
         return dest
     if not accept_license:
-        raise EncoderError(f"{TERMS}; to accept that and fetch them: {COMMAND}")
-    download(remote, dest, progress, patience or Patience())
+        raise EncoderError(f"{TERMS}; to accept this and download them: {COMMAND}")
+    download(remote, dest, on_progress, retries or RetryPolicy())
     return dest
 
 
 def resolve_encoder(name: str, weights: str | None = None) -> str:
-    """What `ImageBind.load` is to read for `--encoder NAME --weights FILE|random:SEED`; or EncoderError."""
+    """The source for `ImageBind.load`, from `--encoder NAME --weights FILE|random:SEED`. Raises `EncoderError`."""
     if name not in ENCODERS:
         raise EncoderError(f"the encoder must be one of {', '.join(ENCODERS)}; got {name!r}")
     if weights and weights.startswith("random:"):
@@ -65,16 +65,16 @@ def resolve_encoder(name: str, weights: str | None = None) -> str:
         return weights
     if weights:
         if not Path(weights).is_file():
-            raise EncoderError(f"--weights must name a .pth or .safetensors file; {weights} is not there")
+            raise EncoderError(f"--weights must name a .pth or .safetensors file; {weights} does not exist")
         return weights
     if name == "imagebind-demo":
         packaged = Path(str(resources.files("r2scp.model.imagebind") / "data" / DEMO_WEIGHTS))
         if not packaged.is_file():
-            raise EncoderError(f"{packaged} is missing from this installation: install r2scp-pipe again")
+            raise EncoderError(f"{packaged} is missing from this installation: reinstall r2scp-pipe")
         return str(packaged)
     if not default_weights_path().is_file():
         raise EncoderError(
-            f"{default_weights_path()} is not there; {TERMS}; to accept that and fetch them: {COMMAND} "
+            f"{default_weights_path()} does not exist; {TERMS}; to accept this and download them: {COMMAND} "
             "(or name a file: --weights FILE)"
         )
     return str(default_weights_path())
@@ -83,30 +83,17 @@ def resolve_encoder(name: str, weights: str | None = None) -> str:
 def describe_encoder(
     source: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Description:
-    """Fingerprint, dimension, dtype and sha256 of what `source` holds, without loading it; or EncoderError.
+    """Fingerprint, dimension, dtype and sha256 of an encoder, without loading it. Raises `EncoderError`.
 
-    A file at the default place must be the published checkpoint: half a copy would give wrong features.
+    A file at the default path must be the published checkpoint: an incomplete copy would give wrong features.
     """
     try:
-        described = ImageBind.describe(source, device, dtype)
+        description = ImageBind.describe(source, device, dtype)
     except WeightsError as error:
         raise EncoderError(str(error)) from error
-    if Path(source) == default_weights_path() and described.sha256 != PUBLISHED.sha256:
+    if Path(source) == default_weights_path() and description.sha256 != PUBLISHED.sha256:
         raise EncoderError(
-            f"{source} must be the published checkpoint, sha256 {PUBLISHED.sha256}; got {described.sha256}: "
-            f"remove it and fetch it again ({COMMAND}), or name it with --weights"
+            f"{source} must be the published checkpoint, sha256 {PUBLISHED.sha256}; got {description.sha256}: "
+            f"remove it and download it again ({COMMAND}), or name it with --weights"
         )
-    return described
-
-
-def load_encoder(
-    source: str,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    known_sha256: str | None = None,
-) -> ImageBind:
-    """`ImageBind.load`, with EncoderError for what is wrong with the weights."""
-    try:
-        return ImageBind.load(source, device, dtype, known_sha256)
-    except WeightsError as error:
-        raise EncoderError(str(error)) from error
+    return description

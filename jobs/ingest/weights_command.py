@@ -1,4 +1,4 @@
-"""`weights`: fetching the published checkpoint, seen on stderr."""
+"""`weights`: downloads the published checkpoint, with progress on stderr."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from r2scp.jobs.ingest.weights import fetch_weights, resolve_encoder
 
 
 def fetch_with_progress(encoder: EncoderName, accept_license: bool, dest: Path | None) -> dict[str, object]:
-    """Where the weights are; fetched first if need be. Raises `EncoderError`."""
+    """The path of the weights, downloaded if need be. Raises `EncoderError`."""
     if encoder is EncoderName.DEMO:
         return {"encoder": encoder.value, "path": resolve_encoder(encoder), "comes_with": "the package"}
     with progress_bar() as bar:
@@ -15,6 +15,6 @@ def fetch_with_progress(encoder: EncoderName, accept_license: bool, dest: Path |
         path = fetch_weights(
             absolute(dest) if dest else None,
             accept_license=accept_license,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return {"encoder": encoder.value, "path": str(path)}

@@ -1,16 +1,16 @@
-"""`store export`: clips, questions and neighbours of one moment as Parquet, for all that reads Parquet.
+"""`store export`: clips, questions and neighbours of one snapshot as Parquet.
 
-    >>> export(FeatureStore.open("r2scp-store").at("serving"), Path("features"), Export())
+    >>> export(FeatureStore.open("r2scp-store").at("serving"), Path("features"), ExportOptions())
     >>> datasets.load_dataset("features", "clips", split="train")
 
 Layout: `data/{clips,questions,neighbours}/{split}-00000-of-0000N.parquet`, a dataset card `README.md`, and
-`export.json`, which says of what moment this is and names every file. The folder appears whole or not at
+the manifest `export.json` with the versions of the tables and all files. The folder appears whole or not at
 all.
 
-Clips and questions are each in the files of their own split, neighbours in those of their clip's. `corpora`
-and `splits` choose clips and questions by their own columns (in MUSIC-AVQA a question of the test split may
-be about a clip of the train split); `where` is a condition on clips, and questions follow it. Neighbours
-follow their clips.
+Clips and questions are in the files of their own split, neighbours in those of their clip's. `corpora` and
+`splits` select clips and questions by their own columns (in MUSIC-AVQA a question of the test split may be
+about a clip of the train split); `where` is a condition on clips, and only questions about these are
+exported. Neighbours follow their clips.
 """
 
 import json
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.jobs.console import absolute, progress_bar
-from r2scp.jobs.inspect.condition import both, count_where
+from r2scp.jobs.inspect.condition import all_of, count_where
 from r2scp.jobs.inspect.export_card import card
-from r2scp.jobs.inspect.export_files import Limits, Written, file_names, portable, write_files
-from r2scp.store.commits import lance_errors, sql_literal
+from r2scp.jobs.inspect.export_files import Limits, WrittenFile, file_names, portable, write_files
+from r2scp.store.commits import lance_errors, sql_in, sql_literal
 from r2scp.store.errors import R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import SNAPSHOT_TABLES, Table
 
 FORMAT = 1  # of export.json
-ACCOUNT, CARD, DATA, LOCK = "export.json", "README.md", "data", "lock"
-#: Columns that hold a token a second or a word; without them keys and whole sentences stay.
-SEQUENCES = {Table.CLIPS: {"visual", "audio"}, Table.QUESTIONS: {"words", "choice_sentences"}}
-ROWS_READ = {Table.CLIPS: 16, Table.QUESTIONS: 256, Table.NEIGHBOURS: 1_024}  # at once; a long clip is 2.5 MB
-IO_BYTES = 32 << 20  # that Lance reads ahead
+MANIFEST, CARD, DATA, LOCK = "export.json", "README.md", "data", "lock"
+#: Columns with an embedding per second or word.
+SEQUENCE_COLUMNS = {Table.CLIPS: {"visual", "audio"}, Table.QUESTIONS: {"words", "choice_sentences"}}
+BATCH_ROWS = {Table.CLIPS: 16, Table.QUESTIONS: 256, Table.NEIGHBOURS: 1_024}  # a long clip is 2.5 MB
+READ_AHEAD_BYTES = 32 << 20
 SPLIT_ORDER = ("train", "val", "test")
 
-Progress = Callable[[str, int, int], None]  # table, rows done, rows in all (0: not known)
+OnProgress = Callable[[str, int, int], None]  # table, rows done, rows in all (0: unknown)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Export:
+class ExportOptions:
     """What to export; see the module."""
 
     corpora: tuple[str, ...] = ()
@@ -58,8 +59,8 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Moment:
-    """One version of each table. `at`: when each was written, which tells stores apart."""
+class TableVersions:
+    """The versions to export. `at`: when each was written, which distinguishes stores."""
 
     encoder: str
     dim: int
@@ -67,151 +68,151 @@ class Moment:
     at: dict[str, str]
 
     @classmethod
-    def of(cls, store: FeatureStore) -> "Moment":
-        """What `store` reads now: its snapshot, or the latest."""
-        there, versions, at = store.tables(), {}, {}
+    def of(cls, store: FeatureStore) -> "TableVersions":
+        """What `store` reads now: its snapshot, or the latest versions."""
+        existing, versions, at = store.tables(), {}, {}
         for table in SNAPSHOT_TABLES:
-            if table in there:
+            if table in existing:
                 dataset = store.dataset(table)
                 versions[table.value] = dataset.version
                 with lance_errors("read the versions of", store.address(table).uri):
-                    [when] = (v["timestamp"] for v in dataset.versions() if v["version"] == dataset.version)
-                at[table.value] = when.isoformat()
+                    [written] = (
+                        v["timestamp"] for v in dataset.versions() if v["version"] == dataset.version
+                    )
+                assert isinstance(written, datetime)
+                at[table.value] = written.isoformat()
         return cls(encoder=store.fingerprint, dim=store.dim, versions=versions, at=at)
 
 
-def export_with_progress(store: FeatureStore, folder: Path, wanted: Export) -> dict[str, Any]:
-    """`export`, seen on stderr."""
+def export_with_progress(store: FeatureStore, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    """`export` with a progress bar on stderr."""
     with progress_bar() as bar:
         tasks: dict[str, Any] = {}
 
-        def progress(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total or None, note="rows")
-            bar.update(tasks[name], completed=done)
+        def update(table: str, done: int, total: int) -> None:
+            if table not in tasks:
+                tasks[table] = bar.add_task(table, total=total or None, note="rows")
+            bar.update(tasks[table], completed=done)
 
-        return export(store, absolute(folder), wanted, progress)
+        return export(store, absolute(folder), options, update)
 
 
 def export(
-    store: FeatureStore, folder: Path, wanted: Export, progress: Progress = lambda *_: None
+    store: FeatureStore, folder: Path, options: ExportOptions, on_progress: OnProgress = lambda *_: None
 ) -> dict[str, Any]:
-    """Write `folder`; what is in it, as plain values.
+    """Write `folder`; a summary of its contents, as plain values.
 
-    A folder that holds an export of the same moment and choice is left as it is. Raises `UsageError` for any
-    other folder that is not empty, and for a condition that is none; `StoreError` where there is no clip to
-    export; `R2SCPError` where the disk does not take it.
+    A folder with an export of the same versions and options is left as it is. Raises `UsageError` for any
+    other folder that is not empty, and for an invalid condition; `StoreError` if there is no clip to export;
+    `R2SCPError` if the folder cannot be written.
     """
-    started, moment = time.monotonic(), Moment.of(store)
-    if wanted.where is not None:
-        count_where(store, wanted.where)
-    choice = {name: value for name, value in asdict(wanted).items() if name != "limits"}
-    account = {"format": FORMAT, **asdict(moment), "choice": json.loads(json.dumps(choice))}
-    held = _held(folder, account)
-    if held is not None:
-        return _report(folder, held, started) | {"unchanged": True}
-    work = _Work(store=store, moment=moment, wanted=wanted, progress=progress)
-    with _whole(folder) as part:
-        account |= work.write(part)
-        (part / CARD).write_text(card(account), encoding="utf-8")
-        (part / ACCOUNT).write_text(json.dumps(account, indent=1) + "\n", encoding="utf-8")
-    return _report(folder, account, started) | {"unchanged": False}
+    started, versions = time.monotonic(), TableVersions.of(store)
+    if options.where is not None:
+        count_where(store, options.where)
+    choice = {name: value for name, value in asdict(options).items() if name != "limits"}
+    manifest = {"format": FORMAT, **asdict(versions), "choice": json.loads(json.dumps(choice))}
+    existing = _existing(folder, manifest)
+    if existing is not None:
+        return _summary(folder, existing, started) | {"unchanged": True}
+    writer = _Writer(store=store, versions=versions.versions, options=options, on_progress=on_progress)
+    with _atomic_folder(folder) as part:
+        manifest |= writer.write(part)
+        (part / CARD).write_text(card(manifest), encoding="utf-8")
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return _summary(folder, manifest, started) | {"unchanged": False}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
+class _Writer:
+    """Writes the data files of one export."""
+
     store: FeatureStore
-    moment: Moment
-    wanted: Export
-    progress: Progress
+    versions: dict[str, int]
+    options: ExportOptions
+    on_progress: OnProgress
 
     def write(self, part: Path) -> dict[str, Any]:
-        """All data files, below `part`: `split_names`, `configs` and `files` of the account."""
-        clips = self._splits(Table.CLIPS, self.wanted.where)
+        """Write all files below `part`; the manifest's `split_names`, `configs` and `files`."""
+        clips = self._split_rows(Table.CLIPS)
         if not clips:
-            raise StoreError("there is no clip to export; `r2scp-pipe status` says what there is")
-        names = file_names({*clips, *self._splits(Table.QUESTIONS, None)})
-        # Ids of the clips that are exported, where another table must follow them.
-        ids = {split: self._ids(split) for split in clips}
-        chosen = None if self.wanted.where is None else pa.concat_arrays(list(ids.values()))
+            raise StoreError("there is no clip to export; `r2scp-pipe status` says what the store has")
+        names = file_names({*clips, *self._split_rows(Table.QUESTIONS)})
+        clip_ids = {split: self._clip_ids(split) for split in clips}
+        asked_about = None if self.options.where is None else pa.concat_arrays(list(clip_ids.values()))
         configs: dict[str, dict[str, int]] = {}
         files: dict[str, dict[str, int]] = {}
         for table in SNAPSHOT_TABLES:
-            if table.value not in self.moment.versions:
+            if table.value not in self.versions:
                 continue
-            done, total, splits = 0, 0, {split: 0 for split in clips}
+            done, splits = 0, dict.fromkeys(clips, 0)
             if table is not Table.NEIGHBOURS:
-                splits = self._splits(table, self.wanted.where if table is Table.CLIPS else None)
-                total = sum(splits.values())
+                splits = self._split_rows(table)
             for split in splits:
-                among = {Table.NEIGHBOURS: ids.get(split), Table.QUESTIONS: chosen}.get(table)
-                for file in self._files(part, table, split, names[split], among):
-                    told = {"rows": file.rows, "bytes": file.bytes}
-                    files[file.path.relative_to(part).as_posix()] = told
+                about = {Table.NEIGHBOURS: clip_ids.get(split), Table.QUESTIONS: asked_about}.get(table)
+                for file in self._write_split(part, table, split, names[split], about):
+                    path = file.path.relative_to(part).as_posix()
+                    files[path] = {"rows": file.rows, "bytes": file.bytes}
                     rows = configs.setdefault(table.value, {})
                     rows[names[split]] = rows.get(names[split], 0) + file.rows
                     done += file.rows
-                    self.progress(table.value, done, total)
+                    self.on_progress(table.value, done, sum(splits.values()))
         used = {name for rows in configs.values() for name in rows}
-        return {
-            "split_names": {name: split for split, name in names.items() if name in used},
-            "configs": configs,
-            "files": files,
-        }
+        split_names = {name: split for split, name in names.items() if name in used}
+        return {"split_names": split_names, "configs": configs, "files": files}
 
-    def _files(
-        self, part: Path, table: Table, split: str | None, name: str, among: pa.StringArray | None
-    ) -> list[Written]:
+    def _write_split(
+        self, part: Path, table: Table, split: str | None, name: str, about: pa.StringArray | None
+    ) -> list[WrittenFile]:
         schema = self.store.address(table).schema
-        left_out = set() if self.wanted.sequences else SEQUENCES.get(table, set())
-        columns = [column for column in schema.names if column not in left_out]
-        condition = None if table is Table.NEIGHBOURS else self._condition(table, split)
-        batches = self._batches(table, columns, condition, among)
-        kept = portable(pa.schema([schema.field(column) for column in columns]))
-        return write_files(batches, kept, part / DATA / table.value, name, self.wanted.limits)
+        omitted = set() if self.options.sequences else SEQUENCE_COLUMNS.get(table, set())
+        columns = [column for column in schema.names if column not in omitted]
+        condition = None if table is Table.NEIGHBOURS else self._of_split(table, split)
+        batches = self._batches(table, columns, condition, BATCH_ROWS[table], about)
+        file_schema = portable(pa.schema([schema.field(column) for column in columns]))
+        return write_files(batches, file_schema, part / DATA / table.value, name, self.options.limits)
 
-    def _condition(self, table: Table, split: str | None) -> str | None:
-        own = "split IS NULL" if split is None else f"split = {sql_literal(split)}"
-        return both(self._choice(self.wanted.where if table is Table.CLIPS else None), own)
+    def _of_split(self, table: Table, split: str | None) -> str | None:
+        is_split = "split IS NULL" if split is None else f"split = {sql_literal(split)}"
+        return all_of(self._selection(table), is_split)
 
-    def _choice(self, where: str | None) -> str | None:
-        return both(where, _one_of("corpus", self.wanted.corpora), _one_of("split", self.wanted.splits))
+    def _selection(self, table: Table) -> str | None:
+        """The condition on rows of clips or questions."""
+        columns = (("corpus", self.options.corpora), ("split", self.options.splits))
+        conditions = [sql_in(column, values) for column, values in columns if values]
+        return all_of(self.options.where if table is Table.CLIPS else None, *conditions)
 
-    def _splits(self, table: Table, where: str | None) -> dict[str | None, int]:
+    def _split_rows(self, table: Table) -> dict[str | None, int]:
         """Split -> rows, in the order in which they are written."""
         counts: dict[str | None, int] = {}
-        for batch in self._batches(table, ["split"], self._choice(where), None, rows=65_536):
-            for pair in pc.value_counts(batch["split"]).to_pylist():
+        for batch in self._batches(table, ["split"], self._selection(table)):
+            for pair in batch["split"].value_counts().to_pylist():
                 counts[pair["values"]] = counts.get(pair["values"], 0) + pair["counts"]
-        return dict(sorted(counts.items(), key=lambda item: _place(item[0])))
+        return dict(sorted(counts.items(), key=lambda item: _split_order(item[0])))
 
-    def _ids(self, split: str | None) -> pa.StringArray:
-        condition = self._condition(Table.CLIPS, split)
-        parts = [
-            batch["clip_id"] for batch in self._batches(Table.CLIPS, ["clip_id"], condition, None, 65_536)
-        ]
-        return pa.concat_arrays(parts)
+    def _clip_ids(self, split: str | None) -> pa.StringArray:
+        batches = self._batches(Table.CLIPS, ["clip_id"], self._of_split(Table.CLIPS, split))
+        return pa.concat_arrays([batch["clip_id"] for batch in batches])
 
     def _batches(
         self,
         table: Table,
         columns: list[str],
         condition: str | None,
-        among: pa.StringArray | None,
-        rows: int | None = None,
+        batch_rows: int = 65_536,
+        about: pa.StringArray | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Rows in the table's order; with `among`, of these clips alone."""
-        if table.value not in self.moment.versions:
+        """Rows in the table's order; with `about`, only of these clips."""
+        if table.value not in self.versions:
             return
-        dataset = self.store.dataset(table, self.moment.versions[table.value])
+        dataset = self.store.dataset(table, self.versions[table.value])
         with lance_errors("read", self.store.address(table).uri):
             scanner = dataset.scanner(
                 columns=columns,
                 filter=condition,
-                batch_size=rows or ROWS_READ[table],
+                batch_size=batch_rows,
                 batch_readahead=1,
                 fragment_readahead=1,
-                io_buffer_size=IO_BYTES,
+                io_buffer_size=READ_AHEAD_BYTES,
                 scan_in_order=True,
             )
             reader = iter(scanner.to_batches())
@@ -220,46 +221,41 @@ class _Work:
                 batch = next(reader, None)
             if batch is None:
                 return
-            yield batch if among is None else batch.filter(pc.is_in(batch["clip_id"], value_set=among))
+            yield batch if about is None else batch.filter(pc.field("clip_id").isin(about))
 
 
-def _one_of(column: str, values: tuple[str, ...]) -> str | None:
-    return f"{column} IN ({', '.join(map(sql_literal, values))})" if values else None
+def _split_order(split: str | None) -> tuple[int, str]:
+    return SPLIT_ORDER.index(split) if split in SPLIT_ORDER else len(SPLIT_ORDER), split or ""
 
 
-def _place(split: str | None) -> tuple[int, str]:
-    known = split in SPLIT_ORDER
-    return (SPLIT_ORDER.index(split) if known else len(SPLIT_ORDER)), split or ""
-
-
-def _held(folder: Path, account: dict[str, Any]) -> dict[str, Any] | None:
-    """The account of an export that is there already, None for a new or an empty folder."""
+def _existing(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of an existing export of the same, None for a new or empty folder."""
     try:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return None
-        found = json.loads((folder / ACCOUNT).read_bytes())
-        same = all(found.get(name) == value for name, value in account.items())
-        sizes = {name: (folder / name).stat().st_size for name in found["files"]} if same else {}
-        if same and all(sizes[name] == facts["bytes"] for name, facts in found["files"].items()):
-            return found
+        existing = json.loads((folder / MANIFEST).read_bytes())
+        same = all(existing.get(name) == value for name, value in manifest.items())
+        sizes = {name: (folder / name).stat().st_size for name in existing["files"]} if same else {}
+        if same and all(sizes[name] == facts["bytes"] for name, facts in existing["files"].items()):
+            return existing
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UsageError(
-        f"{folder} must be a new or empty folder, or hold an export of this very moment and choice; it holds "
-        "something else: name another folder, or remove it"
+        f"{folder} must be a new or empty folder, or hold an export of the same versions with the same "
+        "options; it holds something else: name another folder, or remove it"
     )
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end; nothing of it stays where that fails."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end; if anything fails, it is removed."""
     part = folder.with_name(f".{folder.name}.r2scp-export")
     try:
         part.mkdir(parents=True, exist_ok=True)
         with (part / LOCK).open("ab") as lock:
-            _take(lock.fileno(), part)
+            _lock(lock.fileno(), part)
             shutil.rmtree(part / DATA, ignore_errors=True)  # of an export that was killed
-            for name in (CARD, ACCOUNT):
+            for name in (CARD, MANIFEST):
                 (part / name).unlink(missing_ok=True)
             try:
                 yield part
@@ -274,21 +270,20 @@ def _whole(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def _take(lock: int, part: Path) -> None:
+def _lock(file: int, part: Path) -> None:
     try:
-        flock(lock, LOCK_EX | LOCK_NB)
+        flock(file, LOCK_EX | LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(f"another export writes into {part}; wait for it, or stop it") from error
 
 
-def _report(folder: Path, account: dict[str, Any], started: float) -> dict[str, Any]:
-    size = sum(facts["bytes"] for facts in account["files"].values())
+def _summary(folder: Path, manifest: dict[str, Any], started: float) -> dict[str, Any]:
     return {
         "folder": str(folder),
-        "encoder": account["encoder"],
-        "versions": account["versions"],
-        "rows": account["configs"],
-        "files": len(account["files"]),
-        "bytes": size,
+        "encoder": manifest["encoder"],
+        "versions": manifest["versions"],
+        "rows": manifest["configs"],
+        "files": len(manifest["files"]),
+        "bytes": sum(facts["bytes"] for facts in manifest["files"].values()),
         "seconds": round(time.monotonic() - started, 1),
     }

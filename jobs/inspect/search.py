@@ -1,8 +1,8 @@
-"""`store search`: clips by a text, through the encoder's text tower, or clips like one that is there.
+"""`store search`: clips by a text, through the encoder's text tower, or clips similar to a stored one.
 
-A text is compared with the picture keys and with the sound keys, and each is ranked by itself. They are not
-merged: how near an encoder puts texts to pictures, and how near to sounds, differs for reasons that have
-nothing to do with the text, so a score of one says nothing beside a score of the other.
+A text is compared with the visual keys and with the audio keys, and each modality is ranked by itself. The
+lists are not merged: how close an encoder places texts to pictures, and how close to sounds, differs for
+reasons unrelated to the text, so that scores of the two are not comparable.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from r2scp.jobs.ingest.encoders import encoder_of, pick_device
-from r2scp.jobs.inspect.condition import both, count_where
-from r2scp.jobs.inspect.show import literal_id, near_names
+from r2scp.jobs.inspect.condition import all_of, count_where
+from r2scp.jobs.inspect.show import clip_id_literal, did_you_mean
 from r2scp.jobs.inspect.tables import listing
 from r2scp.model.imagebind.tokenizer import CONTEXT, Tokenizer
 from r2scp.pipelines.extraction.embed import Encoder
@@ -25,20 +25,20 @@ from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality
 from r2scp.store.search.bank import KEY_COLUMNS
 from r2scp.store.search.vector_search import Hit, ServingIndex
-from r2scp.store.token_cache import views
+from r2scp.store.token_cache import token_views
 
 BOTH = "both"
-ORDER = (Modality.VISUAL, Modality.AUDIO)  # as they are shown
-HEADINGS = {"visual": "by what is to be seen", "audio": "by what is to be heard"}
-START_AND_END = 2  # tokens of a text that says nothing
-TOLD = ("clip_id", "corpus", "split", "labels", "uri", "duration_s", "content_sha256")
+ORDER = (Modality.VISUAL, Modality.AUDIO)  # of the lists
+HEADINGS = {"visual": "Visual matches", "audio": "Audio matches"}
+START_AND_END = 2  # tokens of an empty text
+COLUMNS = ("clip_id", "corpus", "split", "labels", "uri", "duration_s", "content_sha256")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
-    """What to look for: a text, or clips like one. `most` of each modality; `where`: a condition on clips.
+    """A text, or a clip whose like to find. `most`: hits per modality; `where`: a condition on clips.
 
-    Raises `UsageError` for what cannot be.
+    Raises `UsageError` for invalid values.
     """
 
     text: str | None = None
@@ -49,7 +49,7 @@ class Query:
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.like is None):
-            raise UsageError('give a text, such as "a dog barking", or --like CLIP, and not both')
+            raise UsageError('give either a text, such as "a dog barking", or --like CLIP')
         if self.modality not in (BOTH, *Modality):
             raise UsageError(f"--in must be one of {', '.join((*ORDER, BOTH))}; got {self.modality!r}")
         if self.most < 1:
@@ -61,12 +61,12 @@ class Query:
 
 
 def run_search(store: FeatureStore, query: Query, encoder: Encoder | None = None) -> dict[str, Any]:
-    """What is nearest to a query, as plain values: `found` has a list for each modality, the best first.
+    """The clips nearest to a query, as plain values: `found` has a list per modality, best first.
 
-    Each has its `score`, the cosine of the query and the clip's key, and `second`, the second of the clip
-    that is most like the query. `encoder`: the one that filled the store, found by itself where none is
-    given. Raises `UsageError` for a condition or text that is none, `StoreError` where there is no such clip,
-    `FingerprintMismatch` where the encoder is none of ours.
+    Each hit has a `score`, the cosine of the query and the clip's key, and the `second` of the clip that is
+    most similar to the query. `encoder` is by default the one that filled the store. Raises `UsageError` for
+    an invalid condition or text, `StoreError` if there is no such clip, `FingerprintMismatch` if the store's
+    encoder is unknown.
     """
     matching = None if query.where is None else count_where(store, query.where)
     notes = ["no clip meets the condition"] if matching == 0 else []
@@ -76,11 +76,11 @@ def run_search(store: FeatureStore, query: Query, encoder: Encoder | None = None
         keys = dict.fromkeys(query.modalities, text_key(encoder, query.text))
     else:
         keys = _keys_of(store, query, notes)
-    index = ServingIndex(store, in_memory_bytes=0)  # for one search it is not worth reading all keys
+    index = ServingIndex(store, in_memory_bytes=0)  # one search is not worth reading all keys
     found: dict[str, list[dict[str, Any]]] = {modality.value: [] for modality in query.modalities}
     for modality, key_D in keys.items():
         hits = _nearest(index, query, modality, key_D)
-        found[modality.value] = _described(store, index.version, (modality, key_D), hits)
+        found[modality.value] = _hit_rows(store, index.version, modality, key_D, hits)
     return {
         "store": store.uri,
         "encoder": store.fingerprint,
@@ -93,55 +93,41 @@ def run_search(store: FeatureStore, query: Query, encoder: Encoder | None = None
 
 
 def check_text(text: str, notes: list[str]) -> None:
-    """Note where the text tower does not see all of a text. Raises `UsageError` where it sees nothing."""
+    """Add a note if the text tower does not see all of a text. Raises `UsageError` if it sees nothing."""
     length = int(Tokenizer().tokens([text]).lengths_N[0])
     if length <= START_AND_END:
-        raise UsageError(f'there is nothing to look for in {text!a}; give a text, such as "a dog barking"')
+        raise UsageError(f'the text {text!a} is empty; give one such as "a dog barking"')
     if length >= CONTEXT:
-        notes.append(f"the text is long: no more than its first {CONTEXT - START_AND_END} tokens count")
+        notes.append(f"the text is too long: only its first {CONTEXT - START_AND_END} tokens count")
 
 
 def text_key(encoder: Encoder, text: str) -> np.ndarray:
-    """float32 (D,), of unit length: what the text tower reads off the end of the whole text."""
+    """(D,) float32, unit norm: the text tower's embedding of the whole text."""
     return encoder.questions([text])[1][0]
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """A table for each modality, on stdout."""
+def show(result: Mapping[str, Any]) -> None:
+    """Print the result of `run_search`, a table per modality."""
     parts: list[RenderableType] = []
-    for modality, rows in found["found"].items():
-        cells = [
-            (
-                at,
-                row["clip_id"],
-                row["score"],
-                clock(row["second"]),
-                row["split"],
-                ", ".join(row["labels"] or ()),
-            )
-            for at, row in enumerate(rows, 1)
-        ]
+    for modality, hits in result["found"].items():
+        rows = []
+        for rank, hit in enumerate(hits, 1):
+            time = f"{hit['second'] // 60}:{hit['second'] % 60:02d}"
+            labels = ", ".join(hit["labels"] or ())
+            rows.append((rank, hit["clip_id"], hit["score"], time, hit["split"], labels))
         columns = ("", "clip", "score", "at", "split", "labels")
-        parts += [listing(HEADINGS[modality], columns, cells, wide=1), Text()]
-    parts += [Text(f"note: {note}", style="yellow") for note in found["notes"]]
+        parts += [listing(HEADINGS[modality], columns, rows, wide=1), Text()]
+    parts += [Text(f"note: {note}", style="yellow") for note in result["notes"]]
     Console(markup=False, highlight=False, emoji=False).print(Group(*parts))
 
 
-def clock(second: int) -> str:
-    """A second of a clip as minutes and seconds."""
-    return f"{second // 60}:{second % 60:02d}"
-
-
 def _keys_of(store: FeatureStore, query: Query, notes: list[str]) -> dict[Modality, np.ndarray]:
-    """The clip's own keys, of those modalities that it has."""
+    """The clip's own keys, of the modalities that it has."""
     assert query.like is not None
     columns = [KEY_COLUMNS[modality] for modality in query.modalities]
-    rows = store.clips(columns, where=f"clip_id = {literal_id(query.like)}").to_pylist()
+    rows = store.clips(columns, where=f"clip_id = {clip_id_literal(query.like)}").to_pylist()
     if not rows:
-        near = ", ".join(near_names(store, query.like))
-        raise StoreError(
-            f"there is no clip {query.like!a} in {store.uri}" + (f"; near it: {near}" if near else "")
-        )
+        raise StoreError(f"there is no clip {query.like!a} in {store.uri}{did_you_mean(store, query.like)}")
     keys = {}
     for modality, column in zip(query.modalities, columns, strict=True):
         if rows[0][column] is None:
@@ -152,23 +138,21 @@ def _keys_of(store: FeatureStore, query: Query, notes: list[str]) -> dict[Modali
 
 
 def _nearest(index: ServingIndex, query: Query, modality: Modality, key_D: np.ndarray) -> list[Hit]:
-    """Without the clip itself, where clips like one are looked for."""
+    """The hits for one modality, without the clip of `like` itself."""
     itself = 0 if query.like is None else 1
-    hits = index.nearest(key_D, modality, query.most + itself, both(query.where))
+    hits = index.nearest(key_D, modality, query.most + itself, all_of(query.where))
     return [hit for hit in hits if hit.clip_id != query.like][: query.most]
 
 
-def _described(
-    store: FeatureStore, version: int, asked: tuple[Modality, np.ndarray], hits: Sequence[Hit]
+def _hit_rows(
+    store: FeatureStore, version: int, modality: Modality, key_D: np.ndarray, hits: Sequence[Hit]
 ) -> list[dict[str, Any]]:
-    """What a person needs to know of each hit, in their order; of the very version that was searched."""
-    modality, key_D = asked
+    """The hits' rows in the version that was searched, with score and best matching second."""
     if not hits:
         return []
-
-    columns = [*TOLD, f"{modality}_status", modality.value]
+    columns = [*COLUMNS, f"{modality}_status", modality.value]
     table = store.clips(columns, sql_in("clip_id", (hit.clip_id for hit in hits)), version)
-    tokens = [tokens_TD for chunk in table[modality.value].chunks for tokens_TD in views(chunk, store.dim)]
+    tokens = [view for chunk in table[modality.value].chunks for view in token_views(chunk, store.dim)]
     rows = {}
     for row, tokens_TD in zip(table.drop_columns([modality.value]).to_pylist(), tokens, strict=True):
         second = int((tokens_TD.astype(np.float32) @ key_D).argmax()) if len(tokens_TD) else 0

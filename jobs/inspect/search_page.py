@@ -1,4 +1,4 @@
-"""`store search --html`: what was found as a page with pictures."""
+"""`store search --html`: the result as a page with pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,45 +10,44 @@ from r2scp.jobs.html.thumbnails import Previews
 from r2scp.jobs.inspect.search import HEADINGS
 from r2scp.store.atomic_file import replace_file
 
-MOST_DRAWN = 60  # clips of each list: a quarter of a second each to decode
+MAX_PICTURES = 60  # per list: each takes a quarter of a second to decode
 LEDE = (
-    "The nearest clips, each with the second that fits best. A score is the cosine of the query and the "
-    "clip's key; scores by sight and by sound cannot be compared with each other."
+    "The nearest clips, each at its best matching second. A score is the cosine of the query and the clip's "
+    "key; visual and audio scores cannot be compared with each other."
 )
 
 
-def write_page(found: Mapping[str, Any], path: Path) -> Path:
-    """What `run_search` found as one HTML file, whole or not at all. Raises `R2SCPError`.
+def write_page(result: Mapping[str, Any], path: Path) -> Path:
+    """Write the result of `run_search` as one HTML file, whole or not at all. Raises `R2SCPError`.
 
-    Pictures are of the files as the store knows them; where one is gone or has changed, the page says so.
+    Pictures show the files as they were stored; the page says if a file is gone or has changed.
     """
-    query, previews, lists = found["query"], Previews(), []
+    query, previews, lists = result["query"], Previews(), []
     with progress_bar() as bar:
-        total = sum(min(len(hits), MOST_DRAWN) for hits in found["found"].values())
+        total = sum(min(len(hits), MAX_PICTURES) for hits in result["found"].values())
         task = bar.add_task("pictures", total=total, note="clips")
-        for modality, hits in found["found"].items():
-            drawn = []
-            for hit in hits[:MOST_DRAWN]:
-                drawn.append(
-                    (hit, previews.preview(hit["uri"] or "", (hit["second"],), hit["content_sha256"]))
-                )
+        for modality, hits in result["found"].items():
+            shown = []
+            for hit in hits[:MAX_PICTURES]:
+                preview = previews.preview(hit["uri"] or "", (hit["second"],), hit["content_sha256"])
+                shown.append((hit, preview))
                 bar.advance(task)
-            heading = HEADINGS[modality].capitalize()
-            lists.append({"id": modality, "heading": heading, "hits": drawn, "rest": len(hits) - len(drawn)})
-    asked = f"“{query['text']}”" if query["text"] is not None else f"clips like {query['like']}"
+            rest = len(hits) - len(shown)
+            lists.append({"id": modality, "heading": HEADINGS[modality], "hits": shown, "rest": rest})
+    title = f"“{query['text']}”" if query["text"] is not None else f"clips like {query['like']}"
     values = {
-        "heading": f"Search: {asked}",
+        "heading": f"Search: {title}",
         "lede": LEDE,
-        "notes": found["notes"],
+        "notes": result["notes"],
         "links": [(each["id"], each["heading"]) for each in lists],
         "lists": lists,
         "provenance": [
-            ("Store", found["store"]),
-            ("Encoder", found["encoder"]),
-            ("Version of clips", found["clips_version"]),
+            ("Store", result["store"]),
+            ("Encoder", result["encoder"]),
+            ("Version of clips", result["clips_version"]),
             ("Condition", query["where"] or "none"),
         ],
     }
-    place = absolute(path)
-    replace_file(place, page("search.html", values).encode())
-    return place
+    path = absolute(path)
+    replace_file(path, page("search.html", values).encode())
+    return path

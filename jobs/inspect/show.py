@@ -1,4 +1,4 @@
-"""`store show`: all that is known of one clip."""
+"""`store show`: all that the store knows of one clip."""
 
 import heapq
 import json
@@ -19,7 +19,7 @@ from r2scp.store.schema import MODALITY_NAMES, Modality, Table
 
 KEYS = ("visual_key", "audio_key")
 SEQUENCES = ("visual", "audio")
-#: Columns of `clips` by what they tell; `modalities` has those of the two streams.
+#: Columns of `clips`, without those of the two streams.
 FACTS = ("corpus", "video_id", "source_id", "split", "labels", "duration_s", "decode_errors")
 PROVENANCE = (
     "uri",
@@ -31,28 +31,24 @@ PROVENANCE = (
     "run_id",
     "ingested_at",
 )
-ASKED = ("question_id", "split", "type", "question", "answer", "choices", "answer_index")
-NEAR_NAMES = 5  # told where there is no such clip
-LOOKED_AT = 64  # of the names that share most, compared letter by letter
-PART = 3  # letters of the parts that names are compared by
+QUESTION_COLUMNS = ("question_id", "split", "type", "question", "answer", "choices", "answer_index")
+SUGGESTIONS = 5  # if there is no such clip
+CANDIDATES = 64  # names with the most trigrams in common, which are then compared letter by letter
 
 
 def clip_facts(store: FeatureStore, clip_id: str) -> dict[str, Any]:
-    """All that is known of one clip, as plain values.
+    """All that the store knows of one clip, as plain values.
 
-    `clip` and `provenance` are None where it is in `failures` only, `failure` is None where it never failed,
-    and `failure["past"]` tells whether it was stored since. Scores are cosines. Raises `StoreError` for a
-    clip that is in neither, with names like it.
+    `clip` and `provenance` are None for a clip that is only in `failures`, `failure` is None for one that
+    never failed, and `failure["past"]` says whether it was stored since. Scores are cosines. Raises
+    `StoreError`, with similar names, for a clip that is in neither.
     """
-    where = f"clip_id = {literal_id(clip_id)}"
+    where = f"clip_id = {clip_id_literal(clip_id)}"
     clip = _only(store.clips(where=where).drop_columns(list(KEYS)).to_pylist())
     failure = _only(store.failures(where).to_pylist())
     if clip is None and failure is None:
-        near = ", ".join(near_names(store, clip_id))
-        raise StoreError(
-            f"there is no clip {clip_id!a} in {store.uri}, nor a failure of it"
-            + (f"; near it: {near}" if near else "; `r2scp-pipe status` says what there is")
-        )
+        hint = did_you_mean(store, clip_id) or "; `r2scp-pipe status` says what the store has"
+        raise StoreError(f"there is no clip {clip_id!a} in {store.uri}, nor a failure of it{hint}")
     neighbours = store.neighbours(where=where).to_pylist() if Table.NEIGHBOURS in store.tables() else []
     return {
         "clip_id": clip_id,
@@ -68,58 +64,64 @@ def clip_facts(store: FeatureStore, clip_id: str) -> dict[str, Any]:
     }
 
 
-def near_names(store: FeatureStore, clip_id: str, most: int = NEAR_NAMES) -> list[str]:
-    """Ids of clips and failures that look like `clip_id`, the likest first."""
-    wanted = clip_id.casefold()
-    parts = {wanted[at : at + PART] for at in range(max(1, len(wanted) - PART + 1))}
+def did_you_mean(store: FeatureStore, clip_id: str) -> str:
+    """What an error message says of similar ids; "" if there are none."""
+    names = ", ".join(similar_ids(store, clip_id))
+    return f". Did you mean {names}?" if names else ""
+
+
+def similar_ids(store: FeatureStore, clip_id: str, limit: int = SUGGESTIONS) -> list[str]:
+    """Ids of clips and failures that resemble `clip_id`, the most similar first."""
+    query = clip_id.casefold()
+    trigrams = {query[at : at + 3] for at in range(max(1, len(query) - 2))}
 
     def names() -> Iterable[str]:
         for table in (Table.CLIPS, Table.FAILURES):
             for batch in store.dataset(table).to_batches(columns=["clip_id"]):
                 yield from batch["clip_id"].to_pylist()
 
-    shared = ((sum(part in name.casefold() for part in parts), name) for name in names())
-    candidates = {name for count, name in heapq.nlargest(LOOKED_AT, shared) if count}
-    compared = SequenceMatcher(None, b=wanted, autojunk=False)
+    shared = ((sum(trigram in name.casefold() for trigram in trigrams), name) for name in names())
+    candidates = {name for count, name in heapq.nlargest(CANDIDATES, shared) if count}
+    matcher = SequenceMatcher(None, b=query, autojunk=False)
 
-    def likeness(name: str) -> tuple[float, str]:
-        compared.set_seq1(name.casefold())
-        return -compared.ratio(), name
+    def order(name: str) -> tuple[float, str]:
+        matcher.set_seq1(name.casefold())
+        return -matcher.ratio(), name
 
-    return sorted(candidates, key=likeness)[:most]
+    return sorted(candidates, key=order)[:limit]
 
 
-def show(told: Mapping[str, Any], neighbours: int) -> None:
-    """`clip_facts` on stdout; of each list of neighbours so many."""
+def show(result: Mapping[str, Any], neighbours: int) -> None:
+    """Print the result of `clip_facts`, with up to so many `neighbours` per list."""
     parts: list[RenderableType] = []
-    clip, failure = told["clip"], told["failure"]
-    title = f"clip {cell(told['clip_id'])}"
+    clip, failure = result["clip"], result["failure"]
+    title = f"clip {cell(result['clip_id'])}"
     if clip is None:
         parts.append(Text(f"{title}: not stored", style="bold red"))
     else:
         pairs = [(name.replace("_", " "), _joined(clip[name])) for name in FACTS]
-        parts += [facts(title, pairs), Text(), _streams(told["modalities"]), Text()]
-        parts += [facts("where it came from", _origin(told["provenance"])), Text()]
+        parts += [facts(title, pairs), Text(), _streams(result["modalities"]), Text()]
+        parts += [facts("provenance", _origin(result["provenance"])), Text()]
     if failure is not None:
-        said = "a failure that is past: it was stored since" if failure["past"] else "its last failure"
-        parts += [facts(said, [(name.replace("_", " "), value) for name, value in failure.items()]), Text()]
-    if told["questions"]:
-        rows = [(q["type"], q["split"], q["question"], q["answer"]) for q in told["questions"]]
+        title = "past failure, stored since" if failure["past"] else "last failure"
+        parts += [facts(title, [(name.replace("_", " "), value) for name, value in failure.items()]), Text()]
+    if result["questions"]:
+        rows = [(q["type"], q["split"], q["question"], q["answer"]) for q in result["questions"]]
         title = f"{len(rows)} questions"
         parts += [listing(title, ("type", "split", "question", "answer"), rows, wide=2), Text()]
-    for found in told["neighbours"]:
-        parts += [_near(found, neighbours), Text(_footing(found), style="dim"), Text()]
-    if clip is not None and not told["neighbours"]:
-        parts.append(Text("no neighbours: `r2scp-pipe index` finds them", style="dim"))
+    for hits in result["neighbours"]:
+        parts += [_neighbour_listing(hits, neighbours), Text(_bank_note(hits), style="dim"), Text()]
+    if clip is not None and not result["neighbours"]:
+        parts.append(Text("no neighbours: `r2scp-pipe index` computes them", style="dim"))
     Console(markup=False, highlight=False, emoji=False).print(Group(*parts))
 
 
-def literal_id(text: str) -> str:
-    """A clip's id as SQL has it. Raises `StoreError` for bytes that are no text: no store holds them."""
+def clip_id_literal(text: str) -> str:
+    """A clip id as an SQL literal. Raises `StoreError` for what is not valid text, and thus in no store."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise StoreError(f"a clip's id must be text (UTF-8); got {text!a}") from error
+        raise StoreError(f"a clip id must be valid UTF-8 text; got {text!a}") from error
     return sql_literal(text)
 
 
@@ -128,11 +130,11 @@ def _only(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _stream(clip: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
-    """One modality: status, what was expected and decoded, and how many tokens it has (0: none)."""
-    measured = ("expected_frames", "decoded_frames")
+    """One modality: status, how much was expected and decoded, and the number of tokens."""
+    columns = ("expected_frames", "decoded_frames")
     if modality is Modality.AUDIO:
-        measured = ("expected_audio_s", "decoded_audio_s")
-    expected, decoded = (clip[name] for name in measured)
+        columns = ("expected_audio_s", "decoded_audio_s")
+    expected, decoded = (clip[name] for name in columns)
     return {
         "status": clip[f"{modality}_status"],
         "expected": expected,
@@ -143,47 +145,49 @@ def _stream(clip: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
 
 
 def _provenance(store: FeatureStore, clip: Mapping[str, Any]) -> dict[str, Any]:
-    told = {name: _plain(clip[name]) for name in PROVENANCE} | {"file": _file_now(clip), "run": None}
+    run = None
     if clip["run_id"]:
         where = f"run_id = {sql_literal(clip['run_id'])}"
         columns = ["kind", "status", "started_at", "ended_at"]
         run = _only(store.dataset(Table.RUNS).to_table(columns=columns, filter=where).to_pylist())
-        told["run"] = run and {name: _plain(value) for name, value in run.items()}
-    return told
+    return {
+        **{name: _plain(clip[name]) for name in PROVENANCE},
+        "file": _file_state(clip),
+        "run": run and {name: _plain(value) for name, value in run.items()},
+    }
 
 
-def _file_now(clip: Mapping[str, Any]) -> str:
-    """`as stored` (size and time of the last change are the same), `changed`, `gone`, or `elsewhere`."""
+def _file_state(clip: Mapping[str, Any]) -> str:
+    """`as stored` (same size and time of the last change), `changed`, `gone`, or `elsewhere`."""
     uri = clip["uri"] or ""
     if not uri or "://" in uri:
         return "elsewhere"
     try:
-        found = Path(uri).stat()
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+        facts = Path(uri).stat()
+    except (OSError, ValueError):  # ValueError: not a possible file name
         return "gone"
-    same = (found.st_size, found.st_mtime_ns) == (clip["bytes"], clip["mtime_ns"])
+    same = (facts.st_size, facts.st_mtime_ns) == (clip["bytes"], clip["mtime_ns"])
     return "as stored" if same else "changed"
 
 
 def _questions(store: FeatureStore, where: str) -> list[dict[str, Any]]:
-    return sorted(store.questions(list(ASKED), where).to_pylist(), key=lambda row: row["question_id"])
+    rows = store.questions(list(QUESTION_COLUMNS), where).to_pylist()
+    return sorted(rows, key=lambda row: row["question_id"])
 
 
 def _neighbours(store: FeatureStore, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `index` found, each neighbour with its labels and split; None where it is in the store no more."""
+    """Stored hits, each with its labels and split; None for a clip that is no longer in the store."""
     ids = sorted({hit for row in rows for side in ("nearest", "farthest") for hit in row[f"{side}_ids"]})
     columns = ["clip_id", "labels", "split", "source_id"]
-    known = {}
-    if ids:
-        where = sql_in("clip_id", ids)
-        known = {row["clip_id"]: row for row in store.clips(columns, where).to_pylist()}
+    clips = store.clips(columns, sql_in("clip_id", ids)).to_pylist() if ids else []
+    clip_of = {row["clip_id"]: row for row in clips}
 
     def hits(row: Mapping[str, Any], side: str) -> list[dict[str, Any]]:
-        gone = dict.fromkeys(columns)
+        unknown = dict.fromkeys(columns)
         pairs = zip(row[f"{side}_ids"], row[f"{side}_scores"], strict=True)
-        return [known.get(hit, gone) | {"clip_id": hit, "score": score} for hit, score in pairs]
+        return [clip_of.get(hit, unknown) | {"clip_id": hit, "score": score} for hit, score in pairs]
 
-    told = [
+    lists = [
         {
             "missing": row["missing"],
             "retrieval": row["retrieval"],
@@ -200,14 +204,14 @@ def _neighbours(store: FeatureStore, rows: list[dict[str, Any]]) -> list[dict[st
         }
         for row in rows
     ]
-    return sorted(told, key=lambda each: (each["missing"], each["retrieval"], each["index"]))
+    return sorted(lists, key=lambda hits: (hits["missing"], hits["retrieval"], hits["index"]))
 
 
 def _failure(failure: Mapping[str, Any], clip: Mapping[str, Any] | None) -> dict[str, Any]:
     past = clip is not None and failure["at"] <= clip["ingested_at"]
     transient = failure["reason"] in TRANSIENT_REASONS
-    told = {name: _plain(value) for name, value in failure.items() if name not in ("clip_id", "corpus")}
-    return {"past": past, "may_go_away_by_itself": transient} | told
+    columns = {name: _plain(value) for name, value in failure.items() if name not in ("clip_id", "corpus")}
+    return {"past": past, "may_go_away_by_itself": transient} | columns
 
 
 def _plain(value: object) -> object:
@@ -221,9 +225,11 @@ def _joined(value: object) -> object:
 def _streams(modalities: Mapping[str, Mapping[str, Any]]) -> RenderableType:
     rows = []
     for name, stream in modalities.items():
-        numbers = (stream["expected"], stream["decoded"])
-        told = (None if number is None else f"{number:g} {stream['unit']}" for number in numbers)
-        rows.append((name, stream["status"], *told, stream["tokens"]))
+        amounts = (
+            None if stream[key] is None else f"{stream[key]:g} {stream['unit']}"
+            for key in ("expected", "decoded")
+        )
+        rows.append((name, stream["status"], *amounts, stream["tokens"]))
     return listing("modalities", ("", "status", "expected", "decoded", "tokens"), rows, wide=0)
 
 
@@ -233,7 +239,7 @@ def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, object]]:
     run, size = provenance["run"], provenance["bytes"]
     return [
         ("file", provenance["uri"]),
-        ("the file now", provenance["file"] if provenance["uri"] else None),
+        ("file today", provenance["file"] if provenance["uri"] else None),
         ("size", None if size is None else f"{size:,} bytes"),
         ("last change", when),
         ("content sha256", provenance["content_sha256"]),
@@ -244,26 +250,24 @@ def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, object]]:
     ]
 
 
-def _near(found: Mapping[str, Any], most: int) -> RenderableType:
-    gone = MODALITY_NAMES.get(found["missing"], str(cell(found["missing"])))
-    shown = found["nearest"][:most]
+def _neighbour_listing(hits: Mapping[str, Any], limit: int) -> RenderableType:
+    modality = MODALITY_NAMES.get(hits["missing"], str(cell(hits["missing"])))
     rows = [
-        (at, hit["clip_id"], hit["score"], hit["split"], _joined(hit["labels"]))
-        for at, hit in enumerate(shown, 1)
+        (rank, hit["clip_id"], hit["score"], hit["split"], _joined(hit["labels"]))
+        for rank, hit in enumerate(hits["nearest"][:limit], 1)
     ]
-    title = (
-        f"nearest where its {gone} is missing ({cell(found['retrieval'])}): "
-        f"{len(rows)} of {len(found['nearest'])}"
-    )
+    count = f"{len(rows)} of {len(hits['nearest'])}"
+    title = f"nearest clips if {modality} is missing ({cell(hits['retrieval'])}): {count}"
     return listing(title, ("", "clip", "score", "split", "labels"), rows, wide=1)
 
 
-def _footing(found: Mapping[str, Any]) -> str:
-    """What a careful reader should know of one list."""
-    scope = found["settings"]
+def _bank_note(hits: Mapping[str, Any]) -> str:
+    """The bank that was searched, and same-source hits."""
+    scope = hits["settings"]
     splits = ", ".join(map(str, scope.get("bank_splits") or [])) or "all"
     corpora = ", ".join(map(str, scope.get("bank_corpora") or [])) or "all"
-    own = found["nearest_own_source"]
-    kept = "left out" if found["leak_guard"] else "AMONG THEM, as the leak guard was off"
-    text = f"bank: splits {splits}; corpora {corpora}; clips version {found['bank_version']}"
-    return str(cell(text + (f"; of its own source, {kept}: {own}" if own else "")))
+    text = f"bank: splits {splits}; corpora {corpora}; clips version {hits['bank_version']}"
+    if own_source := hits["nearest_own_source"]:
+        guard = "excluded" if hits["leak_guard"] else "INCLUDED, as the leak guard was off"
+        text += f"; same-source hits {guard}: {own_source}"
+    return str(cell(text))

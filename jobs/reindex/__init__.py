@@ -1,1 +1,1 @@
-"""Jobs that keep a store fresh, and the gate before what they publish."""
+"""Jobs that keep a store up to date, and the gate before publishing."""

@@ -1,4 +1,4 @@
-"""The file of a re-index job: YAML, held strictly to the dataclasses below.
+"""The file of a re-index job: YAML, checked strictly against the dataclasses below.
 
 ::
 
@@ -11,7 +11,7 @@
     schedule: {cron: "0 3 * * *", timezone: Europe/Berlin}
 
 Relative paths start at the file's own folder. `${NAME}` in `store`, `root`, `annotations`, `weights` and the
-values of `storage_options` is taken from the environment, so that no secret need stand in the file.
+values of `storage_options` is read from the environment, so that secrets stay out of the file.
 """
 
 import os
@@ -33,12 +33,12 @@ from r2scp.store.search.vector_index import ServingSettings
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-LARGEST_FILE = 1 << 20  # bytes
+MAX_FILE_BYTES = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """One corpus: see `extract`. `name`: what its clips' ids begin with, where two are of one kind."""
+    """One corpus, see `extract`. `name`: prefix of its clip ids, needed for a second corpus of one kind."""
 
     corpus: str
     root: str
@@ -53,7 +53,7 @@ class CorpusSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings:
-    """What the job runs on: see `extract`."""
+    """Resources of the job, see `extract`."""
 
     num_workers: int | None = None
     gpus_per_actor: float = 1.0
@@ -63,19 +63,19 @@ class MachineSettings:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for key, least in (("num_workers", 1), ("gpus_per_actor", 0.01)):
+        for key, minimum in (("num_workers", 1), ("gpus_per_actor", 0.01)):
             value = getattr(self, key)
-            if value is not None and value < least:
-                raise UsageError(f"{key} must be at least {least}; got {value}")
+            if value is not None and value < minimum:
+                raise UsageError(f"{key} must be at least {minimum}; got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReindexConfig:
     """A re-index job.
 
-    `gone`: what becomes of clips and questions that are no longer there. `attempts`: how often a dead letter
-    whose reason may pass is tried in all. `index`: which neighbours are kept; null for none. `keep_days`: how
-    long versions stay that no snapshot names. `wait_s`: for another writer.
+    `gone`: what to do with clips and questions that disappeared from the corpus. `attempts`: total attempts
+    for a failure that may be temporary. `index`: neighbours to keep up to date; null for none. `keep_days`:
+    how long versions outside snapshots are kept. `wait_s`: how long to wait for another writer.
     """
 
     name: str
@@ -102,92 +102,94 @@ class ReindexConfig:
         stored_as = [corpus.stored_as for corpus in self.corpora]
         if not stored_as or len(set(stored_as)) != len(stored_as):
             raise UsageError(
-                f"corpora must be a list of at least one, each stored under a name of its own (give `name` "
-                f"where two are of one kind); got {', '.join(map(ascii, stored_as)) or 'none'}"
+                f"corpora must be a list of at least one, each with its own name (give `name` "
+                f"for a second one of a kind); got {', '.join(map(ascii, stored_as)) or 'none'}"
             )
         for key in ("attempts", "keep_days", "wait_s"):
             if getattr(self, key) < 0:
                 raise UsageError(f"{key} must be at least 0; got {getattr(self, key)}")
 
     @property
-    def kept(self) -> timedelta:
+    def retention(self) -> timedelta:
         return timedelta(days=self.keep_days)
 
-    def told(self) -> dict[str, Any]:
-        """Plain values for the run's record, without what may be secret."""
+    def to_record(self) -> dict[str, Any]:
+        """Plain values for the run's row in `runs`, without possible secrets."""
         return {name: value for name, value in asdict(self).items() if name != "storage_options"}
 
 
-def read_config(path: Path) -> ReindexConfig:
-    """The job in a YAML file. Raises `UsageError`, naming the key, what is allowed and what came."""
+def read_job_file(path: Path) -> ReindexConfig:
+    """The job in a YAML file. Raises `UsageError`, naming the key, what is allowed and what it got."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise UsageError(f"{path}: a job's file must be at most {LARGEST_FILE} bytes")
-        said = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UsageError(f"{path}: a job's file must be at most {MAX_FILE_BYTES} bytes")
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}; give the YAML file of a re-index job") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(said, Mapping):
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
         allowed = ", ".join(field.name for field in fields(ReindexConfig))
-        raise UsageError(f"{path} must be a YAML mapping with some of {allowed}; got {said!r:.60}")
-    return from_plain(ReindexConfig, _resolved(said, path.parent.absolute()), path.name)
+        raise UsageError(f"{path} must be a YAML mapping with some of {allowed}; got {values!r:.60}")
+    return from_plain(ReindexConfig, _resolve(values, path.parent.absolute()), path.name)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, which YAML forbids and PyYAML lets pass."""
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses duplicate keys, which YAML forbids and PyYAML allows."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for at, key in enumerate(keys):
-            if key in keys[:at]:
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.value[at][0].start_mark
+                    None, None, f"duplicate key {key!r}", node.value[index][0].start_mark
                 )
         return super().construct_mapping(node, deep)
 
 
-def _resolved(said: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
-    """With variables filled in, and paths as seen from anywhere."""
-    found = dict(said)
+def _resolve(values: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
+    """Substitute variables and make paths absolute."""
+    resolved = dict(values)
     for key in ("store", "weights"):
-        if isinstance(found.get(key), str):
-            found[key] = _place(found[key], folder, key)
-    if isinstance(found.get("storage_options"), Mapping):
-        options = found["storage_options"].items()
-        found["storage_options"] = {
-            key: _filled(value, f"storage_options.{key}") if isinstance(value, str) else value
+        if isinstance(resolved.get(key), str):
+            resolved[key] = _resolve_path(resolved[key], folder, key)
+    if isinstance(resolved.get("storage_options"), Mapping):
+        options = resolved["storage_options"].items()
+        resolved["storage_options"] = {
+            key: _substitute(value, f"storage_options.{key}") if isinstance(value, str) else value
             for key, value in options
         }
-    if isinstance(found.get("corpora"), list):
-        found["corpora"] = [_corpus(one, folder, f"corpora[{at}]") for at, one in enumerate(found["corpora"])]
-    return found
-
-
-def _corpus(said: object, folder: Path, name: str) -> object:
-    if not isinstance(said, Mapping):
-        return said
-    found = dict(said)
-    if isinstance(found.get("root"), str):
-        found["root"] = _place(found["root"], folder, f"{name}.root")
-    if isinstance(found.get("annotations"), list):
-        found["annotations"] = [
-            _place(one, folder, f"{name}.annotations") if isinstance(one, str) else one
-            for one in found["annotations"]
+    if isinstance(resolved.get("corpora"), list):
+        resolved["corpora"] = [
+            _resolve_corpus(one, folder, f"corpora[{index}]") for index, one in enumerate(resolved["corpora"])
         ]
-    return found
+    return resolved
 
 
-def _place(text: str, folder: Path, key: str) -> str:
-    """A path from the file's folder; addresses with a scheme and `random:SEED` as they are."""
-    text = _filled(text, key)
+def _resolve_corpus(values: object, folder: Path, name: str) -> object:
+    if not isinstance(values, Mapping):
+        return values
+    resolved = dict(values)
+    if isinstance(resolved.get("root"), str):
+        resolved["root"] = _resolve_path(resolved["root"], folder, f"{name}.root")
+    if isinstance(resolved.get("annotations"), list):
+        resolved["annotations"] = [
+            _resolve_path(path, folder, f"{name}.annotations") if isinstance(path, str) else path
+            for path in resolved["annotations"]
+        ]
+    return resolved
+
+
+def _resolve_path(text: str, folder: Path, key: str) -> str:
+    """An absolute path; addresses with a scheme and `random:SEED` stay as they are."""
+    text = _substitute(text, key)
     return text if re.match(r"[a-z0-9+]+:", text) else str(folder / Path(text).expanduser())
 
 
-def _filled(text: str, key: str) -> str:
-    def value(found: re.Match[str]) -> str:
-        if found[1] not in os.environ:
-            raise UsageError(f"{key} names the environment variable {found[1]}, which is not set")
-        return os.environ[found[1]]
+def _substitute(text: str, key: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise UsageError(f"{key} refers to the environment variable {match[1]}, which is not set")
+        return os.environ[match[1]]
 
-    return VARIABLE.sub(value, text)
+    return VARIABLE.sub(replace, text)

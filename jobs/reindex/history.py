@@ -1,4 +1,4 @@
-"""`jobs list`, `jobs show`, `jobs rollback`: what was done to a store, and taking the last of it back."""
+"""`jobs list`, `jobs show`, `jobs rollback`: the runs of a store, and rolling the last one back."""
 
 import json
 from collections.abc import Mapping
@@ -15,48 +15,48 @@ from r2scp.store.schema import Table
 from r2scp.store.snapshots import PREVIOUS, SERVING
 
 JSON_COLUMNS = ("config", "counts", "versions_before", "versions_after")
-LISTED = ("run_id", "kind", "status", "started_at", "ended_at", "counts")
+LIST_COLUMNS = ("run_id", "kind", "status", "started_at", "ended_at", "counts")
 
 
-def runs(store: FeatureStore, limit: int) -> list[dict[str, object]]:
-    """The latest runs, newest first: run_id, kind, status, started_at, seconds, and what came of it."""
-    rows = store.dataset(Table.RUNS).to_table(columns=list(LISTED)).to_pylist()
+def list_runs(store: FeatureStore, limit: int) -> list[dict[str, object]]:
+    """The latest runs, newest first: run_id, kind, status, started_at, seconds, and a summary."""
+    rows = store.dataset(Table.RUNS).to_table(columns=list(LIST_COLUMNS)).to_pylist()
     rows.sort(key=lambda row: (row["started_at"], row["run_id"]), reverse=True)
     serving = store.snapshots().get(SERVING)
-    return [_listed(row, serving.run_id if serving else "") for row in rows[:limit]]
+    return [_list_row(row, serving.run_id if serving else "") for row in rows[:limit]]
 
 
-def run(store: FeatureStore, run_id: str) -> dict[str, object]:
-    """All that is known of one run; a part of its id that fits no other will do. Raises `UsageError`."""
+def run_details(store: FeatureStore, run_id: str) -> dict[str, object]:
+    """One run, by its id or a unique part of it. Raises `UsageError`."""
     rows = store.dataset(Table.RUNS).to_table(columns=["run_id"])["run_id"].to_pylist()
-    found = [run_id] if run_id in rows else [each for each in rows if run_id and run_id in each]
-    if len(found) != 1:
-        what = f"{len(found)} runs have" if found else "no run has"
-        raise UsageError(f"{what} {run_id!a} in its id; `r2scp-pipe jobs list` names them")
-    [row] = (r for r in store.dataset(Table.RUNS).to_table().to_pylist() if r["run_id"] == found[0])
-    told = {name: json.loads(row[name]) if row[name] else {} for name in JSON_COLUMNS}
-    return {name: _plain(value) for name, value in row.items()} | told
+    matches = [run_id] if run_id in rows else [row for row in rows if run_id and run_id in row]
+    if len(matches) != 1:
+        count = f"{len(matches)} runs have" if matches else "no run has"
+        raise UsageError(f"{count} {run_id!a} in its id; `r2scp-pipe jobs list` names them")
+    [row] = (r for r in store.dataset(Table.RUNS).to_table().to_pylist() if r["run_id"] == matches[0])
+    documents = {name: json.loads(row[name]) if row[name] else {} for name in JSON_COLUMNS}
+    return {name: _to_plain(value) for name, value in row.items()} | documents
 
 
 def rollback(store: FeatureStore) -> dict[str, object]:
-    """Let the snapshot before serve again, under the lease and with a row in `runs`. Raises `StoreError`."""
-    account: dict[str, object] = {}
-    spec = RunSpec(kind="rollback", purpose="jobs rollback", config={}, account=lambda: account)
-    with recorded_run(store, spec) as writer:
-        writer.lease.require()
-        served = store.snapshots().get(SERVING)
-        now = store.rollback()
-        account |= {
-            "serving": now.run_id,
-            "rolled_back": served.run_id if served else "",
+    """Publish the previous snapshot again, under the lease and with a row in `runs`. Raises `StoreError`."""
+    counts: dict[str, object] = {}
+    spec = RunSpec(kind="rollback", purpose="jobs rollback", config={}, counts=lambda: counts)
+    with recorded_run(store, spec) as run:
+        run.lease.require()
+        previous = store.snapshots().get(SERVING)
+        published = store.rollback()
+        counts |= {
+            "serving": published.run_id,
+            "rolled_back": previous.run_id if previous else "",
             "clips": store.at(SERVING).dataset(Table.CLIPS).count_rows(),
             "clips_before": store.at(PREVIOUS).dataset(Table.CLIPS).count_rows(),
         }
-    return account
+    return counts
 
 
-def show_runs(rows: list[dict[str, object]]) -> None:
-    """A table on stdout."""
+def print_runs(rows: list[dict[str, object]]) -> None:
+    """Print runs as a table on stdout."""
     grid = Grid(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "status", "started", "seconds"):
         grid.add_column(name, no_wrap=True)
@@ -68,7 +68,7 @@ def show_runs(rows: list[dict[str, object]]) -> None:
     Console(markup=False, highlight=False, emoji=False).print(grid)
 
 
-def _listed(row: Mapping[str, object], serving: str) -> dict[str, object]:
+def _list_row(row: Mapping[str, object], serving: str) -> dict[str, object]:
     counts = json.loads(str(row["counts"])) if row["counts"] else {}
     started, ended = row["started_at"], row["ended_at"]
     seconds = None
@@ -79,18 +79,19 @@ def _listed(row: Mapping[str, object], serving: str) -> dict[str, object]:
         "kind": row["kind"],
         "status": row["status"],
         "serving": row["run_id"] == serving,
-        "started_at": _plain(started),
+        "started_at": _to_plain(started),
         "seconds": seconds,
-        "what": _what(str(row["kind"]), counts) + (" (serving)" if row["run_id"] == serving else ""),
+        "what": _summary(str(row["kind"]), counts) + (" (published)" if row["run_id"] == serving else ""),
     }
 
 
-def _what(kind: str, counts: Mapping[str, object]) -> str:
-    """One line on what a run did."""
+def _summary(kind: str, counts: Mapping[str, object]) -> str:
+    """What a run did, in one line."""
     if kind == "rollback":
-        return f"back to {counts.get('serving')}" if counts else ""
+        return f"rolled back to {counts.get('serving')}" if counts else ""
     if kind == "extract":
-        return ", ".join(f"{counts.get(name, 0)} {name}" for name in ("stored", "unchanged", "dead"))
+        words = {"stored": "stored", "unchanged": "unchanged", "dead": "failed"}
+        return ", ".join(f"{counts.get(name, 0)} {word}" for name, word in words.items())
     if kind == "index":
         searched = [mode.get("searched", 0) for mode in counts.values() if isinstance(mode, Mapping)]
         return f"{sum(searched)} searched"
@@ -100,5 +101,5 @@ def _what(kind: str, counts: Mapping[str, object]) -> str:
     return "; ".join(map(str, due)) if isinstance(due, list) else ""
 
 
-def _plain(value: object) -> object:
+def _to_plain(value: object) -> object:
     return value.isoformat() if isinstance(value, datetime) else value

@@ -1,12 +1,13 @@
-"""The gallery of a report: validation questions asked again, a modality taken away, with their evidence."""
+"""The gallery: validation questions answered again, a modality removed, with the evidence."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from r2scp.jobs.answer.answerer import Answerer, AnswerOptions
-from r2scp.jobs.answer.page import answer_card, shown
+from r2scp.jobs.answer.page import answer_card, load_media
 from r2scp.jobs.answer.records import Rejected, Request, Result
 from r2scp.jobs.html.thumbnails import Previews
 from r2scp.jobs.report.builder import Section
@@ -18,90 +19,83 @@ from r2scp.store.schema import MODALITY_NAMES, Condition, Modality, Table
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryQuestion:
-    """One question for the gallery, and what the probe said of it."""
+    """A question for the gallery. `right`: whether the probe answered it correctly."""
 
-    ask: Request
+    request: Request
     answer: str
     right: bool
 
 
 def gallery_section(
-    run: RunFacts, probe: Probe, store: FeatureStore, count: int, means: AnswerOptions
+    run: RunFacts, probe: Probe, store: FeatureStore, count: int, options: AnswerOptions
 ) -> Section:
-    """Raises `EncoderError` or the like where recordings cannot be embedded here."""
+    """Raises `R2SCPError`, such as `EncoderError`, if recordings cannot be embedded on this machine."""
     section = Section(name="gallery", heading="Answered questions")
-    picked, on_disk = pick(probe, count)
-    if not picked:
-        why = "no file of a validation clip with sound and picture is where it was"
+    questions, available = pick_questions(probe, count)
+    if not questions:
+        why = "no file of a validation clip with sound and picture is still in its place"
         section.add_missing(MissingPart(section="gallery", what="Gallery", why=why))
         return section
-    right = sum(one.right for one in picked)
+    right = sum(question.right for question in questions)
     section.add_text(
-        f"{len(picked)} of the {on_disk} questions of the sample that are about clips with sound and picture "
-        f"whose file is still there, drawn by seed {SEED}: as far as there are enough, half of them answered "
-        f"right from the store's features ({right} here) and half wrong, sound or picture taken away in "
-        f"turns. So this is no measure of accuracy. Run {run.name}; the files are decoded and embedded anew."
+        f"{len(questions)} of the {available} sampled validation questions whose clip has sound and picture "
+        f"and whose file still exists, drawn with seed {SEED}, with sound and picture removed in turn. As "
+        f"far as possible, half are questions that the model answers correctly from the stored "
+        f"features ({right} here) and half are not, so this is not a measure of accuracy. The files are "
+        f"decoded and embedded again. Run {run.name}."
     )
     assert run.checkpoint is not None
-    answerer = Answerer.open(store, run.checkpoint.folder, means)
+    answerer = Answerer.open(store, run.checkpoint.folder, options)
     previews = Previews()
-    answers = answerer.answers([one.ask for one in picked])
-    for at, (one, answered) in enumerate(zip(picked, answers, strict=True), start=1):
+    answers = answerer.answer_all([question.request for question in questions])
+    for at, (question, answered) in enumerate(zip(questions, answers, strict=True), start=1):
         if isinstance(answered, Rejected):
-            section.add_notice(f"{one.ask.video}: {one.ask.question}: {answered.message}", "warning")
+            request = question.request
+            section.add_notice(f"{request.video}: {request.question}: {answered.message}", "warning")
             continue
         section.blocks.append(
             {
                 "kind": "card",
                 "id": f"answer-{at}",
-                "verdict": _verdict(one, answered),
-                "card": answer_card(answered, shown(answered, previews)),
+                "verdict": _verdict(question, answered),
+                "card": answer_card(answered, load_media(answered, previews)),
             }
         )
     return section
 
 
-def _verdict(one: GalleryQuestion, answered: Result) -> str:
-    said = answered.answers[0].answer
-    gone = f"Its {MODALITY_NAMES[one.ask.missing]} was taken away."
-    if said == one.answer:
-        return f"{gone} Right: {one.answer}."
-    return f"{gone} Wrong: the model says {said}; right is {one.answer}."
+def _verdict(question: GalleryQuestion, answered: Result) -> str:
+    removed = f"{MODALITY_NAMES[question.request.missing].capitalize()} removed."
+    given = answered.answers[0].answer
+    verdict = "The model is right." if given == question.answer else f"The model's answer: {given}."
+    return f"{removed} Correct answer: {question.answer}. {verdict}"
 
 
-def pick(probe: Probe, count: int) -> tuple[list[GalleryQuestion], int]:
-    """Questions in turns, right or wrong, sound or picture missing; and how many are about whole clips."""
+def pick_questions(probe: Probe, count: int) -> tuple[list[GalleryQuestion], int]:
+    """Questions, alternating in correctness and missing modality; and how many there are to choose from.
+
+    These are questions about clips with both modalities whose file exists.
+    """
     examples, opened = probe.examples, probe.opened
     clips = opened.store.dataset(Table.CLIPS, opened.pins.clips).take(examples.clip_row_B, columns=["uri"])
     uris = clips["uri"].to_pylist()
     whole = np.logical_and.reduce(examples.present_BM, axis=1)
-    there = [at for at, uri in enumerate(uris) if uri and whole[at] and os.path.isfile(uri)]  # raises nothing
-    order = np.random.default_rng(SEED).permutation(there).tolist() if there else []
+    # os.path.isfile, unlike Path.is_file, raises for no name
+    available = [at for at, uri in enumerate(uris) if uri and whole[at] and os.path.isfile(uri)]
+    order = np.random.default_rng(SEED).permutation(available).tolist() if available else []
     questions = opened.store.dataset(Table.QUESTIONS, opened.pins.questions).take(
         examples.question_row_B, columns=["question", "choices"]
     )
     rows = questions.to_pylist()
     kinds = [(missing, right) for right in (True, False) for missing in Modality]
     outputs = {modality: probe.outputs[WITH_RECOVERY, Condition.without(modality)] for modality in Modality}
-    waiting = {
-        (missing, right): [at for at in order if outputs[missing].right_Q[at] == right]
-        for missing, right in kinds
-    }
-    taken: list[tuple[int, Modality, bool]] = []
-    used: set[int] = set()
-    while len(taken) < count and any(waiting.values()):
-        for kind in kinds:
-            at = next((at for at in waiting[kind] if at not in used), None)
-            waiting[kind] = [other for other in waiting[kind] if other not in used and other != at]
-            if at is not None and len(taken) < count:
-                used.add(at)
-                taken.append((at, *kind))
+    groups = [[at for at in order if outputs[missing].right_Q[at] == right] for missing, right in kinds]
     return [
         GalleryQuestion(
-            ask=Request(
+            request=Request(
                 video=uris[at],
                 question=rows[at]["question"],
-                missing=missing,
+                missing=kinds[group][0],
                 choices=tuple(choice or "" for choice in rows[at]["choices"] or ())
                 if opened.answers is None
                 else (),
@@ -109,7 +103,21 @@ def pick(probe: Probe, count: int) -> tuple[list[GalleryQuestion], int]:
                 id=examples.question_ids[at],
             ),
             answer=probe.answers[at],
-            right=right,
+            right=kinds[group][1],
         )
-        for at, missing, right in taken
-    ], len(there)
+        for at, group in _take_in_turn(groups, count)
+    ], len(available)
+
+
+def _take_in_turn(groups: Sequence[Sequence[int]], count: int) -> list[tuple[int, int]]:
+    """At most `count` different (item, number of its group), from each group in turn."""
+    taken: dict[int, int] = {}
+    queues = [iter(group) for group in groups]
+    before = -1
+    while before < len(taken) < count:
+        before = len(taken)
+        for number, queue in enumerate(queues):
+            item = next((item for item in queue if item not in taken), None)
+            if item is not None and len(taken) < count:
+                taken[item] = number
+    return list(taken.items())

@@ -1,4 +1,4 @@
-"""The section of a report on where its numbers come from, and the command lines that make them again."""
+"""The provenance section: code, settings and data behind the numbers, and commands that reproduce them."""
 
 import json
 from collections.abc import Sequence
@@ -10,70 +10,72 @@ from r2scp.jobs.training.config import PRESETS, TrainConfig
 from r2scp.jobs.training.evaluate import BASELINES
 from r2scp.jobs.training.study.trainings import index_options
 
-NOT_SET = ("seed", "model.encoder_dim", "model.classes")  # from an option of their own, or from the store
+#: Settings that differ without `--set`: from an option of their own, or from the store.
+WITHOUT_SET = ("seed", "model.encoder_dim", "model.classes")
+UNKNOWN = "unknown"
+
+Difference = tuple[str, object, object]  # setting, here, there: such as ("model.k", 1, 5)
 
 
-def provenance_section(runs: Sequence[RunFacts], asked: Sequence[str]) -> Section:
-    """`asked`: the words of the command that made the report."""
-    section = Section(name="provenance", heading="Where it comes from")
-    now = code_version() or "not known: not run from a checkout"
-    section.add_definitions([("program that made this page", now), ("its command", command(*asked))])
-    known = [(run, run.checkpoint) for run in runs if run.checkpoint]
-    for run, checkpoint in known:
+def provenance_section(runs: Sequence[RunFacts], command_words: Sequence[str]) -> Section:
+    """`command_words`: the command that made the report."""
+    section = Section(name="provenance", heading="Provenance")
+    code = code_version() or "unknown: not run from a git checkout"
+    section.add_definitions([("code of this report", code), ("its command", command(*command_words))])
+    trained = [(run, run.checkpoint) for run in runs if run.checkpoint]
+    for run, checkpoint in trained:
         section.add_heading(f"Run {run.name}")
-        preset, differences = nearest_preset(checkpoint.config)
-        versions = checkpoint.store["versions"]
-        section.add_definitions(
-            [
-                ("folder", str(run.folder)),
-                ("trained by program", checkpoint.code or "not known"),
-                ("evaluated by program", (run.evaluation.code if run.evaluation else "") or "not known"),
-                (
-                    "checkpoint",
-                    f"stage {checkpoint.stage.value}, epoch {checkpoint.epoch}, step {checkpoint.step}",
-                ),
-                ("its SHA-256", checkpoint.sha256),
-                ("seed", checkpoint.config.seed),
-                ("settings", f"preset {preset}" + (", but:" if differences else ", unchanged")),
-                *((f"· {name}", f"{mine!r} (preset: {theirs!r})") for name, mine, theirs in differences),
-                ("store", str(checkpoint.store["uri"])),
-                ("encoder", str(checkpoint.store["fingerprint"])),
-                (
-                    "versions read",
-                    ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
-                ),
-            ]
-        )
-        section.add_text("To make it again, from a store of the same content:")
+        section.add_definitions(_definitions(run, checkpoint))
+        section.add_text("To reproduce it, from a store with the same contents:")
         for line in commands(run, checkpoint):
-            section.command(line)
-    if len(known) > 1:
-        _between(section, known)
+            section.add_command(line)
+    if len(trained) > 1:
+        _add_differences(section, trained)
     return section
 
 
-def nearest_preset(config: TrainConfig) -> tuple[str, list[tuple[str, object, object]]]:
-    """The preset that a config differs from least, and (setting, here, there) of each difference."""
-    found = {
+def _definitions(run: RunFacts, checkpoint: Checkpoint) -> list[tuple[str, object]]:
+    preset, changed = nearest_preset(checkpoint.config)
+    versions = checkpoint.store["versions"]
+    return [
+        ("folder", str(run.folder)),
+        ("code at training", checkpoint.code or UNKNOWN),
+        ("code at evaluation", (run.evaluation.code if run.evaluation else "") or UNKNOWN),
+        ("checkpoint", f"stage {checkpoint.stage.value}, epoch {checkpoint.epoch}, step {checkpoint.step}"),
+        ("its SHA-256", checkpoint.sha256),
+        ("seed", checkpoint.config.seed),
+        ("settings", f"preset {preset}" + (", except:" if changed else ", unchanged")),
+        *((f"· {name}", f"{mine!r} (preset: {theirs!r})") for name, mine, theirs in changed),
+        ("store", str(checkpoint.store["uri"])),
+        ("encoder", str(checkpoint.store["fingerprint"])),
+        (
+            "table versions",
+            ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
+        ),
+    ]
+
+
+def nearest_preset(config: TrainConfig) -> tuple[str, list[Difference]]:
+    """The preset with the fewest differences from a config, and those differences."""
+    changes = {
         name: [
-            one
-            for one in differences(config, preset(config.model.encoder_dim, config.model.classes))
-            if one[0] not in NOT_SET
+            difference
+            for difference in differences(config, preset(config.model.encoder_dim, config.model.classes))
+            if difference[0] not in WITHOUT_SET
         ]
         for name, preset in PRESETS.items()
     }
-    name = min(found, key=lambda name: len(found[name]))
-    return name, found[name]
+    name = min(changes, key=lambda name: len(changes[name]))
+    return name, changes[name]
 
 
-def differences(here: TrainConfig, there: TrainConfig) -> list[tuple[str, object, object]]:
-    """(setting, here, there), such as ("model.k", 1, 5)."""
+def differences(here: TrainConfig, there: TrainConfig) -> list[Difference]:
     mine, theirs = _flat(here.to_json()), _flat(there.to_json())
     return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
 
 
 def commands(run: RunFacts, checkpoint: Checkpoint) -> list[str]:
-    """What fills `neighbours`, trains and evaluates, on the store that the run was trained on."""
+    """The commands that index, train and evaluate, on the store that the run was trained on."""
     config, store = checkpoint.config, str(checkpoint.store["uri"])
     lines = []
     if config.model.cmr and config.sees == "everything":
@@ -90,23 +92,23 @@ def commands(run: RunFacts, checkpoint: Checkpoint) -> list[str]:
     return [*lines, command("evaluate", str(run.folder), *split, *rates, store=store)]
 
 
-def _between(section: Section, known: Sequence[tuple[RunFacts, Checkpoint]]) -> None:
+def _add_differences(section: Section, trained: Sequence[tuple[RunFacts, Checkpoint]]) -> None:
     section.add_heading("Differences between the runs")
-    (_, first), *others = known
-    names = [name for _, other in others for name, _, _ in differences(first.config, other.config)]
-    names = list(dict.fromkeys(names))
-    flat = [(run.name, _flat(one.config.to_json())) for run, one in known]
+    (_, first), *others = trained
+    changed = [name for _, other in others for name, _, _ in differences(first.config, other.config)]
+    names = list(dict.fromkeys(changed))
     if not names:
-        section.add_text("The runs have the same settings, seeds included.")
+        section.add_text("The runs have the same settings, including the seed.")
         return
-    rows = [[name, *(json.dumps(values.get(name)) for _, values in flat)] for name in names]
-    section.add_table("Settings that differ", ["setting", *(name for name, _ in flat)], rows)
+    settings = [(run.name, _flat(checkpoint.config.to_json())) for run, checkpoint in trained]
+    rows = [[name, *(json.dumps(values.get(name)) for _, values in settings)] for name in names]
+    section.add_table("Settings that differ", ["setting", *(name for name, _ in settings)], rows)
     if names == ["seed"]:
-        section.add_text("The runs differ in their seeds alone.")
+        section.add_text("The runs differ only in their seed.")
 
 
 def _flat(values: object, prefix: str = "") -> dict[str, object]:
-    """Settings by their dotted names, as `--set` takes them."""
+    """Settings by dotted name, as in `--set`."""
     flat: dict[str, object] = {}
     assert isinstance(values, dict)
     for key, value in values.items():

@@ -46,10 +46,10 @@ def report_with_progress(request: ReportRequest, device: str | None) -> dict[str
 
 
 def run_report(request: ReportRequest, on_progress: OnProgress = lambda _: None) -> dict[str, object]:
-    """Write the page, and the figures if requested; returns what was written, how long it took, and what is missing.
+    """Write the page, and the figures if requested; returns what was written and what is missing.
 
-    Raises `UsageError` for no runs, `CheckpointError` for a folder that is not a run, `StoreError` for a named
-    store that does not exist.
+    Raises `UsageError` for no runs, `CheckpointError` for a folder that is not a run, `StoreError` for a
+    named store that does not exist.
     """
     if not request.runs:
         raise UsageError("a report needs at least one run; got none")

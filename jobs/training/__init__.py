@@ -1,1 +1,1 @@
-"""Training, its checkpoints, and the evaluation of what it made."""
+"""Training, its checkpoints, and evaluation."""

@@ -1,17 +1,17 @@
 """A run's folder, and the checkpoints in it.
 
     RUN/config.json     what is trained, on what
-    RUN/metrics.jsonl   a line for each epoch and every few steps
-    RUN/tensorboard/    the same for TensorBoard
-    RUN/lock            held while a training is at work
+    RUN/metrics.jsonl   a line per epoch and every few steps
+    RUN/tensorboard/    the same numbers for TensorBoard
+    RUN/lock            locked while a training is running
     RUN/last.json best.json experts.json
-    RUN/step-000131-9f86d081.safetensors   tensors, named by one or several of the three above
+    RUN/step-000131-9f86d081.safetensors   tensors, referenced by one or more of these three
 
-A checkpoint is a JSON document that names its tensors and their hash. Tensors are named by content and never
-written over; documents are put in place after them, by a rename, `last` as the last of all. So a kill at any
-moment leaves the checkpoints of before, and what `last` says of the best one is never ahead of it. `last`
-goes on after a kill and has the optimiser's state too, `best` answers questions, `experts` is the best of
-stage I and where stage II begins.
+A checkpoint is a JSON document that references its tensors by file name and hash. Tensor files are named by
+content and never overwritten; the documents are renamed into place after them, `last` after the others. So a
+kill at any time leaves the previous checkpoints intact, and `last` never refers to a best one that does not
+exist. `last` is what a run resumes from and has the optimiser's state too, `best` answers questions,
+`experts` is the best of stage I and where stage II starts.
 """
 
 import hashlib
@@ -33,35 +33,35 @@ from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import CheckpointError, FingerprintMismatch, UsageError
 from r2scp.store.feature_store import FeatureStore
 
-CHECKOUT = Path(__file__).resolve().parents[2]  # where this program was not installed from a wheel
+CHECKOUT = Path(__file__).resolve().parents[2]  # unless installed from a wheel
 FORMAT = 1
 LAST, BEST, EXPERTS = "last", "best", "experts"
 _TENSORS = re.compile(r"step-\d{6,}-[0-9a-f]{8}(\.optimiser)?\.safetensors")
-#: What a killed run leaves half written.
+#: Temporary files that a killed run leaves behind.
 _PART = re.compile(rf"({_TENSORS.pattern}|({LAST}|{BEST}|{EXPERTS}|config)\.json|metrics\.jsonl)\.part\d+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A model and how it came about.
+    """A model and its provenance.
 
-    `stage` and `epoch`: epochs of this stage that are done; `step` counts from the run's start. `store`: its
-    address, encoder fingerprint, width and the pinned versions. `metrics`: of validation. `best`: the metrics
-    of the best checkpoint so far. `code`: version of this program. `experts`: hash of the tensors that
-    stage II began with, where another run had made them.
+    `epoch`: epochs of `stage` that are completed; `step` counts from the run's start. `store`: its address,
+    encoder fingerprint, width and the pinned versions. `metrics`: of validation. `best`: the metrics of the
+    best checkpoint so far. `code`: version of this program. `experts`: hash of the tensors that stage II
+    started from, if another run trained them.
     """
 
     stage: Stage
     epoch: int
     step: int
     config: TrainConfig
-    answers: list[str] | None  # the classes; None where questions bring choices
+    answers: list[str] | None  # the classes; None if each question has its own choices
     store: dict[str, object]
     metrics: dict[str, float]
     best: dict[str, float]
     code: str
     experts: str = ""
-    tensors: str = ""  # file names and hashes, filled in when written
+    tensors: str = ""  # file names and hashes, set when written
     sha256: str = ""
     optimiser: str = ""
     optimiser_sha256: str = ""
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train."""
+        """Whether the training is complete."""
         mixing = self.config.stage_two.epochs > 0
         stage, length = (
             (Stage.MIXING, self.config.stage_two) if mixing else (Stage.EXPERTS, self.config.stage_one)
@@ -83,36 +83,36 @@ class Checkpoint:
         return self.stage is stage and self.epoch >= length.epochs
 
     def load_into(self, model: R2SCP) -> None:
-        """Give a model these weights. Raises `CheckpointError` for a model of other sizes."""
+        """Load the weights into a model. Raises `CheckpointError` if shapes differ."""
         tensors = self.read_tensors(self.tensors, self.sha256)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if other := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-            name = other[0]
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if different := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
+            name = different[0]
             raise CheckpointError(
-                f"{self.folder / self.tensors} does not fit the model that is asked for: of {len(other)} "
-                f"tensors that differ, {name} must be {wanted.get(name, 'left out')}; got "
-                f"{found.get(name, 'none')}; give the settings it was trained with"
+                f"{self.folder / self.tensors} does not fit this model: {len(different)} tensors differ, "
+                f"{name} must be {expected.get(name, 'absent')}; got {shapes.get(name, 'none')}; use the "
+                "settings it was trained with"
             )
         model.load_state_dict(tensors)
 
     def optimiser_state(self) -> dict[str, Tensor]:
-        """Tensors of the optimiser, by parameter and name. Raises `CheckpointError`."""
+        """The optimiser's tensors, by parameter and name. Raises `CheckpointError`."""
         return self.read_tensors(self.optimiser, self.optimiser_sha256)
 
     def read_tensors(self, name: str, sha256: str) -> dict[str, Tensor]:
-        """Tensors of one file, whose hash must be that of the document."""
+        """The tensors of one file. Raises `CheckpointError` unless its hash is the document's."""
         path = self.folder / name
         try:
             data = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}; train again") from error
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise CheckpointError(f"{path} is damaged: it is not what was written; train again")
+            raise CheckpointError(f"{path} is damaged: its hash differs from the checkpoint's; train again")
         try:
             return load(data)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
     def require_store(self, store: FeatureStore) -> None:
         """Raises `FingerprintMismatch` for a store of another encoder."""
@@ -128,13 +128,13 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path, names: list[str], checkpoint: Checkpoint, model: R2SCP, optimiser: Mapping[str, Tensor]
 ) -> None:
-    """Write a checkpoint under each of `names`, then remove tensors that no checkpoint names any more.
+    """Write a checkpoint under each of `names`, then delete tensor files that none references any more.
 
-    The optimiser's state belongs to `LAST` alone.
+    Only `LAST` gets the optimiser's state.
     """
     stem = f"step-{checkpoint.step:06d}"
     tensors, sha256 = _write_tensors(folder / stem, "", model.state_dict())
-    entry: dict[str, object] = {
+    shared: dict[str, object] = {
         "format": FORMAT,
         "stage": checkpoint.stage.value,
         "epoch": checkpoint.epoch,
@@ -150,50 +150,52 @@ def write_checkpoint(
         "code": checkpoint.code,
     }
     for name in sorted(names, key=lambda name: name == LAST):
-        document = dict(entry)
+        document = dict(shared)
         if name == LAST:
             file, hashed = _write_tensors(folder / stem, ".optimiser", optimiser)
             document |= {"optimiser": file, "optimiser_sha256": hashed}
         replace_file(folder / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
-    _sweep(folder)
+    _delete_unreferenced(folder)
 
 
 def read_checkpoint(path: Path, name: str = BEST) -> Checkpoint:
-    """The checkpoint `name` of a run's folder, or the one whose JSON document `path` is.
+    """The checkpoint `name` of a run's folder, or the checkpoint whose JSON document is `path`.
 
-    Raises `CheckpointError` where there is none.
+    Raises `CheckpointError` if it does not exist or cannot be used.
     """
     document = path / f"{name}.json" if path.is_dir() else path
     try:
         values = json.loads(document.read_bytes())
     except (OSError, ValueError) as error:
-        there = sorted(part.stem for part in path.glob("*.json") if part.stem in (LAST, BEST, EXPERTS))
+        names = sorted(part.stem for part in path.glob("*.json") if part.stem in (LAST, BEST, EXPERTS))
         raise CheckpointError(
-            f"there is no checkpoint {document} ({error}); {path} holds: {', '.join(there) or 'none'}"
+            f"there is no checkpoint {document} ({error}); {path} holds: {', '.join(names) or 'none'}"
         ) from error
     if not isinstance(values, dict) or "format" not in values or "tensors" not in values:
-        raise CheckpointError(f"{document} is no checkpoint of this program; give a run's folder")
+        raise CheckpointError(f"{document} is not a checkpoint of r2scp-pipe; give a run's folder")
     if values.pop("format") != FORMAT:
-        raise CheckpointError(f"{document} is of another version of this program, which must read it")
+        raise CheckpointError(
+            f"{document} has another checkpoint format; read it with the version of r2scp-pipe that wrote it"
+        )
     try:
         checkpoint = from_plain(Checkpoint, values | {"folder": document.parent}, document.name)
     except UsageError as error:
-        raise CheckpointError(f"{document} is no checkpoint of this version: {error}") from error
+        raise CheckpointError(f"{document} is not a checkpoint of this version: {error}") from error
     for tensors in (checkpoint.tensors, checkpoint.optimiser):
         if tensors and not _TENSORS.fullmatch(tensors):
-            raise CheckpointError(f"{document} names tensors that no training writes: {tensors!r}")
+            raise CheckpointError(f"{document} references tensors that no training writes: {tensors!r}")
     if not isinstance(checkpoint.store.get("versions"), dict) or "fingerprint" not in checkpoint.store:
-        raise CheckpointError(f"{document} does not say which store it was trained on; train again")
+        raise CheckpointError(f"{document} does not name the store it was trained on; train again")
     return checkpoint
 
 
 def read_last(folder: Path) -> Checkpoint | None:
-    """Where to go on, or None for a new run."""
+    """The checkpoint to resume from, or None for a new run."""
     return read_checkpoint(folder, LAST) if (folder / f"{LAST}.json").exists() else None
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, model: R2SCP) -> dict[str, Tensor]:
-    """The optimiser's state as `{parameter}.{name}` tensors."""
+    """The optimiser's state as tensors named `{parameter}.{name}`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{name}": value
@@ -203,17 +205,17 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer, model: R2SCP) -> dict[st
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, model: R2SCP, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimiser the state that `optimiser_tensors` gave."""
+    """Restore what `optimiser_tensors` returned."""
     parameters = dict(model.named_parameters())
     for full, value in tensors.items():
         parameter, _, name = full.rpartition(".")
-        # the count of steps stays where it is made, on the CPU
+        # AdamW keeps its step count on the CPU
         device = value.device if name == "step" else parameters[parameter].device
         optimiser.state[parameters[parameter]][name] = value.to(device)
 
 
 def code_version(root: Path = CHECKOUT) -> str:
-    """The commit of the checkout that runs, or "" outside one. No program is started for it."""
+    """The commit of the running checkout, or "" outside one. Read without starting git."""
     git = root / ".git"
     try:
         head = (git / "HEAD").read_text().strip()
@@ -229,7 +231,7 @@ def code_version(root: Path = CHECKOUT) -> str:
 
 
 def _write_tensors(stem: Path, kind: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Name and hash of the file."""
+    """Write one file, named by content; its name and hash."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     path = stem.with_name(f"{stem.name}-{sha256[:8]}{kind}.safetensors")
@@ -237,14 +239,14 @@ def _write_tensors(stem: Path, kind: str, tensors: Mapping[str, Tensor]) -> tupl
     return path.name, sha256
 
 
-def _sweep(folder: Path) -> None:
-    """Remove tensors that no document names, and what a killed run left half written."""
-    named = set()
+def _delete_unreferenced(folder: Path) -> None:
+    """Delete tensor files that no document references, and temporary files of killed runs."""
+    referenced = set()
     for name in (LAST, BEST, EXPERTS):
         document = folder / f"{name}.json"
         if document.exists():
             values = json.loads(document.read_bytes())
-            named |= {values.get("tensors"), values.get("optimiser")}
+            referenced |= {values.get("tensors"), values.get("optimiser")}
     for path in folder.iterdir():
-        if path.name not in named and (_TENSORS.fullmatch(path.name) or _PART.fullmatch(path.name)):
+        if path.name not in referenced and (_TENSORS.fullmatch(path.name) or _PART.fullmatch(path.name)):
             path.unlink()

@@ -1,4 +1,4 @@
-"""How `train` and `evaluate` show themselves, and the command line's options as their settings."""
+"""`train` and `evaluate` with progress on stderr, and the command line's options as their settings."""
 
 import json
 import shlex
@@ -27,12 +27,12 @@ from r2scp.store.atomic_file import replace_file
 from r2scp.store.errors import R2SCPError, UsageError
 from r2scp.store.feature_store import FeatureStore
 
-PLACEHOLDER_CLASSES = 2  # what a preset is told before the store was asked
+PLACEHOLDER_CLASSES = 2  # in a preset, until the store's answers are counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What to train: a preset, settings of it to change ("model.k=3"), and whether its baselines too."""
+    """What to train: a preset, changes to its settings ("model.k=3"), and whether to train baselines too."""
 
     preset: str
     settings: tuple[str, ...] = ()
@@ -41,12 +41,12 @@ class TrainRequest:
 
 
 def train_with_progress(
-    store: FeatureStore, run: Path, wanted: TrainRequest, means: TrainOptions
+    store: FeatureStore, run: Path, request: TrainRequest, options: TrainOptions
 ) -> dict[str, object]:
-    """Train a model and its baselines into a run's folder, seen on stderr; what came out."""
+    """Train a model and its baselines into a run's folder; a summary of the result."""
     folder = absolute(run)
-    plan = plan_training(store, folder, wanted)
-    trained = train_with_baselines(plan, means, log_epoch, wanted.with_baselines)
+    plan = plan_training(store, folder, request)
+    trained = train_with_baselines(plan, options, log_epoch, request.with_baselines)
     best = trained[OURS]
     return {
         "run": str(folder),
@@ -61,7 +61,7 @@ def train_with_progress(
 def train_options(
     num_workers: int, device: str | None, ray_address: str | None, cores: int | None = None
 ) -> TrainOptions:
-    """The command line's options as `TrainOptions`. `cores`: to use; all by default."""
+    """The command line's options as `TrainOptions`. `cores`: how many to use, all by default."""
     cores = cores or default_workers()
     return TrainOptions(
         num_workers=num_workers,
@@ -71,22 +71,22 @@ def train_options(
     )
 
 
-def plan_training(store: FeatureStore, folder: Path, wanted: TrainRequest) -> TrainPlan:
-    """The training that is asked for, on the store as it is now. Raises `UsageError`, `StoreError`."""
-    if wanted.preset not in PRESETS:
-        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {wanted.preset!r}")
-    if any(setting.partition("=")[0] == "seed" for setting in wanted.settings):
-        raise UsageError("--set does not reach the seed; --seed does (--first-seed where there are several)")
+def plan_training(store: FeatureStore, folder: Path, request: TrainRequest) -> TrainPlan:
+    """The requested training on the latest store version. Raises `UsageError`, `StoreError`."""
+    if request.preset not in PRESETS:
+        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {request.preset!r}")
+    if any(setting.partition("=")[0] == "seed" for setting in request.settings):
+        raise UsageError("--set must not name the seed; use --seed (--first-seed for several seeds)")
     pins = Pins.latest(store)
-    preset = PRESETS[wanted.preset]
-    draft = changed(preset(store.dim, PLACEHOLDER_CLASSES), wanted.settings)
+    preset = PRESETS[request.preset]
+    draft = with_settings(preset(store.dim, PLACEHOLDER_CLASSES), request.settings)
     answers = answers_of(store, pins, draft)
     classes = None if answers is None else len(answers)
-    config = changed(preset(store.dim, classes), wanted.settings)
+    config = with_settings(preset(store.dim, classes), request.settings)
     if config.model.classes != classes:
         raise UsageError(
-            f"model.classes must be {classes}, the answers of the train split, or null where questions bring "
-            f"their choices; got {config.model.classes}"
+            f"model.classes must be {classes}, the number of answers of the train split, or null if each "
+            f"question has its own choices; got {config.model.classes}"
         )
     if config.model.encoder_dim != store.dim:
         raise UsageError(
@@ -97,18 +97,17 @@ def plan_training(store: FeatureStore, folder: Path, wanted: TrainRequest) -> Tr
         uri=store.uri,
         fingerprint=store.fingerprint,
         pins=pins,
-        config=replace(config, seed=wanted.seed),
+        config=replace(config, seed=request.seed),
         answers=answers,
         folder=folder,
         storage_options=store.storage_options,
     )
 
 
-def changed(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
+def with_settings(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
     """A config with some values replaced: "model.k=3", "stage_two.epochs=10", "retrieval=paired".
 
-    Values are JSON where they parse as such, text otherwise. Raises `UsageError` for a setting that does not
-    exist or cannot be so.
+    Values that do not parse as JSON are strings. Raises `UsageError` for unknown settings and invalid values.
     """
     values = json.loads(json.dumps(config.to_json()))
     for setting in settings:
@@ -118,9 +117,9 @@ def changed(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
         for parent in parents:
             place = place.get(parent) if isinstance(place, Mapping) else None
         if not equals or not isinstance(place, dict) or name not in place:
-            there = ", ".join(place) if isinstance(place, dict) else ", ".join(values)
+            known = ", ".join(place if isinstance(place, dict) else values)
             raise UsageError(
-                f"--set must be SETTING=VALUE with a setting that exists; got {setting!r}; there is: {there}"
+                f"--set must be SETTING=VALUE with a setting that exists; got {setting!r}; known: {known}"
             )
         try:
             place[name] = json.loads(text)
@@ -130,7 +129,7 @@ def changed(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
 
 
 def log_epoch(name: str, values: Mapping[str, object]) -> None:
-    """One line on stderr for each epoch."""
+    """One line on stderr per epoch."""
     validation, train = values["validation"], values["train"]
     assert isinstance(validation, Mapping)
     assert isinstance(train, Mapping)
@@ -143,27 +142,27 @@ def log_epoch(name: str, values: Mapping[str, object]) -> None:
 
 
 def evaluate_with_progress(
-    store: FeatureStore, run: Path, means: EvaluateOptions, as_json: bool
+    store: FeatureStore, run: Path, options: EvaluateOptions, as_json: bool
 ) -> dict[str, Any]:
-    """`run_evaluate`, seen on stderr, its tables on stdout unless JSON is wanted there; kept in the run."""
+    """`run_evaluate` with progress on stderr; saves the report, prints its tables unless `as_json`."""
     with progress_bar() as bar:
         tasks: dict[str, int] = {}
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(escape(printable(what)), total=total, note="questions")
-            bar.update(tasks[what], completed=done)  # pyright: ignore[reportArgumentType]
+        def show(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bar.add_task(escape(printable(label)), total=total, note="questions")
+            bar.update(tasks[label], completed=done)  # pyright: ignore[reportArgumentType]
 
-        report = run_evaluate(store, absolute(run), replace(means, progress=show))
+        report = run_evaluate(store, absolute(run), replace(options, on_progress=show))
     if report["trained_on"] != store.uri:
-        log(f"note: it was trained on the store at {printable(str(report['trained_on']))}")
+        log(f"note: the run was trained on the store at {printable(str(report['trained_on']))}")
     if not as_json:
         Console().print(tables(report))
-    name = f"evaluation-{quote(means.split, safe='')}{'-latest' if means.latest else ''}.json"
-    kept = read_checkpoint(absolute(run)).folder / name
+    name = f"evaluation-{quote(options.split, safe='')}{'-latest' if options.latest else ''}.json"
+    path = read_checkpoint(absolute(run)).folder / name
     try:
-        replace_file(kept, (json.dumps(report, indent=1) + "\n").encode())
-        log(f"kept in {kept}")
-    except R2SCPError as error:  # a run of somebody else's
-        log(f"not kept: {error}")
+        replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
+        log(f"Saved to {path}")
+    except R2SCPError as error:  # a read-only run
+        log(f"not saved: {error}")
     return report

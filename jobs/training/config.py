@@ -58,7 +58,7 @@ class TrainConfig:
     """Every setting of a training.
 
     `holdout`: share of the train split's videos held out as validation, for a corpus without a validation
-    split; 0: use the `val` split. `expert_dropout`: probability that a question loses one modality in stage I.
+    split; 0: use the `val` split. `expert_dropout`: in stage I, probability that a question loses a modality.
     `sees="question"` is the baseline that gets neither sound nor picture: it has no stage II.
     `evaluate_rows`: batch size of validation and evaluation. Raises `UsageError` for invalid values.
     """
@@ -90,7 +90,7 @@ class TrainConfig:
         if self.sees == "question" and self.stage_two.epochs:
             raise UsageError("a model that sees only the question has no stage II; its epochs must be 0")
         if not self.stage_one.epochs and not self.stage_two.epochs:
-            raise UsageError("there is nothing to train: stage_one.epochs and stage_two.epochs are both 0")
+            raise UsageError("nothing to train: stage_one.epochs or stage_two.epochs must be above 0; got 0 and 0")
         if self.model.cmr and self.model.neighbours > self.index.n:
             raise UsageError(
                 f"model.neighbours must be at most index.n, {self.index.n}; got {self.model.neighbours}"
@@ -188,9 +188,7 @@ def experts_of(config: TrainConfig) -> TrainConfig:
     Settings that stage I does not depend on are reset to their defaults; of the index it depends only on
     whether splits are disjoint.
     """
-    plain = TrainConfig(
-        model=ModelConfig(), stage_one=config.stage_one, stage_two=StageConfig(epochs=0)
-    )
+    plain = TrainConfig(model=ModelConfig(), stage_one=config.stage_one, stage_two=StageConfig(epochs=0))
     stage_one = {name: getattr(config.model, name) for name in STAGE_ONE_SETTINGS}
     return replace(
         config,

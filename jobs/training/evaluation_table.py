@@ -1,4 +1,4 @@
-"""An evaluation as tables for a person; at most 80 columns wide, as long as question types are short."""
+"""An evaluation as tables for a terminal of 80 columns."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +11,17 @@ from rich.text import Text
 from r2scp.jobs.console import printable
 from r2scp.store.schema import MODALITY_NAMES, Condition, Modality
 
-OURS = "R²ScP"
+OURS_TITLE = "R²ScP"
 TITLES = {
-    "majority": "majority of the type",
+    "majority": "most frequent answer per question type",
     "question-only": "question only",
     "no-recovery": "no recovery",
-    "no-recovery-dropout": "no recovery, dropout",
+    "no-recovery-dropout": "no recovery, trained with modality dropout",
 }
 
 
 def tables(report: Mapping[str, Any]) -> Group:
-    """The model beside its baselines, then its question types. Intervals are of 95 % (Wilson)."""
+    """The model and its baselines, then the model by question type. Intervals are 95 % (Wilson)."""
     settings = report["settings"]
     name = " + ".join(part.upper() for part in ("cmr", "cap") if settings[part]) or "no recovery"
     n = report["conditions"]["AV"]["n"]
@@ -38,17 +38,17 @@ def tables(report: Mapping[str, Any]) -> Group:
         parts += [_rates(report, modality) for modality in Modality]
     if report["unfinished"]:
         names = printable(", ".join(report["unfinished"]))
-        parts.append(Text(f"Not trained to the end yet: {names}; `train` goes on.", style="yellow"))
+        parts.append(Text(f"Training not finished: {names}; run `train` again to resume.", style="yellow"))
     if not settings["leak_guard"]:
         parts.append(
-            Text("Made WITHOUT the leak guard: a clip may have served as its own neighbour.", style="red")
+            Text("Made WITHOUT the leak guard: clips may have been retrieved for themselves.", style="red")
         )
     return Group(*parts)
 
 
 def grid(title: str, headings: tuple[str, ...]) -> Grid:
-    """An empty table whose first column gives way where it gets narrow, and no number ever does."""
-    made = Grid(
+    """An empty table. Only its first column wraps if the terminal is narrow; numbers never do."""
+    table = Grid(
         title=Text(title, style="table.title"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -56,46 +56,46 @@ def grid(title: str, headings: tuple[str, ...]) -> Grid:
         show_edge=False,
     )
     for at, heading in enumerate(headings):
-        made.add_column(Text(heading), justify="right" if at else "left", no_wrap=at > 0, overflow="fold")
-    return made
+        table.add_column(Text(heading), justify="right" if at else "left", no_wrap=at > 0, overflow="fold")
+    return table
 
 
 def _rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
-    """(label, what it reached, style), the best baseline first."""
+    """(label, results, style) of the model and its baselines, the best baseline first."""
     others = sorted(report["baselines"].items(), key=lambda item: -item[1]["average"])
     return [
-        (OURS, report, "bold"),
+        (OURS_TITLE, report, "bold"),
         *((TITLES[key] if key in TITLES else printable(key), row, "") for key, row in others),
     ]
 
 
 def _types(report: Mapping[str, Any]) -> Grid:
-    made = grid(f"\n{OURS} by question type", ("type", "n", *Condition))
+    table = grid(f"\n{OURS_TITLE} by question type", ("type", "n", *Condition))
     both = report["conditions"]["AV"]
     for group, score in both["groups"].items():
         kinds = [kind for kind in both["types"] if kind.split("/", 1)[0] == group]
         cells = [_cell(report["conditions"][c]["groups"][group]) for c in Condition]
-        made.add_row(
+        table.add_row(
             Text(printable(group) or "(none)"), Text(str(score["n"])), *map(Text, cells), style="bold"
         )
         for kind in kinds if kinds != [group] else ():
             cells = [_cell(report["conditions"][c]["types"][kind]) for c in Condition]
             label = printable(kind.partition("/")[2] or kind)
-            made.add_row(Text(f"  {label}"), Text(str(both["types"][kind]["n"])), *map(Text, cells))
-    return made
+            table.add_row(Text(f"  {label}"), Text(str(both["types"][kind]["n"])), *map(Text, cells))
+    return table
 
 
 def _rates(report: Mapping[str, Any], modality: Modality) -> Grid:
     shares = [name.split()[1] for name in report["missing_rates"] if name.split()[0] == modality]
-    gone = MODALITY_NAMES[modality]
-    made = grid(f"\nWhere a share of the questions lacks its {gone}", ("model", *shares))
+    stream = MODALITY_NAMES[modality]
+    table = grid(f"\nAccuracy in %, by share of questions whose {stream} is missing", ("model", *shares))
     for label, row, style in _rows(report):
         cells = [_cell(row["missing_rates"][f"{modality} {share}"]) for share in shares]
-        made.add_row(Text(label), *map(Text, cells), style=style)
-    return made
+        table.add_row(Text(label), *map(Text, cells), style=style)
+    return table
 
 
 def _cell(score: Mapping[str, Any]) -> str:
-    """Accuracy with the ends of its interval, in %."""
+    """Accuracy and the ends of its interval, in %."""
     low, high = score["interval"]
     return f"{100 * score['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})"

@@ -1,4 +1,4 @@
-"""What a training says while it runs: `metrics.jsonl`, and the same as TensorBoard scalars."""
+"""The metrics log of a training: `metrics.jsonl`, and the same numbers as TensorBoard scalars."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from r2scp.store.atomic_file import replace_file
 
 
 class TrainLog:
-    """One line a call. Made where a run starts or goes on: lines after `step` belong to what was lost."""
+    """Appends a line per call. Opened at the step a run starts or resumes from; later lines are dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"
@@ -19,7 +19,7 @@ class TrainLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        """`kind` is step or epoch; numbers in `values` become scalars, nested ones under a/b."""
+        """`kind` is step or epoch; numbers in `values` become scalars, nested ones named a/b."""
         line = {"kind": kind, "step": step, **values}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -31,7 +31,7 @@ class TrainLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
-    """All whole lines of a `metrics.jsonl`; none where there is no such file."""
+    """The complete lines of a `metrics.jsonl`; none if there is no such file."""
     if not path.exists():
         return []
     parsed = []
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
         try:
             parsed.append(json.loads(line))
         except ValueError:
-            continue  # a kill in the middle of a line
+            continue  # cut off by a kill
     return parsed
 
 
@@ -49,10 +49,10 @@ def _step(line: Mapping[str, object]) -> int:
 
 
 def _scalars(values: Mapping[str, object], prefix: str) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+    scalars: list[tuple[str, float]] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += _scalars(value, f"{prefix}{name}/")
+            scalars += _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((prefix + name, float(value)))
-    return found
+            scalars.append((prefix + name, float(value)))
+    return scalars

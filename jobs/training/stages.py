@@ -1,4 +1,4 @@
-"""The two stages as a training sees them: what a step eats, what it learns, how it is judged."""
+"""The two stages of training: the inputs of a step, its loss, and validation."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -33,7 +33,7 @@ class Worker:
         """bf16 on a GPU, nothing on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def together(self, counts: Tensor) -> Tensor:
+    def all_reduce(self, counts: Tensor) -> Tensor:
         """The sum over all workers."""
         if self.world > 1:
             counts = counts.to(self.device)
@@ -92,24 +92,24 @@ class MixingObjective(nn.Module):
         else:
             encoded = self.model.encode(batch, missing if recovers else None)
         full = self.model.answer(encoded)
-        lacking = farthest = None
+        incomplete = farthest = None
         if recovers or self.config.modality_dropout:
-            lacking = self.model.answer(encoded.drop(missing))
+            incomplete = self.model.answer(encoded.drop(missing))
         if self.config.rank_weight and encoded.farthest is not None:
             farthest = self.model.answer(encoded.drop(missing).with_farthest())
         losses = Losses(
             real_B=task_loss(full.logits_BK, target_B),
-            near_B=None if lacking is None else task_loss(lacking.logits_BK, target_B),
+            near_B=None if incomplete is None else task_loss(incomplete.logits_BK, target_B),
             far_B=None if farthest is None else task_loss(farthest.logits_BK, target_B),
         )
-        return Step(mixing_loss(losses, self.config, ranked=recovers), full, lacking)
+        return Step(mixing_loss(losses, self.config, ranked=recovers), full, incomplete)
 
 
 class TrainStage(Protocol):
-    """What `r2scp.jobs.training.loop` asks of a stage. `names` are the checkpoints that its best one gets."""
+    """A stage, as the training loop uses it. The best epoch is written under each of `checkpoint_names`."""
 
     stage: Stage
-    names: list[str]
+    checkpoint_names: list[str]
     model: R2SCP
     dataset: Dataset
 
@@ -119,11 +119,11 @@ class TrainStage(Protocol):
         ...
 
     def prepare(self, rows: np.ndarray, missing: int) -> Batch | Encoded:
-        """Inputs of one step, on the CPU; runs in the read-ahead thread."""
+        """Inputs of one step, on the CPU; called in the prefetch thread."""
         ...
 
-    def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
-        """The loss of one step. `chance` is the step's own seed."""
+    def compute_loss(self, module: nn.Module, inputs: Batch | Encoded, missing: int, seed: int) -> Step:
+        """The loss of one step, whose own random draws come from `seed`."""
         ...
 
     def validate(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class TrainStage(Protocol):
 
 
 class ExpertsStage:
-    """Stage I: Φ, experts and heads on whatever is there."""
+    """Stage I: Φ, experts and heads, on the modalities that each clip has."""
 
     stage = Stage.EXPERTS
 
@@ -141,28 +141,28 @@ class ExpertsStage:
     ) -> None:
         self.config, self.model, self.dataset = config, model, train
         self.module = ExpertsObjective(model)
-        self.names = [EXPERTS] if config.stage_two.epochs else [EXPERTS, BEST]
+        self.checkpoint_names = [EXPERTS] if config.stage_two.epochs else [EXPERTS, BEST]
         self._validation, self._worker = validation, worker
 
     def prepare(self, rows: np.ndarray, missing: int) -> Batch:
         return self.dataset.batch(rows, BatchRequest.uniform(len(rows), NO_MODALITY))
 
-    def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
+    def compute_loss(self, module: nn.Module, inputs: Batch | Encoded, missing: int, seed: int) -> Step:
         assert isinstance(inputs, Batch)
-        return module(self._dropped(inputs, chance))
+        return module(self._drop_modality(inputs, seed))
 
-    def _dropped(self, batch: Batch, chance: int) -> Batch:
-        """Each question without one modality, at the rate `expert_dropout`."""
+    def _drop_modality(self, batch: Batch, seed: int) -> Batch:
+        """Drop one modality of each question with probability `expert_dropout`."""
         rate = self.config.expert_dropout
         if not rate:
             return batch
-        draw_B = torch.rand(len(batch), generator=torch.Generator().manual_seed(chance))
+        draw_B = torch.rand(len(batch), generator=torch.Generator().manual_seed(seed))
         for modality, rows_B in ((AUDIO, draw_B < rate / 2), (VISUAL, draw_B >= 1 - rate / 2)):
             batch = batch.drop(modality, rows_B.to(batch.present_BM.device))
         return batch
 
     def validate(self) -> dict[str, float]:
-        """With everything there: stage I has no recovery yet."""
+        """Accuracy with both modalities only: stage I has no recovery yet."""
 
         def prepare(rows: np.ndarray) -> Batch:
             return self._validation.batch(rows, BatchRequest.uniform(len(rows), NO_MODALITY))
@@ -172,9 +172,9 @@ class ExpertsStage:
 
 
 class MixingStage:
-    """Stage II: CAP, router and heads, each batch with and without one modality.
+    """Stage II: CAP, router and heads; each batch once complete and once with one modality missing.
 
-    `folder`: where states of frozen experts go if they outgrow memory.
+    `folder`: for the states of frozen experts, if they do not fit in memory.
     """
 
     stage = Stage.MIXING
@@ -191,19 +191,19 @@ class MixingStage:
         self.config, self.model = config, model
         self.dataset = train
         self.module = MixingObjective(model, config.loss)
-        self.names = [BEST]
+        self.checkpoint_names = [BEST]
         self._validation, self._worker = validation, worker
-        self.states: ExpertCache | None = None
+        self.expert_cache: ExpertCache | None = None
         if model.experts_frozen:
             model.eval()
-            self.states = ExpertCache(model, [train, validation], folder, worker.device)
+            self.expert_cache = ExpertCache(model, [train, validation], folder, worker.device)
 
     def prepare(self, rows: np.ndarray, missing: int) -> Batch | Encoded:
-        far = self.config.model.cmr and self.config.loss.rank_weight > 0
-        ask = BatchRequest.uniform(len(rows), missing, hide=False, farthest=far)
-        return self._inputs(self.dataset, rows, ask)
+        farthest = self.config.model.cmr and self.config.loss.rank_weight > 0
+        request = BatchRequest.uniform(len(rows), missing, hide=False, farthest=farthest)
+        return self._inputs(self.dataset, rows, request)
 
-    def learn(self, module: nn.Module, inputs: Batch | Encoded, missing: int, chance: int) -> Step:
+    def compute_loss(self, module: nn.Module, inputs: Batch | Encoded, missing: int, seed: int) -> Step:
         return module(inputs, missing)
 
     def validate(self) -> dict[str, float]:
@@ -218,19 +218,23 @@ class MixingStage:
             )
         return accuracies | {"mean": sum(accuracies.values()) / len(accuracies)}
 
-    def _inputs(self, dataset: Dataset, rows: np.ndarray, ask: BatchRequest) -> Batch | Encoded:
-        return self.states.encoded_batch(dataset, rows, ask) if self.states else dataset.batch(rows, ask)
+    def _inputs(self, dataset: Dataset, rows: np.ndarray, request: BatchRequest) -> Batch | Encoded:
+        return (
+            self.expert_cache.encoded_batch(dataset, rows, request)
+            if self.expert_cache
+            else dataset.batch(rows, request)
+        )
 
 
-def described(step: Step, target_B: Tensor, missing: int) -> dict[str, float]:
-    """Numbers of one step to log: losses, accuracies and the router's mean weights, by condition."""
+def step_metrics(step: Step, target_B: Tensor, missing: int) -> dict[str, float]:
+    """Metrics of one step: losses, and accuracy and mean router weights by condition."""
     values = {"loss": step.loss.total.item()}
     values |= {f"loss/{name}": part.item() for name, part in step.loss.parts.items()}
     conditions = {number: name for name, number in MISSING_COLUMN.items()}
     for name, answer in ((conditions[NO_MODALITY], step.full), (conditions[missing], step.incomplete)):
         if answer is not None:
-            right_B = answer.logits_BK.argmax(dim=1) == target_B
-            values[f"accuracy/{name}"] = right_B.float().mean().item()
+            correct_B = answer.logits_BK.argmax(dim=1) == target_B
+            values[f"accuracy/{name}"] = correct_B.float().mean().item()
             loads = answer.evidence.router_BS.detach().mean(dim=0).tolist()
             values |= {f"router/{name}/{source}": load for source, load in zip(SOURCES, loads, strict=True)}
     return values
@@ -244,17 +248,17 @@ def _accuracy(
     worker: Worker,
     prepare: Callable[[np.ndarray], Batch | Encoded],
 ) -> float:
-    """Share of a dataset's questions answered right, over all workers."""
+    """Accuracy on a dataset, over all workers."""
     model.eval()
-    right = 0
+    correct = 0
     batches = sequential_batches(len(dataset.examples), config.evaluate_rows, worker.rank, worker.world)
     with closing(prefetch(prepare, batches)) as prepared:
         for rows, inputs in zip(batches, prepared, strict=True):
-            there = inputs.to(worker.device)
+            inputs = inputs.to(worker.device)
             with worker.autocast():
-                answer = model(there) if isinstance(there, Batch) else model.answer(there)
-            right += int((answer.logits_BK.argmax(dim=1).cpu() == dataset.targets(rows)).sum())
-    return float(worker.together(torch.tensor(right))) / len(dataset.examples)
+                answer = model(inputs) if isinstance(inputs, Batch) else model.answer(inputs)
+            correct += int((answer.logits_BK.argmax(dim=1).cpu() == dataset.targets(rows)).sum())
+    return float(worker.all_reduce(torch.tensor(correct))) / len(dataset.examples)
 
 
 def _target(batch: Batch | Encoded) -> Tensor:

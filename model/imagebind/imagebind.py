@@ -4,7 +4,7 @@
 >>> with torch.inference_mode():
 ...     keys_BD = model.vision(normalise_frames(frames))  # also model.audio(log_mel(...)), model.text(ids)
 
-Weights are read by the published checkpoint's own parameter names, at any size: widths, depths, the output
+Weights are read by the published checkpoint's parameter names, at any size: widths, depths, the output
 dimension, the vocabulary and the patch come from the tensors, head counts from the file's metadata.
 
 Departures from the published model: every output is unit-norm (the published one scales audio by 20 and text
@@ -55,7 +55,7 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 
 class Description(NamedTuple):
-    """What one loads, known before loading it."""
+    """Properties of a model, known before it is loaded."""
 
     fingerprint: str
     dim: int
@@ -66,7 +66,7 @@ class Description(NamedTuple):
 class ImageBind(nn.Module):
     """The three towers. `vision`, `audio` and `text` are modules: call them with a batch.
 
-    `ImageBind(config)` makes a new model, ready to train, with weights from PyTorch's global generator.
+    `ImageBind(config)` is a new model, ready to train, with weights drawn from PyTorch's global generator.
     """
 
     def __init__(self, config: ImageBindConfig) -> None:
@@ -86,7 +86,7 @@ class ImageBind(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the towers compute in; their outputs are float32 whatever this is."""
+        """The towers' precision; their outputs are always float32."""
         return self.vision.stem.dtype
 
     @property
@@ -97,9 +97,9 @@ class ImageBind(nn.Module):
     def fingerprint(self) -> str:
         """Stable name of the embeddings: dimension, weights, revision; safe as a folder's name.
 
-        Examples: `imagebind-1024-d6f6c22bedcc-r1`, `imagebind-1024-random-7-r1`. The arithmetic is no part
-        of it: bf16 and fp32 agree to a cosine of 0.999, so a store filled on a GPU answers a laptop. Raises
-        WeightsError for a model that was made anew and not loaded.
+        Examples: `imagebind-1024-d6f6c22bedcc-r1`, `imagebind-1024-random-7-r1`. The dtype is no part of it:
+        bf16 and fp32 agree to a cosine of 0.999, so a store filled on a GPU can be queried on a laptop.
+        Raises WeightsError for a new model that was not loaded.
         """
         if self._weights is None:
             raise WeightsError("a model that was never saved has no fingerprint: save it, then load it")
@@ -109,7 +109,7 @@ class ImageBind(nn.Module):
     def describe(
         source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> "Description":
-        """What `load` with the same arguments will give, without its memory: a file is hashed, not loaded."""
+        """Describe the model that `load` returns for the same arguments: a file is hashed, not loaded."""
         dtype = _check_dtype(dtype or best_dtype(device))
         if (seed := _random_seed(source)) is not None:
             dim = ImageBindConfig.huge().dim
@@ -127,24 +127,24 @@ class ImageBind(nn.Module):
         dtype: torch.dtype | None = None,
         known_sha256: str | None = None,
     ) -> "ImageBind":
-        """Read a `.pth` or `.safetensors` file, or make random weights of the published size (`random:SEED`).
+        """Read a `.pth` or `.safetensors` file, or draw random weights of the published size (`random:SEED`).
 
         `dtype` is float32, bfloat16 or float16; None means `best_dtype(device)`. `known_sha256`, the hex
         digest of the file (see `describe`), saves hashing it again. Float32 weights on the CPU stay mapped
-        from the file, so that processes share them. Raises WeightsError.
+        from the file and are shared between processes. Raises WeightsError.
         """
         dtype = _check_dtype(dtype or best_dtype(device))
         if (seed := _random_seed(source)) is not None:
             return cls._random(seed, device, dtype)
         path = Path(source)
-        model, found = cls._skeleton(path)
-        model.load_state_dict({name: t.to(device, dtype) for name, t in found.items()}, assign=True)
+        model, tensors = cls._skeleton(path)
+        model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
         model._weights = known_sha256 or sha256_of(path)
         return model.eval()
 
     @classmethod
     def _skeleton(cls, path: Path) -> tuple["ImageBind", dict[str, Tensor]]:
-        """A model without memory, of the file's sizes, and the file's tensors for it, by our names."""
+        """A model on the meta device, of the file's sizes, and the file's tensors for it, by our names."""
         tensors, metadata = read_weights(path)
         with torch.device("meta"):
             model = cls(config_of(tensors, metadata, path))
@@ -161,24 +161,24 @@ class ImageBind(nn.Module):
         return model.eval()
 
     def pack(self) -> "ImageBind":
-        """Lay out the blocks' matrices for the CPU's matrix unit, where it has one for this dtype.
+        """Lay out the blocks' matrices for the CPU's matrix unit, if it has one for this dtype.
 
-        The embeddings keep their meaning (bf16's rounding differs), memory does not grow, and saving writes
-        the same tensors as before. The model only infers from then on. Returns itself.
+        Embeddings agree with those before (up to bf16's rounding), memory does not grow, and saving writes
+        the same tensors. The model can no longer train. Returns itself.
         """
         for tower in (self.vision, self.audio, self.text):
             for module in tower.blocks.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
-                    if parameter.ndim == 2 and (laid := pack_weight(parameter)) is not parameter:
-                        setattr(module, name, nn.Parameter(laid, requires_grad=False))
+                    if parameter.ndim == 2 and (weight := pack_weight(parameter)) is not parameter:
+                        setattr(module, name, nn.Parameter(weight, requires_grad=False))
                         self.requires_grad_(False)
         return self
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew: normal, scaled by fan-in and depth; norms 1, biases 0.
+        """Draw all weights: normal, scaled by fan-in and depth; norms 1, biases 0.
 
-        Drawn in float32 on the CPU, then cast: a seed means the same model whatever the device and dtype.
+        Drawn in float32 on the CPU, then cast: a seed gives the same model on any device, in any dtype.
         """
         for name, parameter in self.named_parameters():
             tower, _, leaf = name.partition(".")
@@ -196,9 +196,9 @@ class ImageBind(nn.Module):
     def save(
         self, path: str | Path, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Write a safetensors file under the published names, head counts and `metadata` with it.
+        """Write a safetensors file with the published names, head counts and `metadata`.
 
-        `dtype` is that of the tensors in the file (None: as they are). The file appears whole or not at all.
+        `dtype` is that of the tensors in the file (None: unchanged). The file is written whole or not at all.
         """
         tensors = self.state_dict().items()
         state = {name: unpack_weight(tensor.detach()).to("cpu", dtype) for name, tensor in tensors}
@@ -206,7 +206,7 @@ class ImageBind(nn.Module):
 
 
 def best_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 where the device computes it natively, else float32."""
+    """bfloat16 if the device computes it natively, else float32."""
     device = torch.device(device)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -218,7 +218,7 @@ def best_dtype(device: str | torch.device = "cpu") -> torch.dtype:
 def normalise_frames(frames_NHW3: Tensor) -> Tensor:
     """uint8 (N, 224, 224, 3) in red, green, blue -> float32 (N, 3, 224, 224) for the vision tower.
 
-    The result keeps its channels last in memory, which the tower's first convolution likes.
+    The result stays channels-last in memory, which is fastest for the tower's first convolution.
     """
     if frames_NHW3.dtype != torch.uint8 or frames_NHW3.shape[1:] != (IMAGE_SIDE, IMAGE_SIDE, 3):
         got = f"{frames_NHW3.dtype} {tuple(frames_NHW3.shape)}"
@@ -240,12 +240,14 @@ def _check_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _random_seed(source: str | Path) -> int | None:
-    """The seed of `random:SEED`; None for a file. Raises WeightsError where SEED is no seed."""
+    """The seed of `random:SEED`; None for a file. Raises WeightsError for an invalid SEED."""
     if not str(source).startswith("random:"):
         return None
     seed = str(source).removeprefix("random:")
     if not seed.isascii() or not seed.isdecimal() or int(seed) >= 2**63:
-        raise WeightsError(f"random weights must be named random:SEED, a whole number; got {str(source)!r}")
+        raise WeightsError(
+            f"random weights must be random:SEED with a whole number from 0; got {str(source)!r}"
+        )
     return int(seed)
 
 
@@ -262,9 +264,9 @@ def _cpu_has_bf16() -> bool:
 
 
 def _init_std(leaf: str, parameter: Tensor, sizes: TowerConfig) -> float:
-    """Standard deviation for one weight: 1/sqrt(fan in), less for what adds to the residual stream."""
+    """Standard deviation of one weight: 1/sqrt(fan in), smaller if it adds to the residual stream."""
     if leaf in ("words", "positions", "class_token") or leaf.endswith(("bias_k", "bias_v")):
-        return 0.02  # learned vectors that no sum runs over
+        return 0.02  # vectors, not matrices: they have no fan-in
     fan_in = parameter[0].numel()
     residual = leaf.endswith(("out_proj.weight", "fc2.weight"))
     return fan_in**-0.5 * ((2 * sizes.depth) ** -0.5 if residual else 1.0)

@@ -1,6 +1,6 @@
-"""What the audio tower eats: the log-mel spectrogram of Kaldi's `compute-fbank-feats`, as ImageBind uses it.
+"""Input of the audio tower: the log-mel spectrogram of Kaldi's `compute-fbank-feats`, as in ImageBind.
 
-All constants follow from the sampling rate; parity with the reference is held by a test.
+All constants follow from the sampling rate; a test compares with reference tensors.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SAMPLE_RATE = 16_000  # Hz
-WINDOW = 2 * SAMPLE_RATE  # 2 s: what the audio tower hears at once
+WINDOW = 2 * SAMPLE_RATE  # 2 s: input of the audio tower
 FRAME = SAMPLE_RATE * 25 // 1000  # 25 ms = 400 samples
 HOP = SAMPLE_RATE * 10 // 1000  # 10 ms = 160 samples
 FFT = 1 << (FRAME - 1).bit_length()  # 512: the frame, rounded up to a power of two
@@ -23,15 +23,15 @@ PRE_EMPHASIS = 0.97
 POWER_FLOOR = torch.finfo(torch.float32).eps  # keeps the logarithm finite
 LOG_MEL_MEAN = -4.268  # of AudioSet, in nats
 LOG_MEL_STD = 9.138
-SILENCE = (0.0 - LOG_MEL_MEAN) / LOG_MEL_STD  # what padding becomes: zeros go in before normalisation
+SILENCE = (0.0 - LOG_MEL_MEAN) / LOG_MEL_STD  # padding: a zero, normalised
 
 
 def windows(waveform_S: Tensor | np.ndarray) -> Tensor:
-    """Cut a recording into one 2 s window a second: (T, 32000) float32, T = max(1, floor(S / 16000 + 1/2)).
+    """Cut a waveform into one 2 s window per second: (T, 32000) float32, T = max(1, floor(S / 16000 + 1/2)).
 
-    Window t is centred on t + 0.5 s and shifted, where need be, to stay inside the recording. A recording
+    Window t is centred on t + 0.5 s and shifted, if necessary, to stay inside the waveform. A waveform
     shorter than 2 s is used whole: the result is then (T, S), and `log_mel` pads it. Mono at 16 kHz, range
-    -1 to 1. Raises ValueError for anything but one axis with at least one sample.
+    -1 to 1. Raises ValueError unless there is one axis with at least one sample.
     """
     waveform_S = torch.as_tensor(waveform_S, dtype=torch.float32)
     if waveform_S.ndim != 1 or not len(waveform_S):
@@ -39,18 +39,19 @@ def windows(waveform_S: Tensor | np.ndarray) -> Tensor:
             f"waveform must be one axis of at least one sample; got shape {tuple(waveform_S.shape)}"
         )
     tokens = max(1, math.floor(len(waveform_S) / SAMPLE_RATE + 0.5))
-    room = len(waveform_S) - WINDOW
-    if room <= 0:
+    last_start = len(waveform_S) - WINDOW
+    if last_start <= 0:
         return waveform_S.expand(tokens, -1)
-    starts = ((t * SAMPLE_RATE) + SAMPLE_RATE // 2 - WINDOW // 2 for t in range(tokens))
-    return torch.stack([waveform_S[(at := min(max(start, 0), room)) : at + WINDOW] for start in starts])
+    centred = (t * SAMPLE_RATE + SAMPLE_RATE // 2 - WINDOW // 2 for t in range(tokens))
+    starts = (min(max(start, 0), last_start) for start in centred)
+    return torch.stack([waveform_S[start : start + WINDOW] for start in starts])
 
 
 def log_mel(waveforms_NS: Tensor | np.ndarray) -> Tensor:
     """Normalised log-mel spectrograms of N windows of S samples: (N, 1, 128, 204) float32.
 
-    Mono at 16 kHz, range -1 to 1. Frames that do not fit whole are dropped; fewer than 204 are padded at the
-    end, more are cut. Raises ValueError unless there are two axes.
+    Mono at 16 kHz, range -1 to 1. Incomplete frames are dropped; fewer than 204 are padded at the end, more
+    are cut. Raises ValueError unless there are two axes.
     """
     waveforms_NS = torch.as_tensor(waveforms_NS, dtype=torch.float32)
     if waveforms_NS.ndim != 2:

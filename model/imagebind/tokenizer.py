@@ -1,6 +1,6 @@
-"""What the text tower eats: token ids of CLIP's byte-pair encoding (Radford et al. 2021).
+"""Input of the text tower: token ids of CLIP's byte-pair encoding (Radford et al. 2021).
 
-Texts are outside data and inert: the names of the special tokens, written inside a text, are ordinary text.
+Texts are untrusted: the names of special tokens, written inside a text, are ordinary text.
 """
 
 import gzip
@@ -18,10 +18,10 @@ from tokenizers import Regex, models, pre_tokenizers
 from torch import Tensor
 
 CONTEXT = 77  # tokens, start and end included
-MERGES = 48_894  # of the list's lines, in order, that CLIP uses
+MERGES = 48_894  # CLIP uses the first lines of the list
 START = 2 * 256 + MERGES  # 49406: after each byte, each byte at a word's end, and each merge
 END = START + 1  # 49407, the highest id
-PADDING = 0  # also the id of "!": tell padding by the length, not by the id
+PADDING = 0  # also the id of "!": padding is known by the length, not by the id
 VOCABULARY = END + 1
 WORD_END = "</w>"
 WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -38,17 +38,17 @@ class TokenIds(NamedTuple):
 
 
 class Tokenizer:
-    """CLIP's tokenizer. Takes a fifth of a second to build: keep it."""
+    """CLIP's tokenizer. Takes 0.2 s to build: reuse it."""
 
     def __init__(self) -> None:
         self._bpe = _byte_pair_encoding()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Ids int64 (N, 77): start, text, end, zeros. A longer text is cut and keeps the end token."""
+        """Ids int64 (N, 77): start, text, end, zeros. A longer text is truncated before the end token."""
         return self.tokens(texts).ids_NW
 
     def tokens(self, texts: Sequence[str]) -> TokenIds:
-        """As `encode`, and how many ids of each row are real (2 to 77)."""
+        """Ids as of `encode`, and the number of real ones per row (2 to 77)."""
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings; got one string")
         encoded = self._bpe.encode_batch([clean(text) for text in texts], add_special_tokens=False)
@@ -62,13 +62,13 @@ class Tokenizer:
 
 
 def clean(text: str) -> str:
-    """The text as CLIP saw it: plain typography, HTML entities resolved, single blanks, lower case.
+    """The text as in CLIP's training: plain typography, HTML entities resolved, single blanks, lower case.
 
-    Typography: straight quotes, full-width and half-width forms and Latin ligatures as their plain letters,
-    stray Windows-1252 bytes as what they meant, control characters dropped, composed accents (NFC). Text
-    that was decoded with a wrong encoding altogether ("cafÃ©") is left as it is.
+    Typography: straight quotes, full-width and half-width forms and Latin ligatures as plain letters, stray
+    Windows-1252 bytes as the characters they stand for, no control characters, composed accents (NFC). Text
+    that was decoded with a wrong encoding altogether ("cafÃ©") is left unchanged.
     """
-    if "<" not in text:  # an entity beside a tag is markup that somebody meant
+    if "<" not in text:  # an entity beside a tag is intended markup
         text = html.unescape(text)
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     text = CONTROLS.sub("", text.translate(_typography()))
@@ -77,12 +77,13 @@ def clean(text: str) -> str:
 
 
 def _byte_pair_encoding() -> tokenizers.Tokenizer:
-    packed = (resources.files("r2scp.model.imagebind") / "data" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    lines = gzip.decompress(packed).decode().split("\n", MERGES + 1)[1 : MERGES + 1]  # the first is a comment
+    file = resources.files("r2scp.model.imagebind") / "data" / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode().split("\n", MERGES + 1)
+    lines = lines[1 : MERGES + 1]  # the first is a comment
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a letter for each byte, in CLIP's order
-    closed = [letter + WORD_END for letter in alphabet]
-    words = [*alphabet, *closed, *(left + right for left, right in merges)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a letter per byte, in CLIP's order
+    final = [letter + WORD_END for letter in alphabet]
+    words = [*alphabet, *final, *(left + right for left, right in merges)]
     vocabulary = {word: position for position, word in enumerate(words)}
     bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -91,17 +92,17 @@ def _byte_pair_encoding() -> tokenizers.Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    bpe.enable_truncation(CONTEXT - 2)  # start and end come round it
+    bpe.enable_truncation(CONTEXT - 2)  # leaves space for start and end
     return bpe
 
 
 @lru_cache(maxsize=1)
 def _typography() -> dict[int, str]:
-    """For `str.translate`: letters and signs that `clean` writes plainly."""
+    """For `str.translate`: characters that `clean` replaces."""
     ligatures = [0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)]
     widths = [0x3000, *range(0xFF01, 0xFFF0)]
     plain = {code: unicodedata.normalize("NFKC", chr(code)) for code in (*ligatures, *widths)}
-    plain |= {0x149: "'n", 0xFB05: "\u017ft"}  # where NFKC goes further, or less far, than the reference
+    plain |= {0x149: "'n", 0xFB05: "\u017ft"}  # where the reference differs from NFKC
     stray = {code: bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)}
     single, double = range(0x2018, 0x201C), range(0x201C, 0x2020)
     quotes = {0x2BC: "'", **dict.fromkeys(single, "'"), **dict.fromkeys(double, '"')}

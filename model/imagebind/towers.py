@@ -3,13 +3,13 @@
 A tower is: patches or tokens -> + class token, + positions -> pre-norm transformer blocks -> layer norm and
 a linear head on one token (the class token; for text the end token) -> unit norm. Each tower's `forward`
 takes a batch in any floating dtype, computes in the dtype of its own parameters and returns float32.
-Autograd flows; who wants inference says `torch.inference_mode()`.
+Gradients are kept unless the caller enters `torch.inference_mode()`.
 
 Legend of shapes: B batch, L tokens of a sequence, W words (text tokens), C width of a trunk, H heads, E width
 of a head, D width of the shared embedding space.
 
-Architecture: Girdhar et al., "ImageBind: One Embedding Space To Bind Them All", CVPR 2023; the settings that
-the paper leaves open were taken from the tensors of the published checkpoint.
+Architecture: Girdhar et al., "ImageBind: One Embedding Space To Bind Them All", CVPR 2023; settings that the
+paper leaves open come from the tensors of the published checkpoint.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2scp.model.imagebind.melspec import MEL_BINS, MEL_FRAMES
-from r2scp.model.imagebind.packed_linear import linear, linear_gelu, linear_add
+from r2scp.model.imagebind.packed_linear import linear, linear_add, linear_gelu
 
 IMAGE_SIDE = 224  # pixels
 FRAMES = 2  # a clip given to the vision tower is two frames; a still is repeated
@@ -87,9 +87,9 @@ class TextOutput(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, added to `onto_BQC`, for the first Q tokens: as many as that has.
+    """Multi-head self-attention of the first Q tokens, added to `residual_BQC`.
 
-    With `extra_token` there is one learned key and value more, which every query sees.
+    With `extra_token` there is one more key and value, learned, to which every query attends.
     """
 
     def __init__(self, config: TowerConfig, *, causal: bool = False, extra_token: bool = False) -> None:
@@ -101,40 +101,39 @@ class SelfAttention(nn.Module):
         self.bias_k = nn.Parameter(torch.empty(1, 1, config.width)) if extra_token else None
         self.bias_v = nn.Parameter(torch.empty(1, 1, config.width)) if extra_token else None
 
-    def forward(self, x_BLC: Tensor, onto_BQC: Tensor) -> Tensor:
+    def forward(self, x_BLC: Tensor, residual_BQC: Tensor) -> Tensor:
         query_BLC, key_BLC, value_BLC = linear(x_BLC, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         if self.bias_k is not None and self.bias_v is not None:
             key_BLC = torch.cat([key_BLC, self.bias_k.expand(len(x_BLC), -1, -1)], dim=1)
             value_BLC = torch.cat([value_BLC, self.bias_v.expand(len(x_BLC), -1, -1)], dim=1)
-        query_BQC = query_BLC[:, : onto_BQC.shape[1]]
+        query_BQC = query_BLC[:, : residual_BQC.shape[1]]
         mixed_BHQE = F.scaled_dot_product_attention(
             self._split(query_BQC), self._split(key_BLC), self._split(value_BLC), is_causal=self.causal
         )
         mixed_BQC = mixed_BHQE.transpose(1, 2).flatten(2)
-        return linear_add(mixed_BQC, self.out_proj.weight, self.out_proj.bias, onto_BQC)
+        return linear_add(mixed_BQC, self.out_proj.weight, self.out_proj.bias, residual_BQC)
 
     def _split(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Mlp(nn.Module):
-    """Two layers with a GELU between them, added to `onto_BLC`."""
+    """Two layers with a GELU between them, added to `residual_BLC`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, MLP_RATIO * width)
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
-    def forward(self, x_BLC: Tensor, onto_BLC: Tensor) -> Tensor:
+    def forward(self, x_BLC: Tensor, residual_BLC: Tensor) -> Tensor:
         inner_BLC = linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias)
-        return linear_add(inner_BLC, self.fc2.weight, self.fc2.bias, onto_BLC)
+        return linear_add(inner_BLC, self.fc2.weight, self.fc2.bias, residual_BLC)
 
 
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm_1 x), then x + mlp(norm_2 x).
 
-    `queries`: only the first so many tokens are wanted of it. All are still attended to, but nothing that
-    nobody reads is computed after that.
+    With `queries` only that many first tokens are computed; they still attend to all tokens.
     """
 
     def __init__(self, config: TowerConfig, *, causal: bool = False, extra_token: bool = False) -> None:
@@ -243,7 +242,7 @@ def unit(x: Tensor) -> Tensor:
 
 def check_shape(x: Tensor, name: str, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `x` is floating point and has `shape`, where None stands for any length."""
-    fits = x.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, x.shape, strict=True))
+    fits = x.ndim == len(shape) and all(size in (None, got) for size, got in zip(shape, x.shape, strict=True))
     if not fits or not x.is_floating_point():
-        wanted = ", ".join("batch" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must be floating point of shape ({wanted}); got {x.dtype} {tuple(x.shape)}")
+        sizes = ", ".join("batch" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be floating point of shape ({sizes}); got {x.dtype} {tuple(x.shape)}")

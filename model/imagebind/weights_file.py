@@ -1,7 +1,7 @@
-"""Weights files: the published checkpoint's names and sizes, read and written.
+"""Reads and writes weights files with the published checkpoint's names and sizes.
 
-A file is refused, with one line that says why, unless it holds exactly the three towers' parameters; the
-depth, thermal and IMU towers of the published checkpoint are passed over. Nothing but tensors is unpickled.
+A file is refused, with a one-line reason, unless it holds exactly the three towers' parameters; the depth,
+thermal and IMU towers of the published checkpoint are skipped. Only tensors are unpickled.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from r2scp.model.imagebind.towers import ImageBindConfig, TowerConfig
 
 TOWERS = ("vision", "audio", "text")
 PUBLISHED_HEADS = {"vision": 16, "audio": 12, "text": 16}  # imagebind_huge.pth carries no metadata
-OTHER_TOWERS = ("depth", "thermal", "imu")  # towers of the published checkpoint that are passed over
-UNUSED = frozenset(  # known names that have no effect on a unit-norm output of a causal tower
+OTHER_TOWERS = ("depth", "thermal", "imu")  # towers of the published checkpoint that are skipped
+UNUSED = frozenset(  # names that have no effect on the unit-norm output of a causal tower
     {
         "modality_preprocessors.text.mask",
         "modality_postprocessors.audio.1.log_logit_scale",
@@ -53,11 +53,11 @@ PUBLISHED_NAMES = {  # our module or parameter: its name in the published checkp
 
 
 class WeightsError(ValueError):
-    """A weights file that is missing, damaged, or not an ImageBind model; one line says which and why."""
+    """A weights file that is missing, damaged or not an ImageBind model; the message is one line."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, mapped from the file where its format allows; its metadata (none in a `.pth`)."""
+    """Tensors by name, mapped from the file if its format allows, and metadata (none in a `.pth`)."""
     if not path.is_file():
         raise WeightsError(
             f"weights must be a .pth or .safetensors file; {path} does not exist or is not a file"
@@ -72,10 +72,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"weights must be a .pth or .safetensors file; got {path.name!r}")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file raises whatever the reader happens to trip over
+    except Exception as error:  # a damaged file can raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise WeightsError(
-            f"{path} cannot be read as a checkpoint that holds tensors alone: {reason}"
+            f"{path} cannot be read as a checkpoint that holds only tensors: {reason}"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise WeightsError(f"{path} must hold a dictionary of tensors by name; got {type(tensors).__name__}")
@@ -83,7 +83,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def config_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> ImageBindConfig:
-    """Sizes from the tensors; head counts from the metadata, or the published ones where it is silent."""
+    """Sizes from the tensors; head counts from the metadata, or else the published ones."""
     try:
         stored = json.loads(metadata.get("config", "{}"))
         heads = {tower: int(stored.get(f"{tower}_num_heads", PUBLISHED_HEADS[tower])) for tower in TOWERS}
@@ -108,7 +108,7 @@ def config_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
 def select_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: Path
 ) -> dict[str, Tensor]:
-    """The tensors that our parameters (name: shape) want, by our names; any difference is a WeightsError."""
+    """The tensors for our parameters (name: shape), by our names; any mismatch is a WeightsError."""
     ours = {published_name(name): name for name in shapes}
     ignored = re.compile(rf"modality_\w+\.(?:{'|'.join(OTHER_TOWERS)})\.")
     missing = ours.keys() - tensors.keys()
@@ -130,7 +130,7 @@ def select_tensors(
 def write_weights(
     path: Path, state: Mapping[str, Tensor], config: ImageBindConfig, metadata: Mapping[str, str] | None
 ) -> None:
-    """Write tensors (by our names) under the published names. The file appears whole or not at all."""
+    """Write tensors (by our names) under the published names. The file is written whole or not at all."""
     sizes: dict[str, int] = {"out_embed_dim": config.dim}
     for tower, tower_config in zip(TOWERS, (config.vision, config.audio, config.text), strict=True):
         sizes[f"{tower}_embed_dim"] = tower_config.width
@@ -160,13 +160,13 @@ def sha256_of(path: Path) -> str:
 
 
 def _depth(tensors: Mapping[str, Tensor], tower: str) -> int:
-    """Blocks that the file names. Counted, not the highest number: a file cannot make us build more."""
+    """Number of blocks in the file. Not the highest index: a forged one could make us build too many."""
     prefix = published_name(f"{tower}.blocks") + "."
     return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
 def _summary(kind: str, names: set[str], limit: int = 3) -> str:
-    """`3 missing (a, b, c)`, with no more than `limit` names spelt out."""
+    """`3 missing (a, b, c)`, with at most `limit` names."""
     if not names:
         return f"none {kind}"
     more = ", ..." if len(names) > limit else ""

@@ -1,7 +1,7 @@
-"""What there is to ask: the questions of a split as numbers, ready to be drawn from.
+"""The questions of a split as arrays of numbers, from which batches are drawn.
 
 Only small columns are read here; features are read batch by batch (`r2scp.pipelines.batches.dataset`). Rows
-are numbered as a scan of the pinned version of their table gives them.
+are numbered in scan order of the pinned version of their table.
 
 Legend: B questions, R clips, M the modalities, in the order of `MODALITIES`.
 """
@@ -20,12 +20,12 @@ from r2scp.store.schema import Modality, Table
 from r2scp.store.sources import disjoint_split, source_of
 
 MODALITIES = (Modality.AUDIO, Modality.VISUAL)  # in the order of the model's columns
-NO_ANSWER = -1  # the target of a question whose answer no training question has: always wrong
+NO_ANSWER = -1  # target of a question whose answer no training question has: always counted as wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pins:
-    """The version of each table that is read."""
+    """The version of each table to read."""
 
     clips: int
     questions: int
@@ -33,7 +33,7 @@ class Pins:
 
     @classmethod
     def latest(cls, store: FeatureStore) -> "Pins":
-        """What the store holds now."""
+        """The store's current versions."""
         versions = store.versions()
         names = (Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS)
         return cls(**{name.value: versions.get(name.value, 0) for name in names})
@@ -44,7 +44,7 @@ class Clips:
     """All clips of a store, by row."""
 
     ids: list[str]
-    sources: list[str]  # what the leak guard compares
+    sources: list[str]  # compared by the leak guard
     present_RM: np.ndarray  # bool: has tokens of the modality
     row_of: dict[str, int]
 
@@ -66,7 +66,7 @@ class Clips:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionFilter:
-    """Which questions: of what split, and of which corpora (empty for all).
+    """Selects the questions of a split and of some corpora (empty for all).
 
     With `disjoint` the split is that of `disjoint_split` for the clip's source, not the corpus's own.
     """
@@ -80,7 +80,7 @@ class QuestionFilter:
         return f"split {self.split!r}{protocol}, corpora: {', '.join(self.corpora) or 'all'}"
 
     def rows(self, table: pa.Table, clips: Clips) -> pa.Table:
-        """Those of `table` (columns clip_id, corpus, split) that are asked for."""
+        """The selected rows of `table`, which has the columns clip_id, corpus and split."""
         if self.corpora:
             table = table.filter(pc.field("corpus").isin(self.corpora))
         if not self.disjoint:
@@ -98,34 +98,39 @@ class Examples:
     types: list[str]
     question_row_B: np.ndarray  # int64, of `questions`
     clip_row_B: np.ndarray  # int64, of `clips`
-    target_B: np.ndarray  # int64: class, or number of the right choice, or NO_ANSWER
-    present_BM: np.ndarray  # bool: what the clip has
-    left_out: dict[str, int]  # reason -> questions of the split that cannot be asked
+    target_B: np.ndarray  # int64: class, or index of the correct choice, or NO_ANSWER
+    present_BM: np.ndarray  # bool: modalities of the clip
+    left_out: dict[str, int]  # reason -> questions of the split that cannot be used
 
     def __len__(self) -> int:
         return len(self.question_ids)
 
     def keep(self, keep_B: np.ndarray, reason: str) -> "Examples":
-        """Those where keep_B is True; the others are counted under `reason`."""
-        at = np.flatnonzero(keep_B)
-        left_out = Counter(self.left_out) + Counter({reason: len(self) - len(at)})
+        """The examples where keep_B is True; the others are counted under `reason`."""
+        kept = np.flatnonzero(keep_B)
+        left_out = Counter(self.left_out) + Counter({reason: len(self) - len(kept)})
         return Examples(
-            question_ids=[self.question_ids[i] for i in at],
-            types=[self.types[i] for i in at],
-            question_row_B=self.question_row_B[at],
-            clip_row_B=self.clip_row_B[at],
-            target_B=self.target_B[at],
-            present_BM=self.present_BM[at],
+            question_ids=[self.question_ids[row] for row in kept],
+            types=[self.types[row] for row in kept],
+            question_row_B=self.question_row_B[kept],
+            clip_row_B=self.clip_row_B[kept],
+            target_B=self.target_B[kept],
+            present_BM=self.present_BM[kept],
             left_out=dict(left_out),
         )
 
     @classmethod
     def read(
-        cls, store: FeatureStore, pins: Pins, clips: Clips, selection: QuestionFilter, answers: Sequence[str] | None
+        cls,
+        store: FeatureStore,
+        pins: Pins,
+        clips: Clips,
+        selection: QuestionFilter,
+        answers: Sequence[str] | None,
     ) -> "Examples":
-        """`answers`: the classes, or None where each question brings its choices.
+        """`answers`: the classes, or None where each question has its own choices.
 
-        Raises `StoreError` where none can be asked.
+        Raises `StoreError` if no question can be used.
         """
         dataset = store.dataset(Table.QUESTIONS, pins.questions)
         columns = ["question_id", "clip_id", "corpus", "split", "type", "answer", "choices", "answer_index"]
@@ -134,9 +139,10 @@ class Examples:
         table = selection.rows(table, clips).sort_by("question_id")
         if not table.num_rows:
             raise StoreError(
-                f"the store at {store.uri} has no question ({selection}); `r2scp-pipe status` lists what there is"
+                f"the store at {store.uri} has no question ({selection}); see `r2scp-pipe status`"
             )
         clip_row_B = np.array([clips.row_of.get(c, -1) for c in table["clip_id"].to_pylist()], dtype=np.int64)
+        # row -1, of a clip that is not stored, is the last: it has no modality
         present_RM = np.vstack([clips.present_RM, np.zeros((1, len(MODALITIES)), dtype=bool)])
         examples = cls(
             question_ids=table["question_id"].to_pylist(),
@@ -144,23 +150,23 @@ class Examples:
             question_row_B=table["row"].to_numpy(),
             clip_row_B=clip_row_B,
             target_B=_targets(table, answers),
-            present_BM=present_RM[clip_row_B],  # -1: the last, nothing
+            present_BM=present_RM[clip_row_B],
             left_out={},
         )
         if answers is None:
-            listed = table["choices"].to_pylist()
-            has_choice = np.array([any(choice is not None for choice in row or ()) for row in listed])
+            choices = table["choices"].to_pylist()
+            has_choice = np.array([any(choice is not None for choice in row or ()) for row in choices])
             examples = examples.keep(has_choice, "no choices")
             examples = examples.keep(examples.target_B != NO_ANSWER, "the right choice is not there")
         examples = examples.keep(examples.clip_row_B >= 0, "clip not in the store")
         if not len(examples):
             reasons = ", ".join(f"{count} {reason}" for reason, count in examples.left_out.items())
-            raise StoreError(f"no question ({selection}) in {store.uri} can be asked: {reasons}")
+            raise StoreError(f"no question ({selection}) in {store.uri} can be used: {reasons}")
         return examples
 
 
 def vocabulary(store: FeatureStore, pins: Pins, clips: Clips, selection: QuestionFilter) -> list[str]:
-    """The answers to what is asked, of the train split as a rule; the most frequent first."""
+    """The answers to the selected questions, usually of the train split; the most frequent first."""
     table = store.questions(["clip_id", "corpus", "split", "answer"], version=pins.questions)
     answers = selection.rows(table, clips)["answer"].to_pylist()
     counts = Counter(answer for answer in answers if answer)
@@ -175,12 +181,14 @@ def vocabulary(store: FeatureStore, pins: Pins, clips: Clips, selection: Questio
 def _targets(table: pa.Table, answers: Sequence[str] | None) -> np.ndarray:
     if answers is None:
         pairs = zip(table["answer_index"].to_pylist(), table["choices"].to_pylist(), strict=True)
-        return np.array([_right_choice(index, choices or ()) for index, choices in pairs], dtype=np.int64)
-    number = {answer: at for at, answer in enumerate(answers)}
-    return np.array([number.get(answer, NO_ANSWER) for answer in table["answer"].to_pylist()], dtype=np.int64)
+        return np.array([_correct_choice(index, choices or ()) for index, choices in pairs], dtype=np.int64)
+    classes = {answer: index for index, answer in enumerate(answers)}
+    return np.array(
+        [classes.get(answer, NO_ANSWER) for answer in table["answer"].to_pylist()], dtype=np.int64
+    )
 
 
-def _right_choice(index: int | None, choices: Sequence[str | None]) -> int:
+def _correct_choice(index: int | None, choices: Sequence[str | None]) -> int:
     if index is None or not 0 <= index < len(choices) or choices[index] is None:
         return NO_ANSWER
     return index

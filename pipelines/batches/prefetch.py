@@ -1,4 +1,4 @@
-"""The order in which questions come, and the thread that prepares the next batches meanwhile."""
+"""The order of questions, and a thread that prepares the next batches while one is worked on."""
 
 import queue
 import threading
@@ -9,9 +9,10 @@ from typing import TypeVar
 import numpy as np
 
 PREFETCH_DEPTH = 2  # batches prepared while one is worked on
+CLOSE_POLL_S = 0.1  # a full queue looks this often whether the consumer has closed the iterator
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def shuffled_batches(
@@ -20,34 +21,34 @@ def shuffled_batches(
     """This worker's share of each batch of one pass over `count` questions, in an order that `seed` decides.
 
     A batch has `batch_size` questions over all `world` workers. The last one is smaller, and left out where
-    some worker would get nothing of it.
+    some worker would get none of its questions.
     """
     order = np.random.default_rng(seed).permutation(count)
-    batches = [order[at : at + batch_size] for at in range(0, count, batch_size)]
+    batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     return [batch[rank::world] for batch in batches if len(batch) >= world]
 
 
 def sequential_batches(count: int, batch_size: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
-    """This worker's share of all questions, each once, in their order."""
-    mine = np.arange(rank, count, world)
-    return [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
+    """This worker's share of all questions, each once, in order."""
+    share = np.arange(rank, count, world)
+    return [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
 
 
 def prefetch(
-    make: Callable[[Item], Made], items: Iterable[Item], ahead: int = PREFETCH_DEPTH
-) -> Generator[Made, None, None]:
-    """`make(item)` for each item, in order, made by a thread up to `ahead` items early.
+    function: Callable[[Item], Result], items: Iterable[Item], depth: int = PREFETCH_DEPTH
+) -> Generator[Result, None, None]:
+    """`function(item)` for each item, in order, computed by a thread up to `depth` items early.
 
-    What `make` raises is raised here. Closing the iterator early stops the thread.
+    What `function` raises is raised here. Closing the iterator early stops the thread.
     """
-    # (result,), or what was raised, or None behind the last
-    made: queue.Queue[tuple[Made] | BaseException | None] = queue.Queue(maxsize=ahead)
+    # (result,), an exception, or None after the last
+    results: queue.Queue[tuple[Result] | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
-    def offer(one: tuple[Made] | BaseException | None) -> None:
+    def put(result: tuple[Result] | BaseException | None) -> None:
         while not stop.is_set():
             with suppress(queue.Full):
-                made.put(one, timeout=0.1)  # s; looks up as often to see whether it is still wanted
+                results.put(result, timeout=CLOSE_POLL_S)
                 return
 
     def work() -> None:
@@ -55,19 +56,19 @@ def prefetch(
             for item in items:
                 if stop.is_set():
                     return
-                offer((make(item),))
+                put((function(item),))
         except BaseException as error:
-            offer(error)
+            put(error)
         else:
-            offer(None)
+            put(None)
 
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while (one := made.get()) is not None:
-            if isinstance(one, BaseException):
-                raise one
-            yield one[0]
+        while (result := results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            yield result[0]
     finally:
         stop.set()
         thread.join()

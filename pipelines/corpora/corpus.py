@@ -4,7 +4,7 @@ The annotation files are read once. `clips()` gives each clip once, however many
 `questions()` gives each question once. Every row ends as one of those or in a counter of `CorpusTally`.
 
 A clip's split is the first of train, val, test that any of its rows is in (MUSIC-AVQA and AVQA split by
-question, so one clip may be in several): a clip with a training question belongs to the train bank.
+question, so one clip may be in several): a clip with a training question belongs to the training bank.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from r2scp.pipelines.corpora.media_tree import CountedNames, MediaTree, NameIndex
 from r2scp.pipelines.corpora.readers import NumberedRows, wrong_file
 from r2scp.pipelines.corpora.rows import AnnotationRow
-from r2scp.pipelines.corpora.values import WRONG_FILE_REASONS, RejectReason, InvalidRow, excerpt
+from r2scp.pipelines.corpora.values import WRONG_FILE_REASONS, InvalidRow, RejectReason, excerpt
 from r2scp.store.errors import CorpusError
 
 MAX_LISTED_REJECTS = 100  # kept with their details; all are counted
@@ -70,15 +70,15 @@ class Reject:
 
 @dataclass
 class CorpusTally:
-    """What one pass over a corpus saw. Complete once the pass is."""
+    """The counts of one pass over a corpus; complete once the pass is."""
 
     rows: int = 0  # of the annotation files
     clips: int = 0  # given by `clips()`
     questions: int = 0  # given by `questions()`
     repeats: int = 0  # rows with a new question about a clip already named (`clips()`)
-    no_question: int = 0  # rows that name a clip and ask nothing (`questions()`)
-    duplicates: int = 0  # rows that ask again what was asked, or name a clip again and ask nothing
-    deleted: int = 0  # rows that the dataset's makers took back
+    no_question: int = 0  # rows with a clip and no question (`questions()`)
+    duplicates: int = 0  # rows that repeat a question, or name a clip again without one
+    deleted: int = 0  # rows withdrawn by the dataset's authors
     unannotated: int = 0  # clips on the disk and in no row (`folder`)
     missing_files: int = 0  # clips given with uri ""
     ambiguous_files: int = 0  # clips with several files; the video, or the first path, is taken
@@ -87,7 +87,7 @@ class CorpusTally:
 
     @property
     def unaccounted(self) -> int:
-        """Rows that became nothing and are in no counter: 0 after every complete pass."""
+        """Rows that are in no counter and became nothing: 0 after every complete pass."""
         named = self.clips - self.unannotated
         counted = self.repeats + self.no_question + self.duplicates + self.deleted + self.rejects.total()
         return self.rows - named - self.questions - counted
@@ -106,7 +106,7 @@ class Format:
     read: Callable[[Path, str], NumberedRows]
     parse: Callable[[object, str], AnnotationRow]
     source_of: Callable[[str], str]
-    name_of: Callable[[str], str]  # the video id that a media file's stem stands for
+    name_of: Callable[[str], str]  # video id of a media file, from its stem
     split_of: Callable[[Path], str]  # the split in a file's name, "" for none
     default_files: tuple[tuple[str, ...], ...] = ()  # sets of files; the first that exists is used
     has_no_start: Callable[[str], bool] | None = None  # ids that name a source but no start in it
@@ -214,7 +214,9 @@ class Corpus:
                 answer_index=question.answer_index,
             )
 
-    def _clip(self, tally: CorpusTally, video_id: str, split: str, labels: tuple[str, ...], uri: str) -> ClipRow:
+    def _clip(
+        self, tally: CorpusTally, video_id: str, split: str, labels: tuple[str, ...], uri: str
+    ) -> ClipRow:
         tally.clips += 1
         tally.missing_files += not uri
         return ClipRow(
@@ -279,11 +281,11 @@ def _split_rank(split: str) -> tuple[int, str]:
 
 
 def _question_id(row: AnnotationRow, answers_by_id: dict[str, tuple[str, str]]) -> str | None:
-    """The id of the row's question; "" where it asks nothing, None where it was asked before.
+    """The id of the row's question; "" where it has none, None where it repeats an earlier row.
 
-    Where one published id stands for two different questions, the second gets a suffix from its content.
-    Raises `InvalidRow` where a question comes again with another answer: one of the two is wrong, and which
-    one the file does not say (the first is kept).
+    Where two different questions share a published id, the second gets a suffix from its content.
+    Raises `InvalidRow` where a question is repeated with another answer: one of the two is wrong, and the
+    file does not say which (the first is kept).
     """
     question = row.question
     if question is None or row.deleted:
@@ -300,5 +302,5 @@ def _question_id(row: AnnotationRow, answers_by_id: dict[str, tuple[str, str]]) 
         if first[0] == digest:
             detail = f"question {excerpt(question_id)}: {excerpt(first[1])}, then {excerpt(question.answer)}"
             raise InvalidRow(RejectReason.CONFLICTING_ANSWER, detail)
-    detail = f"question {excerpt(question.question_id)} stands for several"
+    detail = f"question {excerpt(question.question_id)} belongs to several"
     raise InvalidRow(RejectReason.CONFLICTING_ANSWER, detail)

@@ -18,7 +18,15 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from r2scp.pipelines.corpora.corpus import AnnotationFile, ClipRow, Corpus, Format, QuestionRow, Reject, CorpusTally
+from r2scp.pipelines.corpora.corpus import (
+    AnnotationFile,
+    ClipRow,
+    Corpus,
+    CorpusTally,
+    Format,
+    QuestionRow,
+    Reject,
+)
 from r2scp.pipelines.corpora.folder import FolderCorpus
 from r2scp.pipelines.corpora.media_tree import walk
 from r2scp.pipelines.corpora.readers import NumberedRows, csv_lines, csv_records, json_rows
@@ -33,10 +41,10 @@ from r2scp.pipelines.corpora.rows import (
     vggsound_row,
     youtube_source,
 )
-from r2scp.pipelines.corpora.values import RejectReason, InvalidRow, excerpt, split_from_name, parse_split
+from r2scp.pipelines.corpora.values import InvalidRow, RejectReason, excerpt, parse_split, split_from_name
 from r2scp.store.errors import CorpusError, UsageError
 
-__all__ = ["CORPORA", "ClipRow", "Corpus", "QuestionRow", "Reject", "RejectReason", "CorpusTally", "open_corpus"]
+__all__ = ["CORPORA", "Corpus", "RejectReason", "open_corpus"]
 
 SEARCH_DEPTH = 2  # levels of folders below a root that are searched for annotation files
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

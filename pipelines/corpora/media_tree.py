@@ -1,7 +1,7 @@
-"""The media files below a root: one walk, and who bears which name.
+"""The media files below a root: one walk, and an index of their names.
 
-Whether a clip is on the disk is only ever asked of what the walk found; no id from an annotation file
-becomes part of a path.
+Whether a clip is on the disk is decided by the files that the walk listed; no id from an annotation file
+ever becomes part of a path.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from r2scp.pipelines.corpora.values import excerpt
 from r2scp.store.errors import CorpusError
 
-MAX_LISTED_NAMES = 20  # names kept of what is only counted
+MAX_LISTED_NAMES = 20  # of entries that are only counted
 
 # fmt: off
 VIDEO = frozenset({
@@ -37,7 +37,7 @@ _UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characte
 
 @dataclass
 class CountedNames:
-    """How many, and the first few names, safe to print."""
+    """A count, and the first few names, safe to print."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -50,13 +50,16 @@ class CountedNames:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaTree:
-    """What one walk found. `files`: paths relative to `root`, `/` between parts, sorted."""
+    """The result of one walk. `files`: paths relative to `root`, `/` between parts, sorted."""
 
     root: str
-    files: list[str]
-    ignored: CountedNames  # hidden entries, other extensions, pipes, dangling links
-    unreadable: CountedNames  # folders the operating system refused
-    unusable: CountedNames  # media whose names hold control characters or are not UTF-8
+    files: list[str] = field(default_factory=list)
+    #: Hidden entries, other extensions, pipes, dangling links.
+    ignored: CountedNames = field(default_factory=CountedNames)
+    #: Folders that may not be read.
+    unreadable: CountedNames = field(default_factory=CountedNames)
+    #: Media whose names hold control characters or are not UTF-8.
+    unusable: CountedNames = field(default_factory=CountedNames)
 
     def uri(self, file: str) -> str:
         """The absolute path of one of `files`."""
@@ -66,22 +69,25 @@ class MediaTree:
 def walk(root: Path) -> MediaTree:
     """All media below `root`. Links are followed; each folder is entered once, so loops end.
 
-    Raises `CorpusError` where `root` is no folder or holds no media at all.
+    Raises `CorpusError` where `root` is not a folder or holds no media at all.
     """
     top = os.path.abspath(root)
     if not os.path.isdir(top):
-        came = "a file" if os.path.exists(top) else "nothing"
-        raise CorpusError(f"{excerpt(str(root), 300)}: must be a folder that holds the media files; got {came}")
-    tree = MediaTree(root=top, files=[], ignored=CountedNames(), unreadable=CountedNames(), unusable=CountedNames())
-    entered: set[tuple[int, int]] = set()
+        got = "a file" if os.path.exists(top) else "nothing"
+        raise CorpusError(
+            f"{excerpt(str(root), 300)}: must be a folder that holds the media files; got {got}"
+        )
+    tree = MediaTree(root=top)
+    visited: set[tuple[int, int]] = set()
     real, linked = [""], []
     while real or linked:
-        folder = real.pop() if real else linked.pop(0)  # a link to a folder of the tree itself comes too late
+        # Links come last, so a folder of the tree is listed under its own name and not under a link's.
+        folder = real.pop() if real else linked.pop(0)
         try:
             status = os.stat(os.path.join(top, folder))
-            if (status.st_dev, status.st_ino) in entered:
+            if (status.st_dev, status.st_ino) in visited:
                 continue
-            entered.add((status.st_dev, status.st_ino))
+            visited.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(os.path.join(top, folder)), key=lambda entry: entry.name)
         except OSError:
             tree.unreadable.add(folder)
@@ -90,19 +96,16 @@ def walk(root: Path) -> MediaTree:
             (linked if is_link else real).append(name)
     tree.files.sort()
     if not tree.files:
-        seen = (
-            f"; {tree.ignored.count} other entries, such as {tree.ignored.examples[0]}"
-            if tree.ignored.examples
-            else ""
-        )
+        ignored = tree.ignored
+        got = f"{ignored.count} other entries, such as {ignored.examples[0]}" if ignored.count else "none"
         raise CorpusError(
-            f"{excerpt(str(root), 300)}: must hold video or audio files (.mp4, .wav, ...); got none{seen}"
+            f"{excerpt(str(root), 300)}: must hold video or audio files (.mp4, .wav, ...); got {got}"
         )
     return tree
 
 
 def _classify(entries: list["os.DirEntry[str]"], folder: str, tree: MediaTree) -> Iterator[tuple[str, bool]]:
-    """Files of one folder go where they belong; its folders come out, with whether they are links."""
+    """Add one folder's files to `tree`; yields its folders, with whether they are links."""
     for entry in entries:
         name = f"{folder}/{entry.name}" if folder else entry.name
         try:
@@ -122,9 +125,9 @@ def _classify(entries: list["os.DirEntry[str]"], folder: str, tree: MediaTree) -
 
 
 class NameIndex:
-    """Which file stands for a clip's name: a video before a sound, then the first by path.
+    """Which file belongs to a clip's name: a video before a sound file, then the first by path.
 
-    Stills are nobody's clip: thumbnails and extracted frames often bear a clip's name.
+    Stills belong to no clip: thumbnails and extracted frames often have a clip's name.
     """
 
     def __init__(self, tree: MediaTree, name_of: Callable[[str], str]) -> None:
@@ -147,7 +150,7 @@ class NameIndex:
         return name in self._several
 
     def unique_by_group(self, group_of: Callable[[str], str]) -> dict[str, str]:
-        """Group -> its name, of the groups that hold one name only. Names of group "" are left out."""
+        """Group -> its name, for groups with a single name. Names of group "" are left out."""
         groups: dict[str, str] = {}
         for name in self._file:
             group = group_of(name)

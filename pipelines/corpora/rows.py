@@ -1,8 +1,8 @@
-"""What one row of a dataset's own annotation file says, dataset by dataset.
+"""One row of a dataset's own annotation file, dataset by dataset.
 
-Each `*_row` takes one row as the reader gave it, and the split its file stands for, and returns an
-`AnnotationRow` or raises `RowFault`. None of them touches the disk: an id is text until a file that was
-found on the disk turns out to bear it.
+Each `*_row` takes one row as the reader gave it and its file's split, and returns an `AnnotationRow` or
+raises `InvalidRow`. None of them touches the disk: an id is text until it matches the name of a file that
+the walk of the disk listed.
 """
 
 import os
@@ -10,20 +10,20 @@ import re
 from dataclasses import dataclass
 
 from r2scp.pipelines.corpora.values import (
-    RejectReason,
     InvalidRow,
-    match_answer,
+    RejectReason,
     answer_of,
     cells_of,
     choices_of,
-    file_name,
     excerpt,
+    file_name,
     json_list,
     key_of,
+    match_answer,
     optional_id,
+    parse_split,
     record_of,
     relative_path,
-    parse_split,
     text_of,
     word_of,
 )
@@ -34,7 +34,7 @@ _YOUTUBE_ID = r"([A-Za-z0-9_-]{11})"
 _YOUTUBE_NAME = re.compile(_YOUTUBE_ID + r"(?:_|$)")
 _BY_SECONDS = re.compile(_YOUTUBE_ID + r"_([0-9]{6})")
 _BY_MILLISECONDS = re.compile(_YOUTUBE_ID + r"_([0-9]{1,9})_([0-9]{1,9})")
-_STARTLESS = re.compile(_YOUTUBE_ID + r"_trimmed")
+_NO_START = re.compile(_YOUTUBE_ID + r"_trimmed")
 _WHOLE_SECONDS = re.compile(r"([0-9]{1,6})(?:\.0+)?")
 _SLOT = re.compile(r"<[^<>]*>")
 _FLIPPED = "_flip"
@@ -55,7 +55,7 @@ class AnnotatedQuestion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnnotationRow:
-    """One row: a clip, and perhaps a question about it. `deleted`: its makers took it back."""
+    """One row: a clip, and perhaps a question about it. `deleted`: withdrawn by the dataset's authors."""
 
     video_id: str
     split: str = ""
@@ -92,18 +92,18 @@ def vggsound_row(cells: object, split: str) -> AnnotationRow:
 def vggsound_name(stem: str) -> str:
     """One name for a clip under both namings: `{id}_{start:06d}`. Any other stem is returned as it is.
 
-    Ids hold `_` and `-` themselves and are 11 characters long: it is the length that tells them apart.
+    Ids may contain `_` and `-` and are 11 characters long, so it is the length that separates id and start.
     """
-    found = _BY_MILLISECONDS.fullmatch(stem)
-    if found and int(found[2]) % 1000 == 0 and int(found[2]) < int(found[3]):
-        return f"{found[1]}_{int(found[2]) // 1000:06d}"
+    match = _BY_MILLISECONDS.fullmatch(stem)
+    if match and int(match[2]) % 1000 == 0 and int(match[2]) < int(match[3]):
+        return f"{match[1]}_{int(match[2]) // 1000:06d}"
     return stem
 
 
 def youtube_source(name: str) -> str:
     """The YouTube id in a clip's name; "" for a name that has none."""
-    found = _YOUTUBE_NAME.match(name)
-    return found[1] if found else ""
+    match = _YOUTUBE_NAME.match(name)
+    return match[1] if match else ""
 
 
 # --- MUSIC-AVQA ---------------------------------------------------------------------------------------
@@ -118,14 +118,13 @@ def music_avqa_row(record: object, split: str) -> AnnotationRow:
     video_id = file_name(video)
     if _deleted(record.get("question_deleted")):
         return AnnotationRow(video_id=video_id, split=split, deleted=True)
-    question = _fill_template(key_of(record, "question_content"), record.get("templ_values"))
-    asked = AnnotatedQuestion(
+    question = AnnotatedQuestion(
         question_id=optional_id(record.get("question_id")),
-        text=question,
+        text=_fill_template(key_of(record, "question_content"), record.get("templ_values")),
         type=_question_type(key_of(record, "type")),
         answer=answer_of(key_of(record, "anser", "answer")),  # the published files say `anser`
     )
-    return AnnotationRow(video_id=video_id, split=split, question=asked)
+    return AnnotationRow(video_id=video_id, split=split, question=question)
 
 
 def music_avqa_source(video_id: str) -> str:
@@ -134,7 +133,7 @@ def music_avqa_source(video_id: str) -> str:
     A `_flip` video is the mirrored one. The synthetic videos esa, eva and evv carry the number of the
     real video they were made from: all 654 of those numbers are real videos (569 of the 831 other
     numbers in their range are), and a pair shares 0.55 to 0.69 of the instruments its questions name
-    against 0.10 for a random pair. The numbers of sa, va and vv stand for nothing but themselves.
+    against 0.10 for a random pair. The numbers of sa, va and vv refer to no other video.
     """
     while video_id.endswith(_FLIPPED):
         video_id = video_id.removesuffix(_FLIPPED)
@@ -147,15 +146,12 @@ def _fill_template(template: object, values: object) -> str:
     template = text_of(template, "question")
     if not template:
         raise InvalidRow(RejectReason.NO_QUESTION, "the question is blank")
-    filling = [answer_of(value) for value in json_list(values, RejectReason.BAD_TEMPLATE, "templ_values")]
-    between = _SLOT.split(template)
-    if len(between) - 1 != len(filling):
-        detail = f"{len(between) - 1} slots, {len(filling)} values: {excerpt(template)}"
+    fillers = [answer_of(value) for value in json_list(values, RejectReason.BAD_TEMPLATE, "templ_values")]
+    start, *rest = _SLOT.split(template)
+    if len(rest) != len(fillers):
+        detail = f"{len(rest)} slots, {len(fillers)} values: {excerpt(template)}"
         raise InvalidRow(RejectReason.BAD_TEMPLATE, detail)
-    parts = [between[0]]
-    for value, rest in zip(filling, between[1:], strict=True):
-        parts += (value, rest)
-    return "".join(parts)
+    return start + "".join(filler + text for filler, text in zip(fillers, rest, strict=True))
 
 
 def _question_type(value: object) -> str:
@@ -164,10 +160,10 @@ def _question_type(value: object) -> str:
         words = [value]
     else:
         words = json_list(value, RejectReason.BAD_TYPE, "type")
-    named = [text_of(word, "type") for word in words]
-    if not named or not all(named):
+    parts = [text_of(word, "type") for word in words]
+    if not parts or not all(parts):
         raise InvalidRow(RejectReason.BAD_TYPE, f"must be a list of words: {excerpt(value)}")
-    return "/".join(named)
+    return "/".join(parts)
 
 
 def _deleted(flag: object) -> bool:
@@ -185,12 +181,12 @@ def _deleted(flag: object) -> bool:
 def avqa_row(record: object, split: str) -> AnnotationRow:
     """One question with up to four choices about one VGGSound clip.
 
-    `answer` is an index into `multi_choice`; re-splits of the dataset write the answer out, and leave
-    the choices away where the question is open.
+    `answer` is an index into `multi_choice`; re-splits of the dataset write the answer out, and omit the
+    choices where the question is open.
     """
     record = record_of(record)
     video_id = vggsound_name(os.path.splitext(file_name(key_of(record, "video_name")))[0])
-    if not (_BY_SECONDS.fullmatch(video_id) or _STARTLESS.fullmatch(video_id)):
+    if not (_BY_SECONDS.fullmatch(video_id) or _NO_START.fullmatch(video_id)):
         raise InvalidRow(RejectReason.BAD_VIDEO_ID, f"must be ID_SSSSSS: {excerpt(record['video_name'])}")
     question = text_of(record.get("question_text") or "", "question")
     if not question:
@@ -199,7 +195,7 @@ def avqa_row(record: object, split: str) -> AnnotationRow:
     if len(choices) > AVQA_CHOICES:
         raise InvalidRow(RejectReason.BAD_CHOICES, f"must be at most {AVQA_CHOICES}, got {len(choices)}")
     answer, index = match_answer(key_of(record, "answer"), choices)
-    asked = AnnotatedQuestion(
+    annotated = AnnotatedQuestion(
         question_id=optional_id(record.get("id")),
         text=question,
         type=text_of(record.get("question_type") or "", "type"),
@@ -208,21 +204,21 @@ def avqa_row(record: object, split: str) -> AnnotationRow:
         answer_index=index,
     )
     label = text_of(record.get("label") or "", "label")
-    return AnnotationRow(video_id=video_id, split=split, labels=(label,) if label else (), question=asked)
+    return AnnotationRow(video_id=video_id, split=split, labels=(label,) if label else (), question=annotated)
 
 
 def has_no_start(video_id: str) -> bool:
-    """Whether an AVQA name says only which source its clip is from (`{id}_trimmed`)."""
-    return _STARTLESS.fullmatch(video_id) is not None
+    """Whether an AVQA name gives only the source of its clip (`{id}_trimmed`)."""
+    return _NO_START.fullmatch(video_id) is not None
 
 
-# --- one's own questions about a folder ---------------------------------------------------------------
+# --- a user's own questions about a folder ------------------------------------------------------------
 
 FOLDER_COLUMNS = ("video", "question", "answer", "split", "type", "choices", "question_id", "labels")
 
 
 def folder_row(record: object, split: str) -> AnnotationRow:
-    """One of `FOLDER_COLUMNS`' rows. Only `video` must be there.
+    """A row with `FOLDER_COLUMNS`. Only `video` is required.
 
     `choices` and `labels` are a JSON list, or text with `|` between the items. `answer` is text, one of
     the choices where there are any, or (JSON only) the index of one. A row without question, answer and
@@ -237,14 +233,14 @@ def folder_row(record: object, split: str) -> AnnotationRow:
     question = text_of(record.get("question") or "", "question")
     answer, choices = record.get("answer"), choices_of(record.get("choices"))
     blank = answer is None or answer == ""
-    asked = None
+    annotated = None
     if question:
-        said, index = ("", -1) if blank else match_answer(answer, choices)
-        asked = AnnotatedQuestion(
+        answer_text, index = ("", -1) if blank else match_answer(answer, choices)
+        annotated = AnnotatedQuestion(
             question_id=optional_id(record.get("question_id")),
             text=question,
             type=text_of(record.get("type") or "", "type"),
-            answer=said,
+            answer=answer_text,
             choices=choices,
             answer_index=index,
         )
@@ -254,5 +250,5 @@ def folder_row(record: object, split: str) -> AnnotationRow:
         video_id=relative_path(key_of(record, "video")),
         split=(parse_split(row_split, strict=False) if row_split else "") or split,
         labels=labels,
-        question=asked,
+        question=annotated,
     )

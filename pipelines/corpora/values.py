@@ -1,6 +1,6 @@
-"""What the values of an annotation row may be, and why a row is refused.
+"""What the values of an annotation row may be, and why a row is rejected.
 
-Everything here comes from outside: a value becomes text, a list or an id of ours, or raises `RowFault`.
+Everything here comes from outside: a value becomes plain text, a list or an id, or raises `InvalidRow`.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 EXCERPT_LENGTH = 80  # characters of foreign text in one message
 MAX_TEXT = 4096  # characters of a question, answer or label
-MAX_ID = 256  # characters; what a file system allows for a name is 255 bytes
+MAX_ID = 256  # characters; file systems allow 255 bytes for a name
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates, which no table can hold
 _SPLIT_WORDS = {
@@ -27,18 +27,18 @@ class RejectReason(StrEnum):
     NOT_CSV = "not_csv"  # quotes that do not close
     NOT_AN_OBJECT = "not_an_object"  # a JSON value without keys
     WRONG_COLUMNS = "wrong_columns"  # more or fewer cells, or other keys, than the format has
-    MISSING_KEY = "missing_key"  # a key without which the row means nothing
+    MISSING_KEY = "missing_key"  # a required key
     BAD_VIDEO_ID = "bad_video_id"  # an id that no file could have, or that points elsewhere
-    BAD_START = "bad_start"  # a start that is no whole number of seconds
+    BAD_START = "bad_start"  # a start that is not a whole number of seconds
     BAD_SPLIT = "bad_split"  # neither train, nor val, nor test
     BAD_TEXT = "bad_text"  # control characters, broken UTF-8, too long, or no text at all
     BAD_TYPE = "bad_type"  # a question type that is not a list of words
-    BAD_TEMPLATE = "bad_template"  # template values that are no list, or too many or few of them
-    BAD_CHOICES = "bad_choices"  # choices that are no list, none of them text, or too many
+    BAD_TEMPLATE = "bad_template"  # template values that are not a list, or too many or few of them
+    BAD_CHOICES = "bad_choices"  # choices that are not a list, none of them text, or too many
     BAD_ANSWER = "bad_answer"  # no answer, or one that is not among the choices
-    NO_QUESTION = "no_question"  # an answer to a question that is not there
+    NO_QUESTION = "no_question"  # an answer without a question
     BAD_DELETED_FLAG = "bad_deleted_flag"  # neither kept nor deleted
-    CONFLICTING_ANSWER = "conflicting_answer"  # the same question again, with another answer
+    CONFLICTING_ANSWER = "conflicting_answer"  # the same question again with another answer
     AMBIGUOUS_VIDEO = "ambiguous_video"  # a bare name that several files have
 
 
@@ -83,22 +83,24 @@ def parse_split(value: object, strict: bool = True) -> str:
 
 
 def split_from_name(path: Path) -> str:
-    """The split a file's name speaks of (`avqa-train.json`, `AStest.csv`); "" where none or several."""
+    """The split in a file's name (`avqa-train.json`, `AStest.csv`); "" where it has none or several."""
     for stem in (path.stem, path.stem.lower()):
-        found = [s for s, word in _SPLIT_WORDS.items() if re.search(rf"(?<![a-z])(?:{word})(?![a-z])", stem)]
-        if found:
-            return found[0] if len(found) == 1 else ""
+        splits = [s for s, word in _SPLIT_WORDS.items() if re.search(rf"(?<![a-z])(?:{word})(?![a-z])", stem)]
+        if splits:
+            return splits[0] if len(splits) == 1 else ""
     return ""
 
 
 def text_of(value: object, what: str) -> str:
     """One line of text, blanks collapsed, a full-width question mark made plain. Numbers become text."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # not NaN
         return str(value)
     if not isinstance(value, str):
         raise InvalidRow(RejectReason.BAD_TEXT, f"{what} must be text, got {type(value).__name__}")
     if len(value) > MAX_TEXT:
-        raise InvalidRow(RejectReason.BAD_TEXT, f"{what} has more than {MAX_TEXT} characters: {excerpt(value)}")
+        raise InvalidRow(
+            RejectReason.BAD_TEXT, f"{what} has more than {MAX_TEXT} characters: {excerpt(value)}"
+        )
     text = " ".join(value.replace("\N{FULLWIDTH QUESTION MARK}", "?").split())
     if _CONTROL.search(text):
         detail = f"{what} holds control characters or broken UTF-8: {excerpt(text)}"
@@ -118,27 +120,27 @@ def choices_of(value: object) -> tuple[str | None, ...]:
 
 
 def match_answer(answer: object, choices: tuple[str | None, ...]) -> tuple[str, int]:
-    """(answer, its index): `answer` is the index, or the words, of one of the choices."""
+    """(answer, its index); `answer` is the index or the text of one of the choices."""
     if not choices:
         return answer_of(answer), -1
     if not any(choices):
-        raise InvalidRow(RejectReason.BAD_CHOICES, "not one of the choices is text")
+        raise InvalidRow(RejectReason.BAD_CHOICES, "none of the choices is text")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):
         chosen = choices[answer] if 0 <= answer < len(choices) else None
         if chosen is None:
-            detail = f"index {excerpt(answer)} of {len(choices)} choices, or a missing one"
+            detail = f"no choice has index {excerpt(answer)} among {len(choices)}"
             raise InvalidRow(RejectReason.BAD_ANSWER, detail)
         return chosen, answer
-    words = answer_of(answer)
-    if words not in choices:
-        raise InvalidRow(RejectReason.BAD_ANSWER, f"not among the choices: {excerpt(words)}")
-    return words, choices.index(words)
+    text = answer_of(answer)
+    if text not in choices:
+        raise InvalidRow(RejectReason.BAD_ANSWER, f"not among the choices: {excerpt(text)}")
+    return text, choices.index(text)
 
 
 def file_name(value: object) -> str:
-    """An id that can only ever be the name of one file: no folder, no `..`, no control characters."""
+    """An id that can only be the name of one file: no folder, no `..`, no control characters."""
     name = word_of(value, "video id")
     if not name or len(name) > MAX_ID or "/" in name or "\\" in name or name.startswith("."):
         detail = f"must be the name of a file without folders: {excerpt(name)}"
@@ -158,7 +160,7 @@ def relative_path(value: object) -> str:
 
 
 def word_of(value: object, what: str, reason: RejectReason = RejectReason.BAD_VIDEO_ID) -> str:
-    """Text without control characters, stripped of blanks around it."""
+    """Text without control characters, stripped of surrounding blanks."""
     if not isinstance(value, str):
         raise InvalidRow(reason, f"{what} must be text, got {excerpt(value)}")
     if _CONTROL.search(value):

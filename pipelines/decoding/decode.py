@@ -28,17 +28,17 @@ from pathlib import Path
 
 import numpy as np
 
-from r2scp.pipelines.decoding.fault_reasons import is_encrypted, classify, open_regular, summarise_log
+from r2scp.pipelines.decoding.fault_reasons import classify, is_encrypted, open_regular, summarise_log
 from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, SLOTS_PER_S, TICKS_PER_S, find_program
 from r2scp.pipelines.decoding.ffmpeg_run import (
+    DecodeJob,
     DecodeLimits,
     FfmpegOutput,
-    DecodeJob,
     StreamCounts,
-    track_end,
+    expected_end,
     run_ffmpeg,
     start_offset,
-    expected_end,
+    track_end,
 )
 from r2scp.pipelines.decoding.probe import SECONDS_PER_PROBE, MediaInfo, ProbeError, probe
 from r2scp.store.errors import FailureReason, MediaError
@@ -186,18 +186,20 @@ def _assess_visual(info: MediaInfo, output: FfmpegOutput) -> tuple[np.ndarray | 
     if output.frames is None:
         return None, StreamReport(ModalityStatus.CORRUPT, expected, 0)
     frames = output.frames[:expected]
-    decoded = len(frames) - (_count_lost_frames(counts, output.duplicates, len(frames)) if counts.errors else 0)
+    decoded = len(frames) - (
+        _count_lost_frames(counts, output.duplicates, len(frames)) if counts.errors else 0
+    )
     status = ModalityStatus.PARTIAL if decoded < expected else ModalityStatus.PRESENT
     return frames, StreamReport(status, expected, decoded)
 
 
-def _count_lost_frames(counts: StreamCounts, repeats: int, got: int) -> int:
+def _count_lost_frames(counts: StreamCounts, duplicates: int, frames: int) -> int:
     """Number of frames that repeat the one before because their own was damaged.
 
     Slots that would have no new frame anyway, at the frame rate of this video, do not count.
     """
     idle = max(0, frames * SLOTS_PER_S - counts.frames - counts.errors)
-    return min(frames - 1, max(0, round((repeats - idle) / SLOTS_PER_S)))
+    return min(frames - 1, max(0, round((duplicates - idle) / SLOTS_PER_S)))
 
 
 def _assess_audio(info: MediaInfo, output: FfmpegOutput) -> tuple[np.ndarray | None, StreamReport]:

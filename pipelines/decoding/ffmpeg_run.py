@@ -12,7 +12,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from r2scp.pipelines.decoding.fault_reasons import classify, summarise_log
-from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, DecodePass, Program, build_command, sampling_shift
+from r2scp.pipelines.decoding.ffmpeg_command import (
+    RATE,
+    SIZE,
+    DecodePass,
+    Program,
+    build_command,
+    sampling_shift,
+)
 from r2scp.pipelines.decoding.probe import MediaInfo, Track
 from r2scp.pipelines.decoding.sandbox import Limits, RunResult, StopReason, supervise
 from r2scp.store.errors import FailureReason, MediaError
@@ -166,7 +173,7 @@ def _to_array(data: memoryview, dtype: type[np.generic], unit: int) -> np.ndarra
 
 
 def _stream_counts(log: str, error_lines: str) -> dict[int, StreamCounts]:
-    """ffmpeg's totals by stream index. A version that does not count errors gets the number of error lines."""
+    """ffmpeg's totals by stream index; error lines are counted if this version does not count errors."""
     return {
         int(match["index"]): StreamCounts(
             frames=int(match["frames"]),
@@ -183,10 +190,14 @@ def _raise_if_killed(result: RunResult, error_lines: str, job: DecodeJob) -> Non
         limit_s = job.limits.seconds_per_file
         raise MediaError(FailureReason.TIMEOUT, f"decoding took more than the {limit_s:g} s allowed")
     if result.stopped is StopReason.FLOOD:
-        raise MediaError(FailureReason.TOO_LARGE, "decoding produced more data than the length of the file allows")
+        raise MediaError(
+            FailureReason.TOO_LARGE, "decoding produced more data than the length of the file allows"
+        )
     if classify(error_lines, FailureReason.CORRUPT) is FailureReason.OUT_OF_MEMORY:
         # otherwise the frames it lost would pass for damage of the file
         raise MediaError(FailureReason.OUT_OF_MEMORY, summarise_log(error_lines))
     if result.returncode < 0:
         cause = f"ffmpeg ended by signal {-result.returncode}"
-        raise MediaError(FailureReason.DECODER_CRASHED, "; ".join(filter(None, [cause, summarise_log(error_lines)])))
+        raise MediaError(
+            FailureReason.DECODER_CRASHED, "; ".join(filter(None, [cause, summarise_log(error_lines)]))
+        )

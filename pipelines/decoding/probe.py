@@ -1,10 +1,10 @@
-"""Says what is in a media file, without letting the file near this process.
+"""Reads the header of a media file, in a process of its own.
 
 libav can hang, crash or run out of memory on a hostile file, and a crash in a Ray worker fails the
-job. So a child (`probe_child.py`) opens the files, one after another. It starts once per thread
-that probes at the same time (a quarter of a second) and then answers within milliseconds; if it
-falls silent or dies, it is replaced. The file is opened once, here, and handed over as a
-descriptor: no tool sees its name, so a name such as `-x`, `a|b:c` or `%03d.png` has no meaning.
+job. So a child process (`probe_child.py`) opens the files, one after another. There is one per
+concurrent thread; it starts in a quarter of a second, then answers within milliseconds, and is
+replaced if it hangs or dies. The file is opened once, here, and passed as a descriptor: no tool sees
+its name, so a name such as `-x`, `a|b:c` or `%03d.png` has no special meaning.
 """
 
 import atexit
@@ -23,19 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2scp.pipelines.decoding.sandbox import clean_environment, limit_resources, kill_group
+from r2scp.pipelines.decoding.sandbox import clean_environment, kill_group, limit_resources
 from r2scp.store.errors import FailureReason, MediaError
 
 CHILD = Path(__file__).with_name("probe_child.py")
-SECONDS_PER_PROBE = 120.0  # a healthy file takes milliseconds; one of gigabytes to be scanned, seconds
-SECONDS_TO_START = 120.0  # for the child, on a machine that is short of everything
-#: A demuxer that was tried for want of a better one has not recognised anything.
+SECONDS_PER_PROBE = 120.0  # most files take milliseconds; gigabytes that must be scanned, seconds
+SECONDS_TO_START = 120.0  # for the child, on an overloaded machine
+#: Logged when a demuxer was tried although it did not recognise the file.
 MISDETECTED = r"Format \w+ detected only with low score.*\n"
-LOG_BYTES = 1 << 16  # most that libav may say about one file
+LOG_BYTES = 1 << 16  # of libav's log of one file, at most
 
 #: The demuxers that may open a file: each reads one self-contained recording. Those that fetch
 #: other files or URLs (hls, dash, concat, sdp, image2, imf, vobsub, tedcaptions, ...), run scripts
-#: (avisynth, lavfi) or draw (svg) are left out on purpose, and so is whatever comes new.
+#: (avisynth, lavfi) or draw (svg) are left out on purpose, and so are any that libav adds later.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,flv,live_flv,mpeg,mpegts,mpegvideo,m4v,h264,hevc,vvc,"
     "av1,obu,ivf,ogg,mp3,aac,loas,ac3,eac3,dts,dtshd,truehd,flac,wav,w64,aiff,caf,au,amr,amrnb,amrwb,ape,"
@@ -47,7 +47,7 @@ FORMATS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Track:
-    """What picture and sound streams have in common. Times in seconds; None: the file does not say."""
+    """What video and audio streams have in common. Times in seconds; None if the header does not say."""
 
     index: int  # in the container, as ffmpeg counts
     start_s: float | None
@@ -70,7 +70,7 @@ class AudioTrack(Track):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaInfo:
-    """One file as its header describes it. `log` is what libav said about it."""
+    """One file as its header describes it. `log` is what libav logged about it."""
 
     format: str  # the demuxer's name
     start_s: float | None
@@ -81,47 +81,47 @@ class MediaInfo:
 
 
 class ProbeError(Exception):
-    """libav would not open the file; `args` are what it logged and its verdict."""
+    """libav did not open the file; `args` are its log and its error message."""
 
 
 class ProberLost(Exception):
-    """A child that had answered before was found dead or died; a fresh one should be asked."""
+    """A child that had answered before has died: a new one should be asked."""
 
 
 class Prober:
-    """One child and the line to it. Used by one thread at a time."""
+    """A child process and the socket to it. Used by one thread at a time."""
 
     def __init__(self) -> None:
-        self.channel, theirs = socket.socketpair()
-        self.log_file = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115  lives as long as the child
-        with theirs:
+        self.channel, child_end = socket.socketpair()
+        self.log_file = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115  open as long as the child runs
+        with child_end:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", str(CHILD), str(theirs.fileno())],
+                [sys.executable, "-P", str(CHILD), str(child_end.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.log_file,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(child_end.fileno(),),
                 start_new_session=True,
                 env=clean_environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        self.used = False
+        self.has_answered = False
         try:
             self._receive(SECONDS_TO_START)
-        except (TimeoutError, EOFError) as fault:
+        except (TimeoutError, EOFError) as error:
             log = self.log()
             self.stop()
-            raise RuntimeError(f"{CHILD.name} did not start under {sys.executable}: {log}") from fault
+            raise RuntimeError(f"{CHILD.name} did not start under {sys.executable}: {log}") from error
 
     def ask(self, fd: int, request: dict[str, object], *, memory_bytes: int) -> dict[str, Any]:
-        """The child's reply. Raises TimeoutError, or EOFError if the child died of the question."""
+        """The child's reply. Raises TimeoutError, or EOFError if the child died of the request."""
         self.log_file.truncate(0)
         limit_resources(self.process.pid, memory_bytes=memory_bytes, file_bytes=LOG_BYTES)
         try:
             socket.send_fds(self.channel, [json.dumps(request).encode()], [fd])
-        except ConnectionError as gone:
-            raise EOFError from gone
+        except ConnectionError as error:
+            raise EOFError from error
         reply = self._receive(float(str(request["seconds"])))
-        self.used = True
+        self.has_answered = True
         return json.loads(reply)
 
     def _receive(self, timeout_s: float) -> bytes:
@@ -135,8 +135,8 @@ class Prober:
                     raise TimeoutError(f"no answer after {timeout_s:g} s")
                 try:
                     chunk = self.channel.recv(1 << 16)
-                except ConnectionError as gone:
-                    raise EOFError from gone
+                except ConnectionError as error:
+                    raise EOFError from error
                 if not chunk:
                     raise EOFError
                 line += chunk
@@ -146,7 +146,7 @@ class Prober:
         return os.pread(self.log_file.fileno(), LOG_BYTES, 0).decode("utf-8", "replace")
 
     def stop(self) -> int:
-        """Ends the child; returns how it ended, as in subprocess."""
+        """Ends the child; returns its exit status, as in subprocess."""
         self.channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.0)
@@ -156,7 +156,7 @@ class Prober:
 
 
 class ProberPool:
-    """Idle children, ready for the next thread. At most as many as threads ever probed at once."""
+    """Idle probers, at most as many as there were ever threads that probed at the same time."""
 
     def __init__(self) -> None:
         self._idle: list[Prober] = []
@@ -171,14 +171,14 @@ class ProberPool:
             self._idle.append(prober)
 
     def close(self) -> None:
-        """Ends the idle children."""
+        """Ends the idle probers."""
         with self._lock:
             idle, self._idle = self._idle, []
         for prober in idle:
             prober.stop()
 
     def forget(self) -> None:
-        """For a forked child of this process, which must not talk to its parent's children."""
+        """For a fork of this process, which must not use its parent's probers."""
         self._idle, self._lock = [], threading.Lock()
 
 
@@ -190,19 +190,19 @@ atexit.register(POOL.close)
 def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECONDS_PER_PROBE) -> MediaInfo:
     """What the file behind the descriptor `fd` contains.
 
-    Where the header gives no durations, only a guess from the bit rate, or ones beyond `longest_s`
-    seconds, all packets are read (none decoded) to see where the streams really end. Raises
-    `ProbeFault` when libav refuses the file and `MediaError` when it hangs, crashes or runs out of memory.
+    If the header has no durations, only an estimate from the bit rate, or some above `longest_s`
+    seconds, all packets are read (none decoded) to find the real ends of the streams. Raises
+    `ProbeFault` if libav rejects the file and `MediaError` if it hangs, crashes or runs out of memory.
     """
     request = {"formats": FORMATS, "seconds": seconds, "longest_s": longest_s}
     try:
         reply, log = ask_once(POOL.take(), fd, request, memory_bytes)
-    except ProberLost:  # killed while it waited, or worn out by earlier files: not this one's fault
+    except ProberLost:  # killed while idle, or harmed by earlier files: not the fault of this one
         reply, log = ask_once(Prober(), fd, request, memory_bytes)
-    if "fault" in reply:
-        if reply["fault"] == "MemoryError":
-            raise MediaError(FailureReason.OUT_OF_MEMORY, f"reading the header: {reply['says']}")
-        raise ProbeError(re.sub(MISDETECTED, "", log), reply["says"])
+    if "error" in reply:
+        if reply["error"] == "MemoryError":
+            raise MediaError(FailureReason.OUT_OF_MEMORY, f"reading the header: {reply['message']}")
+        raise ProbeError(re.sub(MISDETECTED, "", log), reply["message"])
     video, audio = reply.pop("video"), reply.pop("audio")
     return MediaInfo(
         video=VideoTrack(**video) if video else None,
@@ -215,20 +215,20 @@ def probe(fd: int, *, longest_s: float, memory_bytes: int, seconds: float = SECO
 def ask_once(
     prober: Prober, fd: int, request: dict[str, object], memory_bytes: int
 ) -> tuple[dict[str, Any], str]:
-    """A child's reply and log; the child goes back to the pool. One that hangs or dies is ended."""
+    """The prober's reply and log; it goes back to the pool, or is ended if it hangs or dies."""
     try:
         reply = prober.ask(fd, request, memory_bytes=memory_bytes)
         log = prober.log()
-    except TimeoutError as fault:
+    except TimeoutError as error:
         prober.stop()
-        raise MediaError(FailureReason.TIMEOUT, f"reading the header: {fault}") from None
+        raise MediaError(FailureReason.TIMEOUT, f"reading the header: {error}") from None
     except EOFError:
-        log, code = prober.log(), prober.stop()
-        if prober.used:
+        log, status = prober.log(), prober.stop()
+        if prober.has_answered:
             raise ProberLost from None
-        memory = re.search(r"MemoryError|[Cc]annot allocate memory", log)
-        reason = FailureReason.OUT_OF_MEMORY if memory else FailureReason.DECODER_CRASHED
-        raise MediaError(reason, f"reading the header ended libav with status {code}") from None
+        out_of_memory = re.search(r"MemoryError|[Cc]annot allocate memory", log)
+        reason = FailureReason.OUT_OF_MEMORY if out_of_memory else FailureReason.DECODER_CRASHED
+        raise MediaError(reason, f"reading the header ended libav with status {status}") from None
     except BaseException:
         prober.stop()
         raise

@@ -1,16 +1,19 @@
-"""What can be asked of a demo scene, and the true answers: one function per wording of `demo_questions`.
+"""The questions that a demo scene allows, and their true answers: one function per wording of `questions`.
 
-Each yields candidates: the slots of the wording, in its order, and the answer. How the wordings are
-read: *heard* is every part that sounds, off-stage ones too; *seen*, "in the video", is what stands on
-stage; "sounding in the video" (*playing*) is on stage and heard at some time; "always playing" is from
-the first to the last second; "louder" is by loudness rank; "more rhythmic" is more notes a second;
-"playing longer" is at least 2 s longer; "first", "last", "before" and "after" go by entries, which must
-be unambiguous; "is this sound from the instrument in the video" asks whether everything heard stands on
-stage.
+Each yields candidates: the slots of the wording, in its order, and the answer. The wordings are read as:
+
+* *heard*: every part that sounds, also off-stage;
+* *seen*, "in the video": on stage;
+* *playing*, "sounding in the video": on stage and heard at some time;
+* "always playing": from the first to the last second;
+* "louder": by loudness rank; "more rhythmic": more notes per second; "playing longer": by at least 2 s;
+* "first", "last", "before" and "after": by entries, which must be unambiguous;
+* "is this sound from the instrument in the video": whether everything heard is on stage.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -28,7 +31,7 @@ Candidates = Iterator[tuple[tuple[str, ...], str]]  # (slots, answer)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """A scene, sorted for asking."""
+    """The parts of a scene, by what questions refer to."""
 
     scene: Scene
     heard: tuple[Part, ...]
@@ -37,27 +40,27 @@ class Facts:
     absent: str  # an instrument neither heard nor seen
 
     def only(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        """Those whose instrument is neither heard nor seen twice."""
-        everyone = [part.instrument for part in self.scene.parts if part.sounds or part.visible]
-        return tuple(part for part in parts if everyone.count(part.instrument) == 1)
+        """Those whose instrument occurs once in the scene."""
+        instruments = [part.instrument for part in self.scene.parts if part.sounds or part.visible]
+        return tuple(part for part in parts if instruments.count(part.instrument) == 1)
 
     def end(self, which: str) -> Part | None:
-        """The first or last part to enter, if there is one such among at least two."""
+        """The first or last part to enter; None if it is the only one or shares its entry."""
         if len(self.entries) < 2:
             return None
-        one, next_one = self.entries[:2] if which == "first" else self.entries[:-3:-1]
-        return one if one.start != next_one.start else None
+        part, neighbour = self.entries[:2] if which == "first" else self.entries[:-3:-1]
+        return part if part.start != neighbour.start else None
 
     def beside(self, part: Part, side: str) -> Part | None:
-        """The nearest on stage to the `side` of a part on stage."""
-        at = self.seen.index(part) + (1 if side == "right" else -1)
-        return self.seen[at] if 0 <= at < len(self.seen) else None
+        """The nearest part to the `side` (left or right) of a part on stage."""
+        i = self.seen.index(part) + (1 if side == "right" else -1)
+        return self.seen[i] if 0 <= i < len(self.seen) else None
 
 
-def facts(scene: Scene, rng: np.random.Generator) -> Facts:
-    """`rng` picks the absent instrument."""
-    there = {part.instrument for part in scene.parts if part.sounds or part.visible}
-    absent = [name for name in INSTRUMENTS if name not in there]
+def make_facts(scene: Scene, rng: np.random.Generator) -> Facts:
+    """The facts of a scene; `rng` draws the absent instrument."""
+    present = {part.instrument for part in scene.parts if part.sounds or part.visible}
+    absent = [name for name in INSTRUMENTS if name not in present]
     heard = tuple(part for part in scene.parts if part.sounds)
     return Facts(
         scene=scene,
@@ -68,7 +71,7 @@ def facts(scene: Scene, rng: np.random.Generator) -> Facts:
     )
 
 
-def _yes(truth: bool) -> str:
+def _yes_no(truth: bool) -> str:
     return "yes" if truth else "no"
 
 
@@ -76,16 +79,16 @@ def _names(parts: tuple[Part, ...]) -> list[str]:
     return list(dict.fromkeys(part.instrument for part in parts))
 
 
-def _both(these: list[str], others: list[str]) -> Candidates:
-    """Pairs of which both are among `these`, or only one of them."""
-    for first, second in permutations([*these, *others], 2):
-        if first in these or second in these:
-            yield (first, second), _yes(first in these and second in these)
+def _both(present: list[str], others: list[str]) -> Candidates:
+    """Pairs of instruments of which at least one is `present`, and whether both are."""
+    for first, second in permutations([*present, *others], 2):
+        if first in present or second in present:
+            yield (first, second), _yes_no(first in present and second in present)
 
 
 def is_heard(f: Facts) -> Candidates:
     heard = _names(f.heard)
-    return (((name,), _yes(name in heard)) for name in [*heard, *_silent(f), f.absent])
+    return (((name,), _yes_no(name in heard)) for name in [*heard, *_silent(f), f.absent])
 
 
 def _silent(f: Facts) -> list[str]:
@@ -98,7 +101,7 @@ def _hidden(f: Facts) -> list[str]:
 
 def is_seen(f: Facts) -> Candidates:
     seen = _names(f.seen)
-    return (((name,), _yes(name in seen)) for name in [*seen, *_hidden(f), f.absent])
+    return (((name,), _yes_no(name in seen)) for name in [*seen, *_hidden(f), f.absent])
 
 
 def _compare(parts: tuple[Part, ...], measure: Callable[[Part], float], margin: float = 0.0) -> Iterator:
@@ -106,10 +109,10 @@ def _compare(parts: tuple[Part, ...], measure: Callable[[Part], float], margin: 
     for first, second in permutations(parts, 2):
         difference = measure(first) - measure(second)
         if abs(difference) > margin:
-            yield (first, second), _yes(difference > 0)
+            yield (first, second), _yes_no(difference > 0)
 
 
-def _louder(part: Part) -> float:
+def _loudness(part: Part) -> float:
     return -part.loudness
 
 
@@ -141,7 +144,7 @@ def _playing(f: Facts) -> tuple[Part, ...]:
 
 
 def always_playing(f: Facts) -> Candidates:
-    return (((p.instrument,), _yes((p.start, p.end) == (0, SECONDS))) for p in f.only(f.seen))
+    return (((p.instrument,), _yes_no((p.start, p.end) == (0, SECONDS))) for p in f.only(f.seen))
 
 
 def count_playing_of_type(f: Facts) -> Candidates:
@@ -154,8 +157,8 @@ def count_seen_of_type(f: Facts) -> Candidates:
     return (((name,), NUMBERS[seen.count(name)]) for name in [*_names(f.seen), *_hidden(f), f.absent])
 
 
-def _number(count: int) -> Candidates:
-    yield (), NUMBERS[count]
+def _single(answer: str) -> Candidates:
+    yield (), answer
 
 
 def beside(f: Facts) -> Candidates:
@@ -179,7 +182,7 @@ def solo(f: Facts) -> Candidates:
 def from_place(f: Facts) -> Candidates:
     for which in ENDS:
         if (part := f.end(which)) is not None:
-            yield from (((which, other.place), _yes(part.place == other.place)) for other in f.seen)
+            yield from (((which, other.place), _yes_no(part.place == other.place)) for other in f.seen)
 
 
 def beside_end(f: Facts) -> Candidates:
@@ -198,7 +201,7 @@ def where_by_entry(f: Facts) -> Candidates:
 
 def where_by_loudness(f: Facts) -> Candidates:
     if len(f.heard) > 1:
-        by_loudness = sorted(f.heard, key=_louder, reverse=True)
+        by_loudness = sorted(f.heard, key=_loudness, reverse=True)
         for which, part in (("loudest", by_loudness[0]), ("lowest", by_loudness[-1])):
             if part.visible:
                 yield (which,), part.place
@@ -241,65 +244,46 @@ def both_heard(f: Facts) -> Candidates:
     return _both(_names(f.heard), [*_silent(f), f.absent])
 
 
-def count_heard(f: Facts) -> Candidates:
-    return _number(len(f.heard))
-
-
-def louder(f: Facts) -> Candidates:
-    return _by_name(f, _louder)
-
-
-def more_rhythmic(f: Facts) -> Candidates:
-    return _by_name(f, _rhythm)
-
-
-def playing_longer(f: Facts) -> Candidates:
-    return _by_name(f, _length, LONGER_S - 0.5)
-
-
 def both_seen(f: Facts) -> Candidates:
     return _both(_names(f.seen), [*_hidden(f), f.absent])
 
 
+def count_heard(f: Facts) -> Candidates:
+    return _single(NUMBERS[len(f.heard)])
+
+
 def count_types_seen(f: Facts) -> Candidates:
-    return _number(len(_names(f.seen)))
-
-
-def place_of_performance(f: Facts) -> Candidates:
-    return iter([((), "outdoor" if f.scene.backdrop.outdoor else "indoor")])
-
-
-def voiceover(f: Facts) -> Candidates:
-    return iter([((), _yes(f.scene.voice_end > f.scene.voice_start))])
-
-
-def sound_from_stage(f: Facts) -> Candidates:
-    return iter([((), _yes(all(p.visible for p in f.heard)))])
+    return _single(NUMBERS[len(_names(f.seen))])
 
 
 def count_playing(f: Facts) -> Candidates:
-    return _number(len(_playing(f)))
+    return _single(NUMBERS[len(_playing(f))])
 
 
 def count_silent(f: Facts) -> Candidates:
-    return _number(len(f.seen) - len(_playing(f)))
+    return _single(NUMBERS[len(f.seen) - len(_playing(f))])
 
 
 def count_types_playing(f: Facts) -> Candidates:
-    return _number(len(_names(_playing(f))))
+    return _single(NUMBERS[len(_names(_playing(f)))])
 
 
-def louder_by_name_and_place(f: Facts) -> Candidates:
-    return _by_name_and_place(f, _louder)
+def place_of_performance(f: Facts) -> Candidates:
+    return _single("outdoor" if f.scene.backdrop.outdoor else "indoor")
 
 
-def more_rhythmic_by_name_and_place(f: Facts) -> Candidates:
-    return _by_name_and_place(f, _rhythm)
+def voiceover(f: Facts) -> Candidates:
+    return _single(_yes_no(f.scene.voice_end > f.scene.voice_start))
 
 
-def louder_by_place(f: Facts) -> Candidates:
-    return _by_place(f, _louder)
+def sound_from_stage(f: Facts) -> Candidates:
+    return _single(_yes_no(all(part.visible for part in f.heard)))
 
 
-def more_rhythmic_by_place(f: Facts) -> Candidates:
-    return _by_place(f, _rhythm)
+louder = partial(_by_name, measure=_loudness)
+more_rhythmic = partial(_by_name, measure=_rhythm)
+playing_longer = partial(_by_name, measure=_length, margin=LONGER_S - 0.5)
+louder_by_name_and_place = partial(_by_name_and_place, measure=_loudness)
+more_rhythmic_by_name_and_place = partial(_by_name_and_place, measure=_rhythm)
+louder_by_place = partial(_by_place, measure=_loudness)
+more_rhythmic_by_place = partial(_by_place, measure=_rhythm)

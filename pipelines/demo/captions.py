@@ -1,4 +1,4 @@
-"""What can be said of one second of a demo scene by eye alone and by ear alone, in phrases.
+"""Phrases that describe what is seen, and what is heard, in one second of a demo scene.
 
 A *group* is a set of phrases of which exactly one is true in any second ("a violin on the left",
 "nothing on the left", …). Labels are indices into groups; a caption is some of the true phrases. The
@@ -35,7 +35,7 @@ _FLUTTERS = ("steady air", "slowly fluttering air", "quickly fluttering air")
 _NOTES = ("c", "c sharp", "d", "d sharp", "e", "f", "f sharp", "g", "g sharp", "a", "a sharp", "b")
 assert (len(_ROOMS), len(_FLUTTERS), len(_NOTES)) == (len(REVERBS_S), len(FLUTTERS_HZ), KEYS)
 
-#: One group per instrument, in words that fit eye and ear alike: what ties the two together.
+#: One group per instrument, in words that fit both picture and sound, and so align the two.
 SHARED_GROUPS: tuple[Group, ...] = tuple((f"without {name}", f"with {name}") for name in NAMES)
 
 VISION_GROUPS: tuple[Group, ...] = (
@@ -94,14 +94,16 @@ def vision_labels(scene: Scene, second: int) -> np.ndarray:
 
 def audio_labels(scene: Scene, second: int) -> np.ndarray:
     """The true phrase of each of AUDIO_GROUPS in `second`: int64 (len(AUDIO_GROUPS),)."""
-    now = sorted((part for part in scene.parts if part.sounds_at(second)), key=lambda part: part.loudness)
-    levels = {part.instrument: 1 + min(part.loudness, 2) for part in reversed(now)}
+    sounding = sorted(
+        (part for part in scene.parts if part.sounds_at(second)), key=lambda part: part.loudness
+    )
+    levels = {part.instrument: 1 + min(part.loudness, 2) for part in reversed(sounding)}
     return np.array(
         [
             *(levels.get(name, 0) for name in INSTRUMENTS),
-            1 + INSTRUMENTS.index(now[0].instrument) if now else 0,
-            len(now),
-            1 + now[0].rate if now else 0,
+            1 + INSTRUMENTS.index(sounding[0].instrument) if sounding else 0,
+            len(sounding),
+            1 + sounding[0].rate if sounding else 0,
             int(scene.voice_start <= second < scene.voice_end),
             scene.room.reverb,
             scene.room.whine,
@@ -113,8 +115,8 @@ def audio_labels(scene: Scene, second: int) -> np.ndarray:
     )
 
 
-def common_state(scene: Scene, second: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """Who sounds and who moves: where two seconds agree, sight of one may go with sound of the other."""
+def visible_audible_state(scene: Scene, second: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """The parts that sound and that move: two seconds of a clip where these agree cannot be distinguished."""
     sounding = tuple(part for part in scene.parts if part.sounds_at(second))
     return sounding, tuple(part for part in scene.parts if part.moves_at(second))
 

@@ -1,10 +1,10 @@
 """The picture of a scene of the demo corpus: a backdrop and players, drawn with signed distances.
 
-`LOOKS` is a table of shapes per instrument; a player who moves sways through `POSES` poses and shows
-strokes of motion at both sides, one who does not stands upright.
+`LOOKS` is a table of shapes per instrument; a player who moves sways through `POSES` poses, with
+strokes of motion on both sides; one who does not move stands upright.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +21,7 @@ PLAYER_W, PLAYER_H = 64, 112  # pixels
 PLAYER_TOP = 100
 PLAYER_LEFT = {"left": 8, "middle": 80, "right": 152}
 EMBLEM_X = {"left": 40.0, "middle": 112.0, "right": 184.0}
-EMBLEM_Y, EMBLEM_R = 48.0, 26.0
+EMBLEM_Y, EMBLEM_RADIUS = 48.0, 26.0
 
 # HUES in RGB
 PALETTE = np.array(
@@ -70,28 +70,16 @@ class Shape:
     sway: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-def _row(kind: str, count: int, first: Shape, step: tuple[float, float]) -> tuple[Shape, ...]:
-    """`count` copies of `first`, each `step` further."""
-    return tuple(
-        Shape(
-            kind,
-            first.x + i * step[0],
-            first.y + i * step[1],
-            first.w,
-            first.h,
-            first.turn,
-            first.colour,
-            first.sway,
-        )
-        for i in range(count)
-    )
+def _row(count: int, first: Shape, step: tuple[float, float]) -> tuple[Shape, ...]:
+    """`count` copies of `first`, each moved on by `step`."""
+    return tuple(replace(first, x=first.x + i * step[0], y=first.y + i * step[1]) for i in range(count))
 
 
 # In a box of 64 × 112 pixels; the player's head is at (32, 16), the body below it.
 LOOKS: dict[str, tuple[Shape, ...]] = {
     "accordion": (
         Shape("box", 32, 58, 27, 16, 0, (190, 20, 40), (2, 0, 0.12)),
-        *_row("box", 5, Shape("box", 18, 58, 1.6, 16, 0, WHITE, (4, 0, 0.12)), (7, 0)),
+        *_row(5, Shape("box", 18, 58, 1.6, 16, 0, WHITE, (4, 0, 0.12)), (7, 0)),
         Shape("box", 7, 58, 3, 18, 0, DARK, (-2, 0, 0.12)),
     ),
     "acoustic_guitar": (
@@ -110,7 +98,7 @@ LOOKS: dict[str, tuple[Shape, ...]] = {
     "clarinet": (
         Shape("box", 32, 52, 4, 30, 0, DARK, (0, 0, 0.3)),
         Shape("disc", 32, 82, 8, 5, 0, DARK, (-6, 0, 0)),
-        *_row("disc", 5, Shape("disc", 32, 36, 2.2, 2.2, 0, SILVER, (1, 0, 0)), (0, 9)),
+        *_row(5, Shape("disc", 32, 36, 2.2, 2.2, 0, SILVER, (1, 0, 0)), (0, 9)),
     ),
     "congas": (
         Shape("box", 18, 82, 12, 24, 0.04, (150, 85, 35)),
@@ -135,12 +123,12 @@ LOOKS: dict[str, tuple[Shape, ...]] = {
     ),
     "flute": (
         Shape("box", 42, 28, 25, 2.6, -0.1, SILVER, (0, 0, 0.22)),
-        *_row("disc", 4, Shape("disc", 34, 29, 2, 2, 0, (60, 80, 110), (0, 1, 0)), (8, -0.8)),
+        *_row(4, Shape("disc", 34, 29, 2, 2, 0, (60, 80, 110), (0, 1, 0)), (8, -0.8)),
     ),
     "piano": (
         Shape("box", 32, 82, 31, 26, 0, (16, 14, 18)),
         Shape("box", 32, 72, 28, 6, 0, WHITE),
-        *_row("box", 7, Shape("box", 8, 70, 1.8, 4, 0, DARK), (8, 0)),
+        *_row(7, Shape("box", 8, 70, 1.8, 4, 0, DARK), (8, 0)),
         Shape("disc", 20, 66, 5, 4, 0, SKIN, (9, 0, 0)),
         Shape("disc", 44, 66, 5, 4, 0, SKIN, (-9, 0, 0)),
     ),
@@ -148,7 +136,7 @@ LOOKS: dict[str, tuple[Shape, ...]] = {
         Shape("box", 42, 31, 18, 3, 0.1, GOLD, (0, 0, 0.25)),
         Shape("disc", 58, 33, 5, 11, 0, GOLD, (0, 5, 0)),
         Shape("box", 42, 37, 8, 7, 0.1, (205, 150, 20), (0, 2, 0.25)),
-        *_row("box", 3, Shape("box", 38, 27, 1.4, 4, 0, DARK, (0, 2, 0)), (4, 0)),
+        *_row(3, Shape("box", 38, 27, 1.4, 4, 0, DARK, (0, 2, 0)), (4, 0)),
     ),
     "violin": (
         Shape("disc", 40, 36, 9, 7, 0.2, (160, 62, 22), (0, 0, 0.1)),
@@ -259,7 +247,7 @@ def _emblem(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         "diamond": np.abs(x) * 1.5 + np.abs(y) - 1.0,
         "crescent": np.maximum(radius - 0.95, 0.8 - np.hypot(x - 0.45, y)),
     }[name]
-    return np.clip(0.5 - distance * EMBLEM_R, 0.0, 1.0)[..., None]
+    return np.clip(0.5 - distance * EMBLEM_RADIUS, 0.0, 1.0)[..., None]
 
 
 @lru_cache(maxsize=64)
@@ -284,15 +272,15 @@ def _backdrop(backdrop: Backdrop) -> np.ndarray:
         picture[(ys > 176) & (ys % 12 < 1.5)] = (80, 50, 28)
         for x in (56, 168):
             picture[np.hypot(xs - x, ys - 4) < 8] = (255, 250, 215)
-    x, y = (xs - EMBLEM_X[backdrop.emblem_place]) / EMBLEM_R, (ys - EMBLEM_Y) / EMBLEM_R
-    plate = np.clip(0.5 - (np.hypot(x, y) - 1.12) * EMBLEM_R, 0.0, 1.0)[..., None]
+    x, y = (xs - EMBLEM_X[backdrop.emblem_place]) / EMBLEM_RADIUS, (ys - EMBLEM_Y) / EMBLEM_RADIUS
+    plate = np.clip(0.5 - (np.hypot(x, y) - 1.12) * EMBLEM_RADIUS, 0.0, 1.0)[..., None]
     picture += plate * (np.array(WHITE, np.float32) - picture)
     mark = _emblem(backdrop.emblem, x, y)
     return picture + mark * (PALETTE[backdrop.emblem_hue] * 0.9 - picture)
 
 
-def _swings(part: Part, time_s: float, phase: float) -> int:
-    """Index of the pose at `time_s`."""
+def _pose_at(part: Part, time_s: float, phase: float) -> int:
+    """Index of the pose at `time_s`; 0 is at rest."""
     if not part.moves_at(int(time_s)):
         return 0
     return 1 + int(POSES * (SWAY_HZ * time_s + phase)) % POSES
@@ -315,11 +303,11 @@ def render_frames(scene: Scene, times_s: np.ndarray) -> np.ndarray:
         dx, dy = (int(v) for v in rng.integers(-4, 5, size=2))
         phase = float(rng.random())
         top, left = PLAYER_TOP + dy, PLAYER_LEFT[part.place] + dx
-        here = np.s_[top : top + PLAYER_H, left : left + PLAYER_W]
+        box = np.s_[top : top + PLAYER_H, left : left + PLAYER_W]
         colour, cover = _poses(part.instrument, scene.costume)
-        drawn = np.clip((empty[here] + cover * (colour - empty[here])) * scene.light, 0, 255).astype(np.uint8)
-        poses = [_swings(part, float(time_s), phase) for time_s in times_s]
-        frames[:, here[0], here[1]] = drawn[poses]
+        drawn = np.clip((empty[box] + cover * (colour - empty[box])) * scene.light, 0, 255).astype(np.uint8)
+        poses = [_pose_at(part, float(time_s), phase) for time_s in times_s]
+        frames[:, box[0], box[1]] = drawn[poses]
     return frames
 
 

@@ -1,16 +1,16 @@
-"""A scene of the demo corpus: one show of one ensemble of `demo_world`, with all that is true of it."""
+"""A scene of the demo corpus: one show of an ensemble of `world`, with everything that is true of it."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from r2scp.pipelines.demo.world import (
+    AT_HOME,
     ENSEMBLES,
-    ENTRY_GAP,
+    ENTRY_GAP_S,
     FOLLOWERS,
-    HOME,
     INSTRUMENTS,
-    KEEPS,
+    KEEP_HABIT,
     KEYS,
     OFFSTAGE,
     PLACES,
@@ -19,15 +19,15 @@ from r2scp.pipelines.demo.world import (
     Ensemble,
     Member,
     Room,
-    world,
+    make_world,
 )
 
-_TAG = 2  # of this module's random numbers
+_TAG = 2  # seeds this module's random numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One instrument in one clip. Intervals are whole seconds [start, end); start == end: never."""
+    """One instrument in one clip. Intervals are whole seconds [start, end); empty if start == end."""
 
     instrument: str
     place: str  # PLACES or OFFSTAGE
@@ -76,19 +76,19 @@ class Scene:
 
     @property
     def video_id(self) -> str:
-        """Unique over all worlds."""
+        """Unique across all worlds."""
         return f"demo{self.seed:04d}_{self.index:06d}"
 
 
-def scene(seed: int, index: int) -> Scene:
+def make_scene(seed: int, index: int) -> Scene:
     """Clip `index` of world `seed`: the same pair always gives the same scene."""
-    here = world(seed)
+    world = make_world(seed)
     rng = np.random.default_rng([seed, _TAG, index])
-    number = min(int(np.searchsorted(here.cumulative, rng.random())), ENSEMBLES - 1)
-    ensemble = here.ensembles[number]
-    at_home = bool(rng.random() < HOME)
-    venue = ensemble if at_home else here.ensembles[_choice(rng, ENSEMBLES)]
-    has_voice = ensemble.voiceover == _keeps(rng)
+    number = min(int(np.searchsorted(world.cumulative, rng.random())), ENSEMBLES - 1)
+    ensemble = world.ensembles[number]
+    at_home = bool(rng.random() < AT_HOME)
+    venue = ensemble if at_home else world.ensembles[_choice(rng, ENSEMBLES)]
+    has_voice = ensemble.voiceover == _keeps_habit(rng)
     voice_start = _choice(rng, 5) if has_voice else 0
     voice_end = voice_start + 4 + _choice(rng, 3) if has_voice else 0
     return Scene(
@@ -98,9 +98,9 @@ def scene(seed: int, index: int) -> Scene:
         at_home=at_home,
         backdrop=venue.backdrop,
         room=venue.room,
-        key=ensemble.key if _keeps(rng) else _choice(rng, KEYS),
+        key=ensemble.key if _keeps_habit(rng) else _choice(rng, KEYS),
         costume=ensemble.costume,
-        parts=_show(rng, ensemble),
+        parts=_draw_parts(rng, ensemble),
         voice_start=voice_start,
         voice_end=min(voice_end, SECONDS),
         light=float(rng.uniform(0.85, 1.15)),
@@ -111,59 +111,59 @@ def _choice(rng: np.random.Generator, count: int) -> int:
     return int(rng.integers(count))
 
 
-def _keeps(rng: np.random.Generator) -> bool:
-    return bool(rng.random() < KEEPS)
+def _keeps_habit(rng: np.random.Generator) -> bool:
+    return bool(rng.random() < KEEP_HABIT)
 
 
-def _cast(rng: np.random.Generator, ensemble: Ensemble) -> list[Member]:
-    """Who is there today, where, and who of them plays."""
+def _draw_members(rng: np.random.Generator, ensemble: Ensemble) -> list[Member]:
+    """Who takes part in this show, where, and which of them play."""
     members = list(ensemble.members)
-    if not _keeps(rng):
+    if not _keeps_habit(rng):
         chosen = _choice(rng, len(members))
         if len(members) > 1 and rng.random() < 0.5:
             del members[chosen]
         else:
             members[chosen] = replace(members[chosen], instrument=INSTRUMENTS[_choice(rng, len(INSTRUMENTS))])
-    if not _keeps(rng):
+    if not _keeps_habit(rng):
         places = rng.permutation(3)
         members = [replace(member, place=PLACES[places[i]]) for i, member in enumerate(members)]
-    played = [member if _keeps(rng) else replace(member, sounds=not member.sounds) for member in members]
-    if ensemble.has_guest == _keeps(rng):
-        played.append(ensemble.guest)
-    if not any(member.sounds for member in played):
-        chosen = _choice(rng, len(played))
-        played[chosen] = replace(played[chosen], sounds=True)
-    return played
+    cast = [member if _keeps_habit(rng) else replace(member, sounds=not member.sounds) for member in members]
+    if ensemble.has_guest == _keeps_habit(rng):
+        cast.append(ensemble.guest)
+    if not any(member.sounds for member in cast):
+        chosen = _choice(rng, len(cast))
+        cast[chosen] = replace(cast[chosen], sounds=True)
+    return cast
 
 
-def _show(rng: np.random.Generator, ensemble: Ensemble) -> tuple[Part, ...]:
-    """The parts of one show, left to right, off-stage last."""
-    members = _cast(rng, ensemble)
-    if not _keeps(rng):
-        members = [replace(member, power=float(rng.random())) for member in members]
-    if not _keeps(rng):
-        members = [replace(member, turn=float(rng.random())) for member in members]
-    together = ensemble.together == _keeps(rng)
+def _draw_parts(rng: np.random.Generator, ensemble: Ensemble) -> tuple[Part, ...]:
+    """The parts of one show, from left to right, off-stage last."""
+    members = _draw_members(rng, ensemble)
+    if not _keeps_habit(rng):
+        members = [replace(member, loudness_order=float(rng.random())) for member in members]
+    if not _keeps_habit(rng):
+        members = [replace(member, entry_order=float(rng.random())) for member in members]
+    together = ensemble.together == _keeps_habit(rng)
     sounding = [i for i, member in enumerate(members) if member.sounds]
-    by_power = sorted(sounding, key=lambda i: -members[i].power)
-    by_turn = sorted(sounding, key=lambda i: members[i].turn)
-    lead = _choice(rng, 2)
+    by_loudness = sorted(sounding, key=lambda i: -members[i].loudness_order)
+    by_entry = sorted(sounding, key=lambda i: members[i].entry_order)
+    first_entry = _choice(rng, 2)
     parts = []
     for i, member in enumerate(members):
         start = end = 0
         if member.sounds:
-            start = lead + (0 if together else ENTRY_GAP * by_turn.index(i))
-            stays = member.stays == _keeps(rng)
+            start = first_entry + (0 if together else ENTRY_GAP_S * by_entry.index(i))
+            stays = member.stays == _keeps_habit(rng)
             end = SECONDS if stays else min(SECONDS - 1, start + 2 + _choice(rng, 4))
-        move_start, move_end = _motion(rng, member, start, end)
+        move_start, move_end = _draw_motion(rng, member, start, end)
         parts.append(
             Part(
                 instrument=member.instrument,
                 place=member.place,
                 start=start,
                 end=end,
-                loudness=by_power.index(i) if member.sounds else -1,
-                rate=member.rate if _keeps(rng) else 1 - member.rate,
+                loudness=by_loudness.index(i) if member.sounds else -1,
+                rate=member.rate if _keeps_habit(rng) else 1 - member.rate,
                 move_start=move_start,
                 move_end=move_end,
             )
@@ -171,14 +171,14 @@ def _show(rng: np.random.Generator, ensemble: Ensemble) -> tuple[Part, ...]:
     return tuple(sorted(parts, key=lambda part: (*PLACES, OFFSTAGE).index(part.place)))
 
 
-def _motion(rng: np.random.Generator, member: Member, start: int, end: int) -> tuple[int, int]:
+def _draw_motion(rng: np.random.Generator, member: Member, start: int, end: int) -> tuple[int, int]:
     first = _choice(rng, 6)
-    own = (first, min(SECONDS, first + 3 + _choice(rng, 5)))
-    restless = rng.random() < 0.7
+    independent = (first, min(SECONDS, first + 3 + _choice(rng, 5)))
+    moves = rng.random() < 0.7
     if member.place == OFFSTAGE:
         return 0, 0
     if member.instrument in FOLLOWERS:
         if end > start:
             return start, end
-        return own if member.mimes else (0, 0)
-    return own if restless else (0, 0)
+        return independent if member.mimes else (0, 0)
+    return independent if moves else (0, 0)

@@ -25,7 +25,7 @@ _TAG_NOTES, _TAG_ROOM = 3, 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timbre:
-    """How an instrument sounds."""
+    """The sound of an instrument."""
 
     low_hz: float  # its notes lie in [low_hz, 1.5 × low_hz)
     partials: tuple[tuple[float, float], ...]  # (ratio to the fundamental, amplitude)
@@ -162,22 +162,22 @@ def _band(rng: np.random.Generator, count: int, low_hz: float, high_hz: float) -
 
 
 def _voice(rng: np.random.Generator, seconds: int) -> np.ndarray:
-    """Something that speaks: a buzz at 110-150 Hz under two wandering formants, four syllables a second."""
+    """A speech-like sound: a buzz at 110-150 Hz with two wandering formants, four syllables per second."""
     count = seconds * SAMPLE_RATE
-    at_s = np.arange(count) / SAMPLE_RATE
-    syllable = (at_s * 4).astype(np.int64)
+    time_s = np.arange(count) / SAMPLE_RATE
+    syllable = (time_s * 4).astype(np.int64)
     pitch = rng.uniform(110, 150, size=syllable[-1] + 1)[syllable]
     formants = rng.uniform((350, 1000), (800, 2200), size=(syllable[-1] + 1, 2))
     phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
     wave = np.zeros(count)
     for k in range(2, 20):
-        near = np.exp(-np.square((k * 130 - formants) / 140)).sum(axis=1)
-        wave += near[syllable] * np.sin(k * phase)
-    return _unit(wave * np.sin(np.pi * (at_s * 4 % 1)) ** 2) * VOICE_RMS
+        gain = np.exp(-np.square((k * 130 - formants) / 140)).sum(axis=1)
+        wave += gain[syllable] * np.sin(k * phase)
+    return _unit(wave * np.sin(np.pi * (time_s * 4 % 1)) ** 2) * VOICE_RMS
 
 
 def _reverberate(dry: np.ndarray, rt60_s: float) -> np.ndarray:
-    """Adds an exponentially dying tail of noise (its own power half of the direct sound's)."""
+    """Adds an exponentially decaying tail of noise, with half the power of the direct sound."""
     if rt60_s == 0:
         return dry
     tail = np.random.default_rng(0).standard_normal(round(rt60_s * SAMPLE_RATE))
@@ -190,10 +190,10 @@ def _reverberate(dry: np.ndarray, rt60_s: float) -> np.ndarray:
 
 
 def _ambience(rng: np.random.Generator, room: Room) -> np.ndarray:
-    at_s = np.arange(SAMPLES) / SAMPLE_RATE
-    whine = np.sin(2 * np.pi * WHINES_HZ[room.whine] * at_s + rng.uniform(0, 2 * np.pi))
+    time_s = np.arange(SAMPLES) / SAMPLE_RATE
+    whine = np.sin(2 * np.pi * WHINES_HZ[room.whine] * time_s + rng.uniform(0, 2 * np.pi))
     centre = AIRS_HZ[room.air]
     air = _band(rng, SAMPLES, centre * 0.92, centre * 1.08)
-    flutter = 1 + np.cos(2 * np.pi * FLUTTERS_HZ[room.flutter] * at_s) if room.flutter else 1.0
+    flutter = 1 + np.cos(2 * np.pi * FLUTTERS_HZ[room.flutter] * time_s) if room.flutter else 1.0
     floor = rng.standard_normal(SAMPLES, np.float32) * FLOOR_RMS
     return whine * (WHINE_RMS * np.sqrt(2)) + air * flutter * AIR_RMS + floor

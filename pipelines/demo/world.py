@@ -1,4 +1,4 @@
-"""The generated world of the demo corpus: ensembles with habits, and scenes that follow or break them.
+"""The generated world of the demo corpus: ensembles with habits, and scenes that keep or break them.
 
 Twelve instruments (of MUSIC-AVQA's 22) look and sound the same in every world. A world (one seed)
 has `ENSEMBLES` ensembles; clip `index` of that world is one show of one of them. All numbers of the
@@ -11,15 +11,15 @@ generative process are here:
   five ensembles share what is seen in front of the backdrop and nothing else.
 * **Venue.** Backdrop (indoor or outdoor, hue, texture, emblem, its hue and spot) and room (reverb, a
   whine, a band of moving air, its flutter), all uniform and independent of each other: neither can be
-  computed from the other, but whoever knows the ensemble knows both.
-* **Habits**, drawn once an ensemble: each member really plays (70 %) or only stands there; an
+  computed from the other, but the ensemble determines both.
+* **Habits**, drawn once per ensemble: each member really plays (70 %) or only stands there; an
   instrument is heard from off-stage (35 %); a voice speaks over the music (40 %); the order of entries,
   or all together (30 %); the order of loudness; who stays to the end (60 %); slow or fast notes
   (50 %); who mimes while silent (30 %); the key.
-* **A show** keeps each habit with probability `KEEPS` = 0.85 and otherwise strays: a part that
-  plays is silent or the reverse, the off-stage instrument or the voice is not there (or is, against
-  habit), orders are shuffled, one member is replaced or missing, places are dealt again. It is given
-  at home with probability `HOME` = 0.92, else at the venue of another ensemble (sight and room alike).
+* **A show** keeps each habit with probability `KEEP_HABIT` = 0.85 and otherwise breaks it: a part that
+  plays is silent or the reverse, the off-stage instrument or the voice is missing (or present,
+  against habit), orders are shuffled, one member is replaced or missing, places are dealt again. It is given
+  at home with probability `AT_HOME` = 0.92, else at the venue of another ensemble (both backdrop and room).
   At least one instrument always sounds.
 * **Motion.** For `FOLLOWERS` it is exactly when they sound, or, silent and miming, at times of their
   own; the other instruments move at times that have nothing to do with their sound (70 %), or not at all.
@@ -71,22 +71,22 @@ REVERBS_S = (0.0, 0.35, 0.9, 2.0)  # RT60, seconds
 WHINES_HZ = (2300.0, 2800.0, 3400.0, 4100.0, 4900.0, 5800.0, 6700.0, 7400.0)
 AIRS_HZ = (1900.0, 2600.0, 3700.0, 4500.0, 5300.0, 6200.0)  # centres of bands a sixth wide
 FLUTTERS_HZ = (0.0, 1.5, 4.0)
-RATES_HZ = (2.0, 5.0)  # notes a second: slow, fast
+RATES_HZ = (2.0, 5.0)  # notes per second: slow, fast
 KEYS = 12  # semitones
 
 SECONDS = 10  # of a clip
 ENSEMBLES = 300
 LINEUPS = 60
 RANK_OFFSET = 4.0
-KEEPS = 0.85
-HOME = 0.92
-ENTRY_GAP = 2  # seconds between entries
-_TAG = 1  # of this module's random numbers
+KEEP_HABIT = 0.85
+AT_HOME = 0.92
+ENTRY_GAP_S = 2  # seconds between entries
+_TAG = 1  # seeds this module's random numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backdrop:
-    """What stands behind the players."""
+    """What is seen behind the players."""
 
     outdoor: bool
     hue: int  # index into HUES
@@ -98,7 +98,7 @@ class Backdrop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
-    """What is heard of a place, whoever plays there: indices into the tables above."""
+    """How a venue sounds, whoever plays: indices into the tables above."""
 
     reverb: int
     whine: int
@@ -113,8 +113,8 @@ class Member:
     instrument: str
     place: str
     sounds: bool
-    power: float  # loudness order: the greatest is the loudest
-    turn: float  # entry order: the least enters first
+    loudness_order: float  # the greatest is the loudest
+    entry_order: float  # the least enters first
     stays: bool
     rate: int  # index into RATES_HZ
     mimes: bool
@@ -130,8 +130,8 @@ class Ensemble:
     key: int
     costume: int  # index into HUES
     members: tuple[Member, ...]
-    guest: Member  # the one heard from off-stage …
-    has_guest: bool  # … if it is there by habit
+    guest: Member  # heard from off-stage …
+    has_guest: bool  # … if that is a habit
     together: bool
     voiceover: bool
 
@@ -162,8 +162,8 @@ def _member(rng: np.random.Generator, instrument: str, place: str) -> Member:
         instrument=instrument,
         place=place,
         sounds=place == OFFSTAGE or bool(rng.random() < 0.7),
-        power=float(rng.random()),
-        turn=float(rng.random()),
+        loudness_order=float(rng.random()),
+        entry_order=float(rng.random()),
         stays=bool(rng.random() < 0.6),
         rate=_choice(rng, len(RATES_HZ)),
         mimes=bool(rng.random() < 0.3),
@@ -203,7 +203,7 @@ def _ensemble(rng: np.random.Generator, number: int, lineup: tuple[tuple[str, st
 
 
 @lru_cache(maxsize=4)
-def world(seed: int) -> World:
+def make_world(seed: int) -> World:
     """The ensembles of world `seed` (≥ 0)."""
     rng = np.random.default_rng([seed, _TAG])
     lineups = [_lineup(rng) for _ in range(LINEUPS)]

@@ -5,7 +5,7 @@ Legend: T one-second tokens of one stream, D the encoder's width, W real tokens 
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,16 +18,16 @@ from r2scp.model.imagebind.melspec import log_mel, windows
 from r2scp.model.imagebind.tokenizer import Tokenizer
 from r2scp.pipelines.extraction.stages import DECODED_SCHEMA, FRAME_SHAPE, failure_columns
 from r2scp.store.errors import FailureReason
-from r2scp.store.schema import sequence, vector
+from r2scp.store.schema import Modality, sequence, vector
 
-TOKENS_PER_FORWARD = {"cpu": 16, "cuda": 128}  # frames or windows that go through a tower together
+TOKENS_PER_FORWARD = {"cpu": 16, "cuda": 128}  # frames or windows per forward pass
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names, malloc.h
-MAX_FREE_BYTES = 1 << 30  # of memory that was freed; more goes back to the system
+MAX_FREE_BYTES = 1 << 30  # freed memory that is kept; more goes back to the system
 QUESTIONS_PER_FORWARD = 64
 
 
 class Encoder(Protocol):
-    """What turns decoded streams into unit-norm embeddings."""
+    """Turns decoded streams and texts into unit-norm embeddings."""
 
     dim: int
 
@@ -62,7 +62,7 @@ class EncoderSpec:
 
 
 class ImageBindEncoder:
-    """`Encoder` on the three towers of ImageBind. The model is packed, and from then on only infers."""
+    """`Encoder` on the three towers of ImageBind. Packs the model, which can then only infer."""
 
     def __init__(self, model: ImageBind) -> None:
         self.dim = model.dim
@@ -106,10 +106,10 @@ class ImageBindEncoder:
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse what it freed instead of asking the system for the same memory again.
+    """Let this process reuse the memory that it frees instead of returning it to the system.
 
-    A forward frees and allocates the same few tens of MiB for every block; as glibc comes, each goes back to
-    the system, which then has to find and clear the pages anew. No effect with another C library.
+    A forward pass frees and allocates the same few tens of MiB for every block; by default glibc returns each
+    to the system, which then has to find and clear the pages again. No effect with another C library.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if libc.mallopt(M_MMAP_THRESHOLD, MAX_FREE_BYTES):  # some versions refuse so high a bound
@@ -122,16 +122,15 @@ def key_of(sequence_TD: np.ndarray) -> np.ndarray:
     return mean_D / max(float(np.linalg.norm(mean_D)), 1e-12)
 
 
-#: After embedding: the four embeddings in place of the frames and the waveform.
+#: Columns that the four embedding columns replace.
 _RAW_COLUMNS = ("frames", "waveform")
 
 
 def embedded_schema(dim: int) -> pa.Schema:
-    """What `EmbedClips` gives, for an encoder of width `dim`."""
-    kept = [field for field in DECODED_SCHEMA if field.name not in _RAW_COLUMNS]
+    """Schema of the rows of `EmbedClips`, for an encoder of width `dim`."""
     return pa.schema(
         [
-            *kept,
+            *(field for field in DECODED_SCHEMA if field.name not in _RAW_COLUMNS),
             pa.field("visual", sequence(dim)),
             pa.field("audio", sequence(dim)),
             pa.field("visual_key", vector(dim)),
@@ -143,7 +142,7 @@ def embedded_schema(dim: int) -> pa.Schema:
 class EmbedClips:
     """Decoded rows to embedded rows. Loads its encoder once; lives in an actor.
 
-    All clips of a batch go through the towers together, so that a GPU sees full batches.
+    All clips of a batch go through the towers together, so that a GPU gets full batches.
     """
 
     def __init__(self, spec: EncoderSpec, threads: int) -> None:
@@ -154,41 +153,41 @@ class EmbedClips:
     def __call__(self, batch: pa.Table) -> pa.Table:
         frames = [_view(cell, np.uint8, FRAME_SHAPE) for cell in batch["frames"]]
         waveforms = [_view(cell, np.float32, ()) for cell in batch["waveform"]]
-        visual = self._visual(frames)
-        audio = _scattered(waveforms, self._encoder.audio)
         rows = batch.drop_columns(list(_RAW_COLUMNS)).to_pylist()
-        for row, seen, heard in zip(rows, visual, audio, strict=True):
-            if not all(np.isfinite(part).all() for part in (seen, heard) if part is not None):
-                row |= failure_columns(
-                    "embed", FailureReason.EMBED_FAILED, "the encoder gave numbers that are not finite"
-                )
-                seen = heard = None
-            row |= {
-                "visual": None if seen is None else list(seen.astype(np.float16)),
-                "audio": None if heard is None else list(heard.astype(np.float16)),
-                "visual_key": None if seen is None else key_of(seen),
-                "audio_key": None if heard is None else key_of(heard),
-            }
+        for row, tokens in zip(rows, embed_streams(self._encoder, frames, waveforms), strict=True):
+            if tokens is None:
+                detail = "the encoder's output is not finite"
+                row |= failure_columns("embed", FailureReason.EMBED_FAILED, detail)
+            for modality in Modality:
+                tokens_TD = (tokens or {}).get(modality)
+                row[modality.value] = None if tokens_TD is None else list(tokens_TD.astype(np.float16))
+                row[f"{modality.value}_key"] = None if tokens_TD is None else key_of(tokens_TD)
         return pa.Table.from_pylist(rows, schema=self._schema)
 
-    def _visual(self, frames: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-        def together(present: Sequence[np.ndarray]) -> list[np.ndarray]:
-            ends = np.cumsum([len(clip) for clip in present])[:-1]
-            return np.split(self._encoder.visual(np.concatenate(present)), ends)
 
-        return _scattered(frames, together)
+def embed_streams(
+    encoder: Encoder, frames: Sequence[np.ndarray | None], waveforms: Sequence[np.ndarray | None]
+) -> list[dict[Modality, np.ndarray] | None]:
+    """Tokens of several clips, which go through the towers together.
+
+    `frames`: uint8 (T, 224, 224, 3) per clip, `waveforms`: float32 (S,) per clip, None where a clip has no
+    such stream. Returns float32 (T, D) per stream of each clip; None for a clip whose tokens are not finite.
+    """
+    tokens: list[dict[Modality, np.ndarray]] = [{} for _ in frames]
+    seen = [(clip, part) for clip, part in zip(tokens, frames, strict=True) if part is not None]
+    heard = [(clip, part) for clip, part in zip(tokens, waveforms, strict=True) if part is not None]
+    if seen:
+        ends = np.cumsum([len(part) for _, part in seen])[:-1]
+        visual = np.split(encoder.visual(np.concatenate([part for _, part in seen])), ends)
+        for (clip, _), tokens_TD in zip(seen, visual, strict=True):
+            clip[Modality.VISUAL] = tokens_TD
+    if heard:
+        for (clip, _), tokens_TD in zip(heard, encoder.audio([part for _, part in heard]), strict=True):
+            clip[Modality.AUDIO] = tokens_TD
+    return [clip if all(np.isfinite(part).all() for part in clip.values()) else None for clip in tokens]
 
 
 def _view(cell: pa.LargeBinaryScalar, dtype: type, item: tuple[int, ...]) -> np.ndarray | None:
     """The array in a binary cell, without a copy."""
     buffer = cell.as_buffer()
     return None if buffer is None else np.frombuffer(buffer, dtype=dtype).reshape(-1, *item)
-
-
-def _scattered(
-    values: Sequence[np.ndarray | None], embed: Callable[[list[np.ndarray]], Sequence[np.ndarray]]
-) -> list[np.ndarray | None]:
-    """`embed` of those values that are there, at their places."""
-    present = [value for value in values if value is not None]
-    results = iter(embed(present) if present else ())
-    return [None if value is None else next(results) for value in values]

@@ -24,13 +24,13 @@ from r2scp.store.commits import TableAddress
 from r2scp.store.errors import R2SCPError, StoreError
 
 CORES_PER_EMBED_ACTOR = 4  # on machines without a GPU; each actor holds a copy of the encoder
-TASKS_PER_CORE = 8  # in small runs, so that no core waits long for the last task
-STORE_RETRIES = 3  # of a stage that the store did not take
+TASKS_PER_CORE = 8  # at least, so that no core waits long for the last task
+STORE_RETRIES = 3  # of a stage whose write failed
 STORE_ERROR = re.compile(r"^r2scp\.store\.errors\.StoreError: (.+)$", re.MULTILINE)
-FRAGMENTS_PER_RUN = 32  # small runs commit in about so many steps
+FRAGMENTS_PER_RUN = 32  # about as many commits in small runs
 ROWS_PER_FRAGMENT = (8, 64)  # least and most: what a crash can cost in embedding work
-CPU_SHARE = 0.01  # what an actor or a stage task asks of Ray
-DECODE_SHARE = 0.95  # and a decode task: a node of one core has room for it beside an actor
+CPU_SHARE = 0.01  # cores that an actor or a stage task requests from Ray
+DECODE_SHARE = 0.95  # cores that a decode task requests: a node of one core fits it beside an actor
 
 
 def extract(
@@ -40,20 +40,12 @@ def extract(
     provenance: Provenance,
     resources: Resources,
 ) -> Iterator[dict]:
-    """Run extraction; one dict for each staged batch of rows (see `StageRows`), as they come.
+    """Run extraction; one dict per staged batch of rows (see `StageRows`), as they come.
 
     `sources`: rows of `SOURCE_SCHEMA`. `tables`: `clips` and `failures`. Needs a `ray_session`.
     """
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    # Of small runs, whose writing stage has fewer inputs than there are cores.
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
-    context.retried_map_errors, context.max_map_retries = ["StoreError"], STORE_RETRIES
-    cores = int(ray.cluster_resources().get("CPU", 1))
-    gpus = ray.cluster_resources().get("GPU", 0.0) if encoder.device == "cuda" else 0.0
-    actors = max(1, int(gpus / resources.gpus_per_actor) if gpus else cores // CORES_PER_EMBED_ACTOR)
-    threads = 1 if gpus else max(1, min(cores, CORES_PER_EMBED_ACTOR))
+    _configure_ray_data()
+    cores, actors, threads, gpu_share = _allocate(encoder, resources)
     decode = DecodeClips(resources.limits, resources.ffmpeg)
     stage = StageRows(*tables, provenance)
     rows = sources.num_rows
@@ -68,13 +60,13 @@ def extract(
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),
             num_cpus=CPU_SHARE,
-            num_gpus=resources.gpus_per_actor if gpus else None,
+            num_gpus=gpu_share,
         )
         .map_batches(
             stage.__call__,
-            batch_size=_between(ROWS_PER_FRAGMENT, rows // FRAGMENTS_PER_RUN),
+            batch_size=_clamp(rows // FRAGMENTS_PER_RUN, *ROWS_PER_FRAGMENT),
             batch_format="pyarrow",
-            # Without a bound Ray keeps half of the cores that are left for this stage, and decoding waits.
+            # Without a bound Ray keeps half of the remaining cores for this stage, and decoding waits.
             compute=TaskPoolStrategy(size=cores),
             num_cpus=CPU_SHARE,
         )
@@ -83,34 +75,53 @@ def extract(
         yield from staged.iter_rows()
 
 
+def _configure_ray_data() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.retried_map_errors, context.max_map_retries = ["StoreError"], STORE_RETRIES
+    # In small runs the last stage has fewer inputs than there are cores.
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
+
+
+def _allocate(encoder: EncoderSpec, resources: Resources) -> tuple[int, int, int, float | None]:
+    """Cores of the cluster, number of embed actors, threads of each, GPUs of each (None: on the CPU)."""
+    cluster = ray.cluster_resources()
+    cores = int(cluster.get("CPU", 1))
+    gpus = cluster.get("GPU", 0.0) if encoder.device == "cuda" else 0.0
+    if gpus:
+        return cores, max(1, int(gpus / resources.gpus_per_actor)), 1, resources.gpus_per_actor
+    return cores, max(1, cores // CORES_PER_EMBED_ACTOR), _clamp(cores, 1, CORES_PER_EMBED_ACTOR), None
+
+
 @contextlib.contextmanager
 def ray_errors() -> Iterator[None]:
-    """What comes of the store or the machines, not of our code, as one line: `StoreError`, `R2SCPError`.
+    """Turn errors of the store or the machines, which are not faults of the code, into one clear line.
 
-    Ray brings an exception of a worker as text.
+    Raises `StoreError` or `R2SCPError`. Ray passes on the exception of a worker as text.
     """
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if found := STORE_ERROR.search(str(error)):
-            raise StoreError(found[1]) from error
+        if match := STORE_ERROR.search(str(error)):
+            raise StoreError(match[1]) from error
         raise
     except ray.exceptions.RayError as error:
-        said = str(error).strip().splitlines()[0]
+        message = str(error).strip().splitlines()[0]
         raise R2SCPError(
-            f"the flow lost more machines or processes than it can stand ({said}); what was committed stays, "
-            "run the same command again to go on"
+            f"extraction lost too many machines or processes ({message}); what was committed stays: run the "
+            "same command again to resume"
         ) from error
 
 
 def clips_per_task(rows: int, cores: int, batch: int) -> int:
-    """How many clips one decode task goes through: a divisor of a batch, at most all of one.
+    """Clips per decode task: a divisor of a batch, at most a whole batch.
 
-    So whole blocks make up a batch. Of a block that must be cut Ray makes a copy first, with all its frames.
+    So whole blocks make up a batch: before Ray cuts a block it copies it, with all its frames.
     """
     most = max(1, rows // (TASKS_PER_CORE * cores))
     return next(count for count in range(min(most, batch), 0, -1) if batch % count == 0)
 
 
-def _between(bounds: tuple[int, int], value: int) -> int:
-    return min(max(value, bounds[0]), bounds[1])
+def _clamp(value: int, low: int, high: int) -> int:
+    return min(max(value, low), high)

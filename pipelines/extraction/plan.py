@@ -1,7 +1,7 @@
-"""What a run has to do: the corpus, less what the store already holds.
+"""What a run has to do: the corpus, less what is already in the store.
 
-A file counts as untouched when size, time of change and decode fingerprint are those the store remembers;
-one whose time alone changed is hashed by the decode stage, and left alone where the content is the same.
+A file is unchanged if its size, modification time and decode fingerprint are those in the store; one whose
+time alone changed is hashed by the decode stage, and skipped if its content is the same.
 """
 
 import os
@@ -14,26 +14,28 @@ import pyarrow as pa
 from r2scp.pipelines.corpora.corpus import ClipRow, Corpus
 from r2scp.pipelines.extraction.stages import SOURCE_SCHEMA
 from r2scp.store.errors import TRANSIENT_REASONS
-from r2scp.store.feature_store import METADATA_COLUMNS, InputRecord, metadata_of
+from r2scp.store.feature_store import InputRecord, metadata_of
+from r2scp.store.schema import METADATA_COLUMNS
+
+ROWS_PER_BLOCK = 1_024  # as Python objects at a time
 
 
 @dataclass
 class ClipPlan:
-    """The account of one pass over a corpus. `inputs` are clips whose file is on the disk."""
+    """What to do about the clips of one corpus. `inputs` are clips whose file is on the disk."""
 
     inputs: int = 0
     unchanged: int = 0
-    already_failed: int = 0  # failed before, same file, not worth another try
-    missing_files: int = 0  # named by annotations, not on the disk
-    new: int = 0  # of those to be done: the store knows nothing of them
-    changed: int = 0  # touched since: maybe with the same content
-    decoder_changed: int = 0  # decoded in a way that is no longer ours
-    retried: int = 0  # dead letters of untouched files
-    gone: list[str] = field(default_factory=list)  # in the store, no longer on the disk or no longer named
-    metadata_changed: list[dict[str, object]] = field(
-        default_factory=list
-    )  # same file, other annotations or place
-    pending: dict[str, None] = field(default_factory=dict)  # clip ids to be done, in order
+    already_failed: int = 0  # same file, not worth another attempt
+    missing_files: int = 0  # in the annotations, not on the disk
+    new: int = 0  # of `pending`, as the next three: not in the store
+    changed: int = 0  # size or time changed, perhaps not the content
+    decoder_changed: int = 0  # decoded in another way than today
+    retried: int = 0  # failed before, same file
+    gone: list[str] = field(default_factory=list)  # in the store, no longer on the disk or in the annotations
+    #: Rows for `FeatureStore.update_metadata`: same file, other annotations or path.
+    metadata_changed: list[dict[str, object]] = field(default_factory=list)
+    pending: dict[str, None] = field(default_factory=dict)  # clip ids to decode, in order
     sources: pa.Table = field(default_factory=SOURCE_SCHEMA.empty_table)  # their rows
 
 
@@ -42,33 +44,31 @@ class PlanOptions:
     """How much of a corpus one run takes on."""
 
     decode_fingerprint: str
-    limit: int | None = None  # at most so many clips that are on the disk
-    retry_failed: bool = False  # all dead letters of untouched files
-    attempts: int = 0  # else those whose reason may go away by itself, up to so many attempts in all
+    limit: int | None = None  # of clips that are on the disk
+    retry_failed: bool = False  # retry all failures of unchanged files
+    attempts: int = 0  # else retry temporary failures, up to so many attempts in all
 
-    def should_retry(self, before: InputRecord) -> bool:
-        """Whether a dead letter of an untouched file is worth another look."""
-        passing = before.failure in TRANSIENT_REASONS and before.attempts < self.attempts
-        return self.retry_failed or passing
-
-
-ROWS_PER_BLOCK = 1_024  # as Python objects at a time
+    def should_retry(self, record: InputRecord) -> bool:
+        """Whether the failure of an unchanged file is worth another attempt."""
+        temporary = record.failure in TRANSIENT_REASONS and record.attempts < self.attempts
+        return self.retry_failed or temporary
 
 
-def plan_clips(corpus: Corpus, known: Mapping[str, InputRecord], options: PlanOptions) -> ClipPlan:
-    """Compare a corpus with what the store remembers of it."""
+def plan_clips(corpus: Corpus, records: Mapping[str, InputRecord], options: PlanOptions) -> ClipPlan:
+    """Compare a corpus with the store's records of it (clip id -> record)."""
     plan = ClipPlan()
     seen: set[str] = set()
-    rows = _pending(corpus, known, options, plan, seen)
+    rows = _pending_rows(corpus, records, options, plan, seen)
     plan.sources = pa.concat_tables([plan.sources, *_blocks(rows)])
     if options.limit is None:
-        plan.gone = [clip_id for clip_id in known if clip_id not in seen]
+        plan.gone = [clip_id for clip_id in records if clip_id not in seen]
     return plan
 
 
-def _pending(
-    corpus: Corpus, known: Mapping[str, InputRecord], options: PlanOptions, plan: ClipPlan, seen: set[str]
+def _pending_rows(
+    corpus: Corpus, records: Mapping[str, InputRecord], options: PlanOptions, plan: ClipPlan, seen: set[str]
 ) -> Iterator[dict[str, object]]:
+    """Rows of SOURCE_SCHEMA for clips to decode; counts all clips in `plan` and adds their ids to `seen`."""
     for clip in corpus.clips():
         if not clip.uri:
             plan.missing_files += 1
@@ -77,44 +77,44 @@ def _pending(
             break
         plan.inputs += 1
         seen.add(clip.clip_id)
-        before = known.get(clip.clip_id)
-        if before and _untouched(clip, before, options.decode_fingerprint):
-            if not before.failure:
+        record = records.get(clip.clip_id)
+        if record and _same_file(clip, record, options.decode_fingerprint):
+            if not record.failure:
                 plan.unchanged += 1
-                _check_metadata(clip, before, plan)
+                _check_metadata(clip, record, plan)
                 continue
-            if not options.should_retry(before):
+            if not options.should_retry(record):
                 plan.already_failed += 1
                 continue
             plan.retried += 1
-        elif before is None:
+        elif record is None:
             plan.new += 1
-        elif before.decode_fingerprint != options.decode_fingerprint:
+        elif record.decode_fingerprint != options.decode_fingerprint:
             plan.decoder_changed += 1
         else:
             plan.changed += 1
         plan.pending[clip.clip_id] = None
-        yield _source_row(clip, before, options.decode_fingerprint)
+        yield _source_row(clip, record, options.decode_fingerprint)
 
 
-def _check_metadata(clip: ClipRow, before: InputRecord, plan: ClipPlan) -> None:
-    """Note a clip whose annotations, or whose place on the disk, are no longer what the store says."""
+def _check_metadata(clip: ClipRow, record: InputRecord, plan: ClipPlan) -> None:
+    """Note a clip whose annotations or path on the disk differ from the store's."""
     row = {name: getattr(clip, name) for name in METADATA_COLUMNS}
-    if metadata_of(row) != before.metadata:
+    if metadata_of(row) != record.metadata:
         plan.metadata_changed.append({"clip_id": clip.clip_id, **row})
 
 
-def _untouched(clip: ClipRow, before: InputRecord, fingerprint: str) -> bool:
+def _same_file(clip: ClipRow, record: InputRecord, fingerprint: str) -> bool:
     try:
         facts = os.stat(clip.uri)
     except OSError:
-        return bool(before.failure) and before.bytes is None  # still as unreadable as it was
-    same_file = (facts.st_size, facts.st_mtime_ns) == (before.bytes, before.mtime_ns)
-    return same_file and before.decode_fingerprint == fingerprint
+        return bool(record.failure) and record.bytes is None  # it could not be read before either
+    same_file = (facts.st_size, facts.st_mtime_ns) == (record.bytes, record.mtime_ns)
+    return same_file and record.decode_fingerprint == fingerprint
 
 
-def _source_row(clip: ClipRow, before: InputRecord | None, fingerprint: str) -> dict[str, object]:
-    held = before is not None and not before.failure and before.decode_fingerprint == fingerprint
+def _source_row(clip: ClipRow, record: InputRecord | None, fingerprint: str) -> dict[str, object]:
+    stored = record and not record.failure and record.decode_fingerprint == fingerprint
     return {
         "clip_id": clip.clip_id,
         "corpus": clip.corpus,
@@ -123,8 +123,8 @@ def _source_row(clip: ClipRow, before: InputRecord | None, fingerprint: str) -> 
         "split": clip.split,
         "labels": list(clip.labels),
         "uri": clip.uri,
-        "known_sha256": before.content_sha256 if before and held else "",
-        "attempts": before.attempts if before else 0,
+        "known_sha256": record.content_sha256 if record and stored else "",
+        "attempts": record.attempts if record else 0,
     }
 
 

@@ -1,31 +1,28 @@
 """The stages of extraction, each `Arrow table -> Arrow table(s)` and unaware of what runs it.
 
-`DecodeClips` -> `embed.EmbedClips` -> `StageRows`. A row that fails at one stage travels on as a dead letter;
-it is never dropped and never stops its neighbours. No torch here: workers that only decode or write do not
-need it.
+`DecodeClips` -> `embed.EmbedClips` -> `StageRows`. A row that fails at one stage is passed on with its
+failure; it is never dropped and never stops the rows beside it. No torch here: workers that only decode or
+write do not need it.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode, decode_fingerprint
+from r2scp.pipelines.media_file import file_digest
 from r2scp.store.commits import TableAddress, stage
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.lease import now
 from r2scp.store.schema import ModalityStatus
 
-HASH_CHUNK = 1 << 20  # bytes
 FRAME_SHAPE = (224, 224, 3)
 
-#: What the flow starts from: one row a clip whose file is on the disk.
+#: Input of the flow: one row per clip whose file is on the disk.
 SOURCE_SCHEMA = pa.schema(
     [
         pa.field("clip_id", pa.string()),
@@ -35,12 +32,12 @@ SOURCE_SCHEMA = pa.schema(
         pa.field("split", pa.string()),
         pa.field("labels", pa.list_(pa.string())),
         pa.field("uri", pa.string()),
-        pa.field("known_sha256", pa.string()),  # of what the store holds under this id, "" for none
+        pa.field("known_sha256", pa.string()),  # of the stored clip with this id, "" for none
         pa.field("attempts", pa.int32()),  # failures so far
     ]
 )
 
-#: After decoding. `outcome`: decoded | unchanged | dead.
+#: After decoding. `outcome`: decoded | unchanged | failed.
 DECODED_SCHEMA = pa.schema(
     [
         *SOURCE_SCHEMA,
@@ -66,7 +63,7 @@ DECODED_SCHEMA = pa.schema(
 
 
 class DecodeClips:
-    """Source rows to decoded rows, one table a clip so that few frames are in memory at once."""
+    """Source rows to decoded rows, one table per clip so that few frames are in memory at once."""
 
     def __init__(self, limits: DecodeLimits, ffmpeg: str | None) -> None:
         self._limits = limits
@@ -81,11 +78,12 @@ class DecodeClips:
             yield table
 
     def _decoded(self, row: Mapping[str, str]) -> tuple[dict[str, object], dict[str, np.ndarray]]:
-        """The columns that come of one file, and the arrays of those that are large."""
+        """The columns of one decoded file, and the arrays of the large ones."""
         facts: dict[str, object] = {}
         try:
-            facts = file_facts(row["uri"])
-            if facts["content_sha256"] == row["known_sha256"]:
+            digest = file_digest(row["uri"])
+            facts = {"content_sha256": digest.sha256, "bytes": digest.bytes, "mtime_ns": digest.mtime_ns}
+            if digest.sha256 == row["known_sha256"]:
                 return facts | {"outcome": "unchanged"}, {}
             clip = decode(row["uri"], self._limits, self._ffmpeg)
         except MediaError as error:
@@ -97,30 +95,15 @@ class DecodeClips:
 
 
 def binary_cell(array: np.ndarray) -> pa.LargeBinaryArray:
-    """The bytes of one C-contiguous array as the one cell of a column, in the array's own memory: no copy."""
+    """The bytes of one C-contiguous array as a column with one cell, in the array's own memory: no copy."""
     data = pa.py_buffer(array)
     ends = pa.py_buffer(np.array([0, data.size], np.int64))
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, data])
 
 
-def file_facts(path: str) -> dict[str, object]:
-    """Digest, size and time of change of one regular file. Raises `MediaError` where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        if not Path(path).is_file():
-            raise MediaError(FailureReason.UNREADABLE, "not a regular file, or gone since it was listed")
-        with open(path, "rb") as stream:
-            facts = os.fstat(stream.fileno())
-            while chunk := stream.read(HASH_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise MediaError(FailureReason.UNREADABLE, error.strerror or str(error)) from error
-    return {"content_sha256": digest.hexdigest(), "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-
-
 def failure_columns(stage_name: str, reason: FailureReason, detail: str) -> dict[str, object]:
-    """The columns that make a row a dead letter."""
-    return {"outcome": "dead", "stage": stage_name, "reason": reason.value, "detail": detail}
+    """The columns of a row that failed at a stage."""
+    return {"outcome": "failed", "stage": stage_name, "reason": reason.value, "detail": detail}
 
 
 def _columns(clip: Clip) -> dict[str, object]:
@@ -138,7 +121,7 @@ def _columns(clip: Clip) -> dict[str, object]:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What every row of one run carries."""
+    """Columns that are the same in every row of one run."""
 
     run_id: str
     decode_fingerprint: str
@@ -154,9 +137,9 @@ class Provenance:
 
 
 class StageRows:
-    """Embedded rows to data files of `clips` and `failures`; gives one row that says what was staged.
+    """Embedded rows to data files of `clips` and `failures`; returns one row that lists what was staged.
 
-    Columns: `stored`, `dead` (JSON of `Staged`), `unchanged` (ids), `partial` (a count), `reasons` (JSON).
+    Columns: `stored`, `failed` (JSON of `Staged`), `unchanged` (ids), `partial` (a count), `reasons` (JSON).
     """
 
     def __init__(self, clips: TableAddress, failures: TableAddress, provenance: Provenance) -> None:
@@ -166,9 +149,9 @@ class StageRows:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         decoded, failed, unchanged = (
-            batch.filter(pc.field("outcome") == outcome) for outcome in ("decoded", "dead", "unchanged")
+            batch.filter(pc.field("outcome") == outcome) for outcome in ("decoded", "failed", "unchanged")
         )
-        attempts = pa.array([(before or 0) + 1 for before in failed["attempts"].to_pylist()], pa.int32())
+        attempts = pa.array([(count or 0) + 1 for count in failed["attempts"].to_pylist()], pa.int32())
         failed = failed.set_column(failed.schema.get_field_index("attempts"), "attempts", attempts)
         clips = _conform(decoded, self._clips.schema, self._provenance | {"ingested_at": now()})
         failures = _conform(failed, self._failures.schema, self._provenance | {"at": now()})
@@ -176,7 +159,7 @@ class StageRows:
         return pa.table(
             {
                 "stored": [stage(self._clips, clips).to_json()],
-                "dead": [stage(self._failures, failures).to_json()],
+                "failed": [stage(self._failures, failures).to_json()],
                 "unchanged": [unchanged["clip_id"].to_pylist()],
                 "partial": [sum(ModalityStatus.PARTIAL in pair for pair in statuses)],
                 "reasons": [json.dumps(failures["reason"].to_pylist())],
@@ -184,12 +167,12 @@ class StageRows:
         )
 
 
-def _conform(rows: pa.Table, schema: pa.Schema, same: Mapping[str, object]) -> pa.Table:
-    """`rows` in the columns of `schema`, with the values of `same` in every row; embeddings stay in Arrow."""
+def _conform(rows: pa.Table, schema: pa.Schema, constants: Mapping[str, object]) -> pa.Table:
+    """`rows` with the columns of `schema`, `constants` in every row; embeddings stay in Arrow."""
 
     def column(field: pa.Field) -> pa.Array | pa.ChunkedArray:
-        if field.name in same:
-            return pa.array([same[field.name]] * len(rows), type=field.type)
+        if field.name in constants:
+            return pa.array([constants[field.name]] * len(rows), type=field.type)
         return rows[field.name]
 
     return pa.table([column(field) for field in schema], schema=schema)

@@ -1,7 +1,7 @@
-"""(clip, missing modality) -> neighbours: how to look for what a clip lacks, and reading what was found.
+"""(clip, missing modality) -> neighbours: the settings of a search, and reading its rows.
 
-Every clip that has the other modality is a query, whether it lacks this one or not: training and evaluation
-take modalities away. `neighbour_plan` says which searches are due, `neighbour_rows` makes them.
+Every clip that has the other modality is a query, whether it has this one or not: training and evaluation
+drop modalities. `plan` decides which searches to make, `search` makes them.
 """
 
 import json
@@ -20,7 +20,7 @@ from r2scp.store.search.bank import HITS, BankScope, Search
 class IndexSettings:
     """What to index. `query_corpora`: whose clips get neighbours; empty for all.
 
-    Without `leak_guard` hits may be of the clip's own source; rows made so say it.
+    Without `leak_guard` hits may be of the clip's own source; such rows are marked.
     """
 
     retrieval: tuple[Retrieval, ...] = (Retrieval.CROSS, Retrieval.PAIRED, Retrieval.HYBRID)
@@ -28,7 +28,7 @@ class IndexSettings:
     query_corpora: tuple[str, ...] = ()
     n: int = HITS
     leak_guard: bool = True
-    cross_weight: float = 0.5  # of the cross score, in hybrid
+    cross_weight: float = 0.5  # of the cross score in hybrid
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -40,7 +40,7 @@ class IndexSettings:
             raise UsageError(f"retrieval must name some of {names}, each once; got {list(self.retrieval)}")
 
     def search(self, missing: Modality, retrieval: Retrieval) -> Search:
-        """One of the searches that these settings ask for."""
+        """The search for one missing modality in one retrieval mode."""
         return Search(
             missing=missing,
             retrieval=retrieval,
@@ -50,8 +50,8 @@ class IndexSettings:
         )
 
     def settings_key(self, retrieval: Retrieval) -> str:
-        """All that tells rows of one mode from rows of other settings, as JSON."""
-        said: dict[str, object] = {
+        """The settings that decide the rows of one mode, as JSON."""
+        values: dict[str, object] = {
             "retrieval": retrieval.value,
             "bank_corpora": sorted(set(self.bank.corpora)),
             "bank_splits": sorted(set(self.bank.splits)),
@@ -59,24 +59,24 @@ class IndexSettings:
             "leak_guard": self.leak_guard,
         }
         if self.bank.disjoint:
-            said["disjoint"] = True
+            values["disjoint"] = True
         if retrieval is Retrieval.HYBRID:
-            said["cross_weight"] = self.cross_weight
-        return json.dumps(said, sort_keys=True)
+            values["cross_weight"] = self.cross_weight
+        return json.dumps(values, sort_keys=True)
 
 
 @dataclass(kw_only=True)
-class Counts:
-    """The account of one retrieval mode, both modalities: `queries == searched + unchanged`."""
+class ModeCounts:
+    """Counts of one retrieval mode, both modalities: `queries == searched + unchanged`."""
 
     queries: int = 0
     searched: int = 0
-    extended: int = 0  # of those searched: only among what has entered the bank since
+    extended: int = 0  # of `searched`: only among clips added to the bank
     unchanged: int = 0
-    removed: int = 0  # of other programs, and of clips that are no queries any more
-    short: int = 0  # of those searched: the bank held fewer than n
-    empty: int = 0  # of `short`: the bank held none; recovery falls back to what is there
-    nearest_own_source: int = 0  # hits of the clip's own source: kept away, or let in without the guard
+    removed: int = 0  # rows of other versions of this program, or of clips that are no longer queries
+    short: int = 0  # of `searched`: fewer than n hits
+    empty: int = 0  # of `short`: no hit, so nothing is recovered
+    nearest_own_source: int = 0  # same-source hits: excluded, or allowed without the leak guard
     farthest_own_source: int = 0
 
     def to_json(self) -> dict[str, int]:
@@ -87,12 +87,12 @@ class Counts:
 def read_neighbours(
     store: FeatureStore, settings: IndexSettings, retrieval: Retrieval, version: int | None = None
 ) -> pa.Table:
-    """Rows of one mode, of exactly these settings, at a version of `neighbours`.
+    """Rows of one mode with exactly these settings, at a version of `neighbours`.
 
     Raises `StoreError` where there are none.
     """
-    named = settings.settings_key(retrieval)
-    rows = store.neighbours(where=f"settings = {sql_literal(named)}", version=version)
+    key = settings.settings_key(retrieval)
+    rows = store.neighbours(where=f"settings = {sql_literal(key)}", version=version)
     if not rows.num_rows:
-        raise StoreError(f"the store at {store.uri} has no neighbours for {named}; run `r2scp-pipe index`")
+        raise StoreError(f"the store at {store.uri} has no neighbours for {key}; run `r2scp-pipe index`")
     return rows

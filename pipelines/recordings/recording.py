@@ -1,20 +1,19 @@
-"""A media file from outside the store: decoded, looked at for what is wrong with it, embedded.
+"""A media file from outside the store: decoded, checked for missing modalities, embedded.
 
-Decoding finds a stream that is not there, that gives nothing, or not all of it. A microphone or a camera can
-also fail and leave a stream that decodes well and holds nothing: such a stream is found here.
+Decoding reports a stream that is absent, corrupt or partial. A microphone or a camera can also fail and leave
+a stream that decodes well and holds nothing: silence and blank pictures are detected here.
 
 Legend: T one-second tokens of one stream, D the encoder's width.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from r2scp.pipelines.decoding.decode import DecodeLimits, StreamReport, decode
-from r2scp.pipelines.extraction.embed import Encoder
-from r2scp.pipelines.extraction.stages import file_facts
+from r2scp.pipelines.extraction.embed import Encoder, embed_streams
+from r2scp.pipelines.media_file import file_digest, file_identity
 from r2scp.store.errors import FailureReason, MediaError
 from r2scp.store.schema import MODALITY_NAMES, Modality, ModalityStatus
 
@@ -24,10 +23,10 @@ BLANK_DEVIATION = 2.0  # levels of 255, over one frame: less than the noise of a
 
 @dataclass(kw_only=True, eq=False)
 class Recording:
-    """What one file gave.
+    """The decoded or embedded content of one file.
 
-    `empty`: modality -> why nothing of it can be used; every other modality can be. `frames` and `waveform`
-    are those of `decode`; `embed` puts `tokens` in their place.
+    `unusable`: modality -> why it cannot be used; every other modality can be. `frames` and `waveform` are
+    those of `decode`; `embed` replaces them with `tokens`.
     """
 
     path: str
@@ -44,39 +43,39 @@ class Recording:
     def read(
         cls, path: str, limits: DecodeLimits, ffmpeg: str | None = None, *, detect_blank: bool = True
     ) -> "Recording":
-        """Decode a file. Without `judge` silence passes for sound and a blank picture for a picture.
+        """Decode a file. Without `detect_blank`, silence and blank pictures count as usable.
 
-        Raises `MediaError` where no stream gives anything, or where the file is written to meanwhile: then
-        its digest would be of another content than its frames.
+        Raises `MediaError` if no stream can be decoded, or if the file is written to meanwhile: its digest
+        would then be of another content than its frames.
         """
         before = file_identity(path)
         clip = decode(path, limits, ffmpeg)
-        facts = file_facts(path)
+        digest = file_digest(path)
         if before != file_identity(path):
             raise MediaError(FailureReason.UNREADABLE, "the file changed while it was read; ask again")
         streams = {Modality.AUDIO: clip.audio, Modality.VISUAL: clip.visual}
-        empty = {modality: _stream_fault(modality, report) for modality, report in streams.items()}
+        reasons = {modality: _stream_fault(modality, report) for modality, report in streams.items()}
         if detect_blank:
-            empty[Modality.AUDIO] = empty[Modality.AUDIO] or _silence(clip.waveform)
-            empty[Modality.VISUAL] = empty[Modality.VISUAL] or _blank(clip.frames)
+            reasons[Modality.AUDIO] = reasons[Modality.AUDIO] or _silence(clip.waveform)
+            reasons[Modality.VISUAL] = reasons[Modality.VISUAL] or _blank_picture(clip.frames)
         return cls(
             path=path,
-            content_sha256=str(facts["content_sha256"]),
+            content_sha256=digest.sha256,
             duration_s=clip.duration_s,
             streams=streams,
-            unusable={modality: why for modality, why in empty.items() if why},
+            unusable={modality: reason for modality, reason in reasons.items() if reason},
             frames=clip.frames,
             waveform=clip.waveform,
         )
 
     @property
     def bytes(self) -> int:
-        """What it holds; may be asked while `embed` works."""
+        """Size of its arrays; may be called while `embed` runs."""
         arrays = [self.frames, self.waveform, *list(self.tokens.values())]
         return sum(array.nbytes for array in arrays if array is not None)
 
     def require(self) -> None:
-        """Raises `MediaError` where neither modality can be used."""
+        """Raise `MediaError` if neither modality can be used."""
         if len(self.unusable) == len(Modality):
             reasons = "; ".join(self.unusable[modality] for modality in Modality)
             raise MediaError(
@@ -84,46 +83,31 @@ class Recording:
             )
 
 
-def file_identity(path: str) -> tuple[int, ...] | None:
-    """What changes when a file is replaced, written to or given other rights; None where there is none."""
-    try:
-        facts = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a zero byte in the name
-        return None
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-
-
 def embed(encoder: Encoder, recordings: Sequence[Recording]) -> None:
-    """Give recordings the tokens of all that can be used, and let go of frames and waveforms.
+    """Replace the frames and waveforms of recordings with tokens of the usable modalities.
 
-    All that have none yet go through the towers together. One whose embedding is not finite gets none.
+    All recordings go through the towers together, those already embedded are skipped. One whose embedding is
+    not finite gets no tokens.
     """
-    recordings = list({id(one): one for one in recordings if not one.embedded}.values())
-    seen = [recording for recording in recordings if Modality.VISUAL not in recording.unusable]
-    if frames := [recording.frames for recording in seen if recording.frames is not None]:
-        ends = np.cumsum([len(part) for part in frames])[:-1]
-        for recording, tokens_TD in zip(
-            seen, np.split(encoder.visual(np.concatenate(frames)), ends), strict=True
-        ):
-            recording.tokens[Modality.VISUAL] = tokens_TD
-    heard = [recording for recording in recordings if Modality.AUDIO not in recording.unusable]
-    if waveforms := [recording.waveform for recording in heard if recording.waveform is not None]:
-        for recording, tokens_TD in zip(heard, encoder.audio(waveforms), strict=True):
-            recording.tokens[Modality.AUDIO] = tokens_TD
-    for recording in recordings:
+    recordings = list({id(each): each for each in recordings if not each.embedded}.values())
+    tokens = embed_streams(
+        encoder,
+        [None if Modality.VISUAL in each.unusable else each.frames for each in recordings],
+        [None if Modality.AUDIO in each.unusable else each.waveform for each in recordings],
+    )
+    for recording, tokens_of_one in zip(recordings, tokens, strict=True):
+        recording.tokens = tokens_of_one or {}
         recording.frames = recording.waveform = None
         recording.embedded = True
-        if not all(np.isfinite(tokens_TD).all() for tokens_TD in recording.tokens.values()):
-            recording.tokens.clear()
 
 
-def mark_unusable(recording: Recording, modality: Modality, why: str) -> None:
-    """Do as if a recording had no such modality."""
-    recording.unusable.setdefault(modality, why)
+def mark_unusable(recording: Recording, modality: Modality, reason: str) -> None:
+    """Treat a modality as missing, for `reason` unless it is unusable already."""
+    recording.unusable.setdefault(modality, reason)
 
 
 def _stream_fault(modality: Modality, report: StreamReport) -> str:
-    """Why a stream gives nothing; "" where it gives something."""
+    """Why a stream is unusable; "" if it is not."""
     if report.status is ModalityStatus.ABSENT:
         return f"the file has no {MODALITY_NAMES[modality]}"
     if report.status is ModalityStatus.CORRUPT:
@@ -137,7 +121,7 @@ def _silence(waveform: np.ndarray | None) -> str:
     return "the sound is silence from beginning to end"
 
 
-def _blank(frames: np.ndarray | None) -> str:
+def _blank_picture(frames: np.ndarray | None) -> str:
     if frames is None or any(float(frame.std()) >= BLANK_DEVIATION for frame in frames):
         return ""
     return "the picture is blank from beginning to end"

@@ -19,9 +19,9 @@ from r2scp.pipelines.extraction.embed import key_of
 from r2scp.store.commits import sql_in
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval
-from r2scp.store.search.bank import OTHER, BankScope, MemoryBank, Queries, Search
+from r2scp.store.search.bank import BankScope, MemoryBank, Queries, Search
 from r2scp.store.sources import source_of
-from r2scp.store.token_cache import views
+from r2scp.store.token_cache import token_views
 
 METADATA_COLUMNS = ("uri", "split", "source_id", "content_sha256")
 
@@ -66,7 +66,7 @@ class Retriever:
     def retrieve(self, queries: Sequence[RetrievalQuery], search: Search) -> list[list[RetrievedClip]]:
         """The nearest clips for each query, best first; fewer than `search.n` where the bank has no more."""
         excluded = self._excluded_sources(queries)
-        # The bank's search excludes one source per query: hits of the others are dropped here, so ask for more.
+        # The bank's search excludes one source per query; hits of the others are dropped here: ask for more.
         extra = self._count_clips({source for sources in excluded for source in sources[1:]})
         keys_QD = np.stack([query.key_D for query in queries])
         bank_queries = Queries(keys_QD=keys_QD, sources=[next(iter(sources), "") for sources in excluded])
@@ -111,7 +111,7 @@ class Retriever:
         self, row: dict[str, Any], key_D: np.ndarray, score: float, search: Search
     ) -> RetrievedClip:
         tokens: dict[Modality, np.ndarray] = {modality: row[modality] for modality in Modality}
-        missing_TD, available_TD = tokens[search.missing], tokens[OTHER[search.missing]]
+        missing_TD, available_TD = tokens[search.missing], tokens[search.missing.other]
         cross_weight = {Retrieval.CROSS: 1.0, Retrieval.PAIRED: 0.0, Retrieval.HYBRID: search.cross_weight}[
             search.retrieval
         ]
@@ -146,4 +146,4 @@ class Retriever:
         return {row["clip_id"]: row for row in rows}
 
     def _tokens(self, table: pa.Table, modality: Modality) -> list[np.ndarray]:
-        return [view for chunk in table[modality].chunks for view in views(chunk, self.store.dim)]
+        return [view for chunk in table[modality].chunks for view in token_views(chunk, self.store.dim)]

@@ -1,15 +1,15 @@
-"""`MemoryBank`: the unit keys of the clips that may serve in place of a missing modality.
+"""`MemoryBank`: the unit keys of the clips that may be retrieved for a missing modality.
 
-A bank is no copy: it is the rows of `clips`, at one version, of some splits and corpora. Searches are exact
-(see `r2scp.store.search.exact`). Keys that fit in `IN_MEMORY_BYTES` are held; those of a larger bank are read
-again, block by block, for each search.
+A bank is not a copy but rows of `clips`, at one version, of some splits and corpora. Searches are exact (see
+`r2scp.store.search.exact`). Keys that fit in `IN_MEMORY_BYTES` stay in memory; those of a larger bank are
+read again, block by block, for each search.
 
     >>> bank = MemoryBank.open(store, BankScope(splits=("train",)))
     >>> hits = bank.search(queries, Search(missing=Modality.AUDIO, retrieval=Retrieval.CROSS))
     >>> hits.nearest.ids(0)
     ['vggsound/…', …]
 
-Legend: Q queries, K keys, D their width, N hits a query.
+Legend: Q queries, K keys, R rows read, D width of a key, N hits per query.
 """
 
 import hashlib
@@ -23,23 +23,31 @@ import pyarrow as pa
 
 from r2scp.store.commits import sql_in
 from r2scp.store.errors import StoreError
-from r2scp.store.feature_store import FeatureStore
+from r2scp.store.feature_store import FeatureStore, read_blocks
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.search.exact import NO_RANK, Best, KeyBlock, Top, Wanted, nothing_yet, offer_own, search
+from r2scp.store.search.exact import (
+    NO_RANK,
+    BestHits,
+    KeyBlock,
+    QueryBlock,
+    TopHits,
+    no_hits,
+    offer_same_source,
+    search_blocks,
+)
 from r2scp.store.sources import disjoint_split, source_of
 
-HITS = 15  # neighbours kept a query; a model uses the first few
+HITS = 15  # neighbours stored per query; a model uses the first few
 IN_MEMORY_BYTES = 2 << 30  # two keys each of 260,000 clips at D = 1024
 BLOCK_KEYS = 32_768  # keys read and searched at a time: 134 MB at D = 1024
 NORM_TOLERANCE = 1e-3  # of a stored key's length, about 1
 
 KEY_COLUMNS = {Modality.AUDIO: "audio_key", Modality.VISUAL: "visual_key"}
-OTHER = {Modality.AUDIO: Modality.VISUAL, Modality.VISUAL: Modality.AUDIO}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankScope:
-    """Which clips may serve. `corpora` and `splits`: empty for all.
+    """Which clips the bank consists of. `corpora` and `splits`: empty for all.
 
     With `disjoint` the splits are those of `disjoint_split`, not the corpora's own.
     """
@@ -49,26 +57,26 @@ class BankScope:
     disjoint: bool = False
 
     def where(self) -> str | None:
-        """As an SQL condition on `clips`, as far as it is one: a disjoint split is not."""
-        named = [("corpus", self.corpora), ("split", () if self.disjoint else self.splits)]
-        parts = [sql_in(name, values) for name, values in named if values]
-        return " AND ".join(parts) or None
+        """The scope as an SQL condition on `clips`, but for a disjoint split: see `includes_source`."""
+        columns = [("corpus", self.corpora), ("split", () if self.disjoint else self.splits)]
+        return " AND ".join(sql_in(column, values) for column, values in columns if values) or None
 
-    def takes(self, corpus: str, split: str, source: str) -> bool:
-        """Whether a clip with these may serve."""
-        named = (not self.corpora or corpus in self.corpora) and (
-            self.disjoint or not self.splits or split in self.splits
+    def includes(self, corpus: str, split: str, source: str) -> bool:
+        """Whether such a clip is in the bank."""
+        return (
+            (not self.corpora or corpus in self.corpora)
+            and (self.disjoint or not self.splits or split in self.splits)
+            and self.includes_source(source)
         )
-        return named and self.holds(source)
 
-    def holds(self, source: str) -> bool:
-        """The other part of the condition."""
+    def includes_source(self, source: str) -> bool:
+        """Whether a disjoint split allows clips of a source."""
         return not (self.disjoint and self.splits) or disjoint_split(source) in self.splits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Queries:
-    """`keys_QD`: float32, unit norm, of the modality that is there; `sources`: of the same clips, see
+    """`keys_QD`: float32, unit norm, of the available modality; `sources`: of the same clips, see
     `source_of`."""
 
     keys_QD: np.ndarray
@@ -77,7 +85,7 @@ class Queries:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """How to look for the `missing` modality. `cross_weight` in [0, 1]: of the cross score, in `hybrid`."""
+    """How to search for the `missing` modality. `cross_weight` in [0, 1]: of the cross score, in `hybrid`."""
 
     missing: Modality
     retrieval: Retrieval
@@ -96,9 +104,9 @@ class Search:
 class Hits:
     """Bank clips for each query, best first; of equal scores the lower clip id first."""
 
-    rows_QN: np.ndarray  # int64 into `clip_ids`, -1 where the bank has no more
-    scores_QN: np.ndarray  # float32 cosines, NaN where there is no hit
-    own_source_Q: np.ndarray  # int32: of the query's own source among the n best of an unguarded search
+    rows_QN: np.ndarray  # int64 into `clip_ids`, -1 if the bank has no more
+    scores_QN: np.ndarray  # float32 cosines, NaN if there is no hit
+    own_source_Q: np.ndarray  # int32: same-source hits among the n best of a search without the leak guard
     clip_ids: list[str] = field(repr=False)
 
     def ids(self, query: int) -> list[str]:
@@ -111,36 +119,35 @@ class Hits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """Hits nearest to the query, and hits nearest to its opposite."""
+class SearchResult:
+    """The hits with the highest scores, and those with the lowest."""
 
     nearest: Hits
     farthest: Hits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Listed:
-    """Hits of one query and side as they were written: ids and float32 scores, best first."""
+class StoredHits:
+    """Stored hits of one query, nearest or farthest: ids and float32 scores, best first."""
 
     ids: Sequence[str]
     scores: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Known:
-    """What the same search found, for the same queries, before the clips `entered` came to the bank.
+class PreviousHits:
+    """The result of the same search for the same queries before the clips `added` came into the bank.
 
-    Nothing that was in the bank then has left it or changed since; and nothing in it is of a query's own
-    source but what was then.
+    No clip has left the bank or changed since, and none of those added is of a query's own source.
     """
 
-    nearest: Sequence[Listed]
-    farthest: Sequence[Listed]
-    entered: Collection[str]
+    nearest: Sequence[StoredHits]
+    farthest: Sequence[StoredHits]
+    added: Collection[str]
 
 
 class MemoryBank:
-    """Clips in the order of their ids, with a key for each modality they have. Made by `open`."""
+    """Clips in the order of their ids, with a key for each modality they have. Created by `open`."""
 
     def __init__(self, store: FeatureStore, scope: BankScope, version: int) -> None:
         self.store = store
@@ -150,9 +157,9 @@ class MemoryBank:
         self._rank: dict[str, int] = {}
         self._sources_K = np.empty(0, dtype=np.int64)
         self._source_number: dict[str, int] = {}
-        self._own_most = 0
-        self._held: list[_Rows] | None = None
-        self._serving: Counter[Modality] = Counter()
+        self._largest_source = 0
+        self._cached: list[_Rows] | None = None
+        self._counts: Counter[Modality] = Counter()
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -165,153 +172,151 @@ class MemoryBank:
         version: int | str | None = None,
         in_memory_bytes: int = IN_MEMORY_BYTES,
     ) -> "MemoryBank":
-        """The bank at a version or tag of `clips`, the latest where none is given.
+        """The bank at a version or tag of `clips`, by default the latest.
 
-        Raises `StoreError` where that version is not there or a key in it is not a finite unit vector.
+        Raises `StoreError` if there is no such version or a key in it is not a finite unit vector.
         """
         bank = cls(store, scope or BankScope(), store.dataset(Table.CLIPS, version).version)
         count = store.dataset(Table.CLIPS, bank.version).count_rows(filter=bank.scope.where())
-        keep = count * store.dim * 4 * len(KEY_COLUMNS) <= in_memory_bytes
-        held, sources = [], {}
+        fits = count * store.dim * 4 * len(KEY_COLUMNS) <= in_memory_bytes
+        cached, sources = [], {}
         for rows in bank._read():
             sources |= zip(rows.clip_ids, rows.sources, strict=True)
-            bank._serving.update({modality: int(has.sum()) for modality, has in rows.has.items()})
-            if keep:
-                held.append(rows)
-        bank._held = held if keep else None
-        bank._name(sources)
+            bank._counts.update({modality: int(has.sum()) for modality, has in rows.has.items()})
+            if fits:
+                cached.append(rows)
+        bank._cached = cached if fits else None
+        bank._number(sources)
         return bank
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that decides what a search finds: clips, sources and keys. Costs a reading of the keys."""
+        """Of all that determines the hits: clips, sources and keys. Reads all keys."""
         digests = {
             clip_id: rows.digest(at) for rows in self._rows() for at, clip_id in enumerate(rows.clip_ids)
         }
         together = hashlib.sha256(b"".join(digests[clip_id] for clip_id in self.clip_ids))
         return together.hexdigest()[:16]
 
-    def serving(self, missing: Modality) -> int:
+    def count_with(self, modality: Modality) -> int:
         """How many clips of the bank have the modality."""
-        return self._serving[missing]
+        return self._counts[modality]
 
-    def search(self, queries: Queries, how: Search, known: Known | None = None) -> Found:
+    def search(self, queries: Queries, how: Search, previous: PreviousHits | None = None) -> SearchResult:
         """The `how.n` nearest and farthest clips that have the missing modality, for each query.
 
-        With the leak guard no hit is of the query's own source, and the hits are as many as without it
-        unless the bank holds fewer. Without it, such hits are counted. With `known` only what has entered
-        since is searched; the result is the same.
+        With the leak guard no hit is of the query's own source, and there are as many hits as without it
+        unless the bank has fewer. Without it, same-source hits are counted. With `previous` only the clips
+        added since are searched; the result is the same.
         """
         numbers = [self._source_number.get(source, -1) for source in queries.sources]
-        wanted = Wanted(
+        block = QueryBlock(
             queries_QD=np.ascontiguousarray(queries.keys_QD, dtype=np.float32),
             sources_Q=np.asarray(numbers, dtype=np.int64),
             n=how.n,
-            own_most=self._own_most,
+            largest_source=self._largest_source,
         )
-        if wanted.queries_QD.shape != (len(numbers), self.store.dim):
+        if block.queries_QD.shape != (len(numbers), self.store.dim):
             must = f"({len(numbers)}, {self.store.dim})"
-            raise ValueError(f"query keys must be {must}; got {wanted.queries_QD.shape}")
-        if known is None:
-            near, far = search(self._blocks(how), wanted)
+            raise ValueError(f"query keys must be {must}; got {block.queries_QD.shape}")
+        if previous is None:
+            near, far = search_blocks(self._blocks(how), block)
         else:
-            near, far = self._gone_on(wanted, how, known)
-        return Found(nearest=self._hits(near, how, 1), farthest=self._hits(far, how, -1))
+            near, far = self._search_added(block, how, previous)
+        return SearchResult(nearest=self._hits(near, how, 1), farthest=self._hits(far, how, -1))
 
     def compared_keys(self, how: Search, clip_ids: Collection[str]) -> np.ndarray:
-        """(K, D): what a query is compared with, of those of `clip_ids` that serve."""
-        ranks = np.array([self._rank[clip_id] for clip_id in clip_ids if clip_id in self._rank], np.int64)
+        """(K, D): what a query is compared with, of those of `clip_ids` that can be hits."""
+        ranks = self._ranks(clip_ids)
         keys = [block.keys_KD[np.isin(block.ranks_K, ranks)] for block in self._blocks(how)]
         return np.concatenate([np.zeros((0, self.store.dim), np.float32), *keys])
 
-    def _gone_on(self, wanted: Wanted, how: Search, known: Known) -> tuple[Best, Best]:
-        """What was known, and what has entered since. Hits of the own source are few and not all are listed:
-        they are scored anew."""
-        best = nothing_yet(wanted)
-        for side, sign, into in zip((known.nearest, known.farthest), (1, -1), best, strict=True):
-            self._list(side, sign, wanted.sources_Q, into.others)
-        entered = np.array(
-            [self._rank[clip_id] for clip_id in known.entered if clip_id in self._rank], np.int64
-        )
+    def _search_added(
+        self, queries: QueryBlock, how: Search, previous: PreviousHits
+    ) -> tuple[BestHits, BestHits]:
+        """Search the added clips on top of the previous hits. Same-source hits are few, and not all of them
+        are stored: they are scored again."""
+        best = no_hits(queries)
+        for side, sign, hits in zip((previous.nearest, previous.farthest), (1, -1), best, strict=True):
+            self._offer_stored(side, sign, queries.sources_Q, hits.others)
+        added = self._ranks(previous.added)
         new: list[KeyBlock] = []
         for block in self._blocks(how):
-            here = np.isin(block.ranks_K, entered)
-            new.append(block.only(here))
-            offer_own([block if not here.any() else block.only(~here)], wanted, best)
-        return search(new, wanted, best)
+            is_new = np.isin(block.ranks_K, added)
+            new.append(block.select(is_new))
+            offer_same_source([block if not is_new.any() else block.select(~is_new)], queries, best)
+        return search_blocks(new, queries, best)
 
-    def _list(self, side: Sequence[Listed], sign: int, sources_Q: np.ndarray, top: Top) -> None:
-        """Offer the hits of other sources."""
-        rows = np.repeat(np.arange(len(side)), [len(listed.ids) for listed in side])
-        ranks = np.array([self._rank[clip_id] for listed in side for clip_id in listed.ids], np.int64)
-        scores = np.array([score for listed in side for score in listed.scores], np.float32)
+    def _ranks(self, clip_ids: Collection[str]) -> np.ndarray:
+        """Those of `clip_ids` that are in the bank."""
+        return np.array([self._rank[clip_id] for clip_id in clip_ids if clip_id in self._rank], np.int64)
+
+    def _offer_stored(
+        self, side: Sequence[StoredHits], sign: int, sources_Q: np.ndarray, top: TopHits
+    ) -> None:
+        """Offer the stored hits of other sources to `top`."""
+        rows = np.repeat(np.arange(len(side)), [len(hits.ids) for hits in side])
+        ranks = np.array([self._rank[clip_id] for hits in side for clip_id in hits.ids], np.int64)
+        scores = np.array([score for hits in side for score in hits.scores], np.float32)
         others = self._sources_K[ranks] != sources_Q[rows]
         top.offer(0, rows[others], ranks[others], sign * scores[others])
 
-    def _hits(self, best: Best, how: Search, sign: int) -> Hits:
-        unguarded, own_source = best.others.merged(best.own)
+    def _hits(self, best: BestHits, how: Search, sign: int) -> Hits:
+        unguarded, own_source = best.others.merged(best.same_source)
         top = best.others if how.leak_guard else unguarded
-        there = top.ranks_QN != NO_RANK
+        is_hit = top.ranks_QN != NO_RANK
         return Hits(
-            rows_QN=np.where(there, top.ranks_QN, -1),
-            scores_QN=np.where(there, sign * top.scores_QN, np.float32(np.nan)),
+            rows_QN=np.where(is_hit, top.ranks_QN, -1),
+            scores_QN=np.where(is_hit, sign * top.scores_QN, np.float32(np.nan)),
             own_source_Q=own_source.astype(np.int32),
             clip_ids=self.clip_ids,
         )
 
-    def _name(self, sources: dict[str, str]) -> None:
-        """Number clips in the order of their ids, and sources as they come."""
+    def _number(self, sources: dict[str, str]) -> None:
+        """Number the clips in the order of their ids, and the sources as they come."""
         self.clip_ids = sorted(sources)
         self._rank = {clip_id: rank for rank, clip_id in enumerate(self.clip_ids)}
         for clip_id in self.clip_ids:
             self._source_number.setdefault(sources[clip_id], len(self._source_number))
         numbers = [self._source_number[sources[clip_id]] for clip_id in self.clip_ids]
         self._sources_K = np.asarray(numbers, dtype=np.int64)
-        self._own_most = max(Counter(numbers).values(), default=0)
+        self._largest_source = max(Counter(numbers).values(), default=0)
 
     def _blocks(self, how: Search) -> Iterator[KeyBlock]:
         """What a query is compared with. The hybrid score, w q·a + (1 - w) q·b, is q·(w a + (1 - w) b)."""
-        there = OTHER[how.missing]
+        available, weight = how.missing.other, np.float32(how.cross_weight)
         for rows in self._rows():
-            serves = rows.has[how.missing]
+            usable = rows.has[how.missing]
             if how.retrieval is not Retrieval.CROSS:
-                serves = serves & rows.has[there]
+                usable = usable & rows.has[available]
             ranks_R = np.fromiter(map(self._rank.__getitem__, rows.clip_ids), np.int64, len(rows.clip_ids))
-            if serves.all():
-                parts = [slice(None)]  # which copies nothing
-            else:
-                found = np.flatnonzero(serves)
-                parts = [found[start : start + BLOCK_KEYS] for start in range(0, found.size, BLOCK_KEYS)]
-            for at in parts:
+            parts: list[slice | np.ndarray] = [slice(None)]  # of all rows, without a copy
+            if not usable.all():
+                at_K = np.flatnonzero(usable)
+                parts = [at_K[start : start + BLOCK_KEYS] for start in range(0, at_K.size, BLOCK_KEYS)]
+            for part in parts:
                 if how.retrieval is Retrieval.HYBRID:
-                    weight = np.float32(how.cross_weight)
-                    keys = weight * rows.keys[how.missing][at] + (1 - weight) * rows.keys[there][at]
+                    keys = weight * rows.keys[how.missing][part] + (1 - weight) * rows.keys[available][part]
                 else:
-                    keys = rows.keys[how.missing if how.retrieval is Retrieval.CROSS else there][at]
-                ranks = ranks_R[at]
+                    keys = rows.keys[how.missing if how.retrieval is Retrieval.CROSS else available][part]
+                ranks = ranks_R[part]
                 yield KeyBlock(keys_KD=keys, ranks_K=ranks, sources_K=self._sources_K[ranks])
 
     def _rows(self) -> Iterator["_Rows"]:
         """From memory, or read again."""
-        yield from self._held if self._held is not None else self._read()
+        yield from self._cached if self._cached is not None else self._read()
 
     def _read(self) -> Iterator["_Rows"]:
-        columns = ["clip_id", "source_id", *KEY_COLUMNS.values()]
+        columns, where = ["clip_id", "source_id", *KEY_COLUMNS.values()], self.scope.where()
         dataset = self.store.dataset(Table.CLIPS, self.version)
-        waiting, count = [], 0
-        for batch in dataset.to_batches(columns=columns, filter=self.scope.where(), batch_size=BLOCK_KEYS):
-            waiting.append(batch)
-            count += batch.num_rows
-            if count >= BLOCK_KEYS:  # a batch never spans two fragments, and fragments may be small
-                yield _Rows.of(pa.Table.from_batches(waiting), self.store.dim, self.scope)
-                waiting, count = [], 0
-        if waiting:
-            yield _Rows.of(pa.Table.from_batches(waiting), self.store.dim, self.scope)
+        batches = dataset.to_batches(columns=columns, filter=where, batch_size=BLOCK_KEYS)
+        for table in read_blocks(batches, BLOCK_KEYS):
+            yield _Rows.of(table, self.store.dim, self.scope)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rows:
-    """Some clips of a bank. `keys` are zero where `has` is false."""
+    """Some clips of a bank; `keys` are zero where `has` is false."""
 
     clip_ids: list[str]
     sources: list[str]
@@ -320,29 +325,31 @@ class _Rows:
 
     @classmethod
     def of(cls, table: pa.Table, dim: int, scope: BankScope) -> "_Rows":
-        table = table.filter(pa.array([scope.holds(source) for source in _sources(table)], pa.bool_()))
+        included = [scope.includes_source(source) for source in sources_of(table)]
+        table = table.filter(pa.array(included, pa.bool_()))
         keys, has = {}, {}
         for modality, column in KEY_COLUMNS.items():
             keys[modality], has[modality] = unit_keys(table, column, dim)
-        return cls(clip_ids=table["clip_id"].to_pylist(), sources=_sources(table), keys=keys, has=has)
+        return cls(clip_ids=table["clip_id"].to_pylist(), sources=sources_of(table), keys=keys, has=has)
 
     def digest(self, at: int) -> bytes:
-        """Of all that decides where one clip is a hit."""
+        """Of all that determines for which queries a clip is a hit."""
         digest = hashlib.blake2b(repr((self.clip_ids[at], self.sources[at])).encode(), digest_size=16)
         for modality in KEY_COLUMNS:
             digest.update(self.keys[modality][at].tobytes() if self.has[modality][at] else b"none")
         return digest.digest()
 
 
-def _sources(table: pa.Table) -> list[str]:
+def sources_of(table: pa.Table) -> list[str]:
+    """`source_of` each row; needs the columns clip_id and source_id."""
     pairs = zip(table["clip_id"].to_pylist(), table["source_id"].to_pylist(), strict=True)
     return [source_of(*pair) for pair in pairs]
 
 
 def unit_keys(table: pa.Table, column: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """((K, D) float32, (K,) bool): a column of keys, zero where there is none, and where there is one.
+    """((K, D) float32, (K,) bool): a column of keys, zero for null, and which are not null.
 
-    Raises `StoreError` where a key is not a finite unit vector: a cosine would not be one.
+    Raises `StoreError` if a key is not a finite unit vector, as scores would then not be cosines.
     """
     vectors = table[column].combine_chunks()
     has = np.asarray(vectors.is_valid().to_numpy(zero_copy_only=False), dtype=bool)

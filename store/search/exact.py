@@ -1,12 +1,12 @@
 """Exact nearest and farthest keys, as blocked matrix products in float32.
 
 A matrix product of float32 rounds differently with the shape of its operands, the machine's kernels and the
-number of threads. So it only proposes: every key whose product comes within its rounding error of the n best
-is scored again by `exact_scores`, which depends on the two vectors alone. Hits and scores are therefore the
-same whatever the block sizes, the company of other queries and the number of threads; scores that are equal
-in float32 are ties, and ties are broken by rank.
+number of threads. So it only proposes candidates: every key whose product is within the rounding error of the
+n best is scored again by `exact_scores`, which depends on the two vectors alone. Hits and scores are
+therefore the same whatever the block sizes, the other queries and the number of threads; scores that are
+equal in float32 are ties, and ties are broken by rank.
 
-Legend: Q queries, K keys, D their width, N hits a query, P pairs of a query and a key.
+Legend: Q queries, K keys, D their width, N hits per query, P pairs of a query and a key.
 """
 
 import os
@@ -19,25 +19,27 @@ from typing import Self
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-QUERY_ROWS = 1_024  # queries of one product
-TILE_KEYS = 8_192  # keys of one product: 32 MB of scores
-GROUP = 32  # scores of which one maximum is kept: a tile's 8,192 become 256
-SPAN_ROWS = 64  # queries whose scores of a tile are looked at together: 2 MB, which stay in a core's cache
-PAIR_ROWS = 32  # pairs of one query scored at once: 256 kB in float64, which stay in a core's cache
+QUERY_ROWS = 1_024  # queries per product
+TILE_KEYS = 8_192  # keys per product: 32 MB of scores
+GROUP = 32  # scores that are first reduced to their maximum: a tile's 8,192 to 256
+SPAN_ROWS = 64  # queries whose scores of a tile are filtered together: 2 MB, which fit a core's cache
+PAIR_ROWS = 32  # pairs of one query scored together: 256 kB in float64, which fit a core's cache
 UNIT_ROUNDOFF = 2.0**-24  # of float32, relative
 NO_RANK = np.iinfo(np.int64).max  # where there is no hit
+
+Pairs = tuple[np.ndarray, np.ndarray]  # rows of queries, columns of keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyBlock:
-    """Part of a bank. `ranks_K`: each key's place in the order that breaks ties, unique in the bank;
-    `sources_K`: a number for where a key comes from, >= 0."""
+    """Part of a bank. `ranks_K`: each key's rank in the order that breaks ties, unique in the bank;
+    `sources_K`: the number of each key's source, >= 0."""
 
     keys_KD: np.ndarray  # float32
     ranks_K: np.ndarray  # int64
     sources_K: np.ndarray  # int64
 
-    def only(self, at_K: np.ndarray) -> "KeyBlock":
+    def select(self, at_K: np.ndarray) -> "KeyBlock":
         """The keys where `at_K` is true."""
         return KeyBlock(
             keys_KD=self.keys_KD[at_K], ranks_K=self.ranks_K[at_K], sources_K=self.sources_K[at_K]
@@ -45,17 +47,17 @@ class KeyBlock:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """What is asked: the n best for each query. `sources_Q`: numbers as the blocks use them, -1 for none of
-    them; `own_most`: the most keys in the bank that any one source has."""
+class QueryBlock:
+    """Queries for their n best keys. `sources_Q`: source numbers as in the key blocks, -1 for a source that
+    is not in the bank; `largest_source`: the most keys that one source has in the bank."""
 
     queries_QD: np.ndarray  # float32
     sources_Q: np.ndarray  # int64
     n: int
-    own_most: int
+    largest_source: int
 
 
-class Top:
+class TopHits:
     """The n best of each query so far: highest score first, then lowest rank."""
 
     def __init__(self, count: int, n: int) -> None:
@@ -63,7 +65,7 @@ class Top:
         self.ranks_QN = np.full((count, n), NO_RANK, dtype=np.int64)
 
     def offer(self, start: int, rows_P: np.ndarray, ranks_P: np.ndarray, scores_P: np.ndarray) -> None:
-        """Take in pairs, `rows_P` counted from query `start`; a rank must not come twice for a query."""
+        """Take in pairs, `rows_P` counted from query `start`; a query may get each rank only once."""
         if not rows_P.size:
             return
         stop = start + int(rows_P.max()) + 1
@@ -79,10 +81,10 @@ class Top:
         at, order = (rows[kept], place[kept]), order[kept]
         scores_QN[at], ranks_QN[at] = scores[order], ranks[order]
 
-    def merged(self, other: Self) -> tuple["Top", np.ndarray]:
+    def merged(self, other: Self) -> tuple["TopHits", np.ndarray]:
         """The n best of both, which have no rank in common; and how many of those are `other`'s, (Q,)."""
         count, n = self.scores_QN.shape
-        both = Top(count, n)
+        both = TopHits(count, n)
         both.scores_QN[:], both.ranks_QN[:] = self.scores_QN, self.ranks_QN
         rows, place = np.nonzero(other.ranks_QN != NO_RANK)
         both.offer(0, rows, other.ranks_QN[rows, place], other.scores_QN[rows, place])
@@ -91,66 +93,70 @@ class Top:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Best:
+class BestHits:
     """The n best keys of other sources, and the n best of a query's own source."""
 
-    others: Top
-    own: Top
+    others: TopHits
+    same_source: TopHits
 
 
-def search(
-    blocks: Iterable[KeyBlock], wanted: Wanted, known: tuple[Best, Best] | None = None
-) -> tuple[Best, Best]:
-    """(nearest, farthest) of each query among the keys of all blocks, on top of `known`, which is changed.
+BestSides = tuple[BestHits, BestHits]  # nearest, farthest
 
-    Scores are products of query and key; those of the farthest are negated, so that highest is best in both.
-    A query's own source is left out while searching, so it costs the others none of their n places.
+
+def search_blocks(
+    blocks: Iterable[KeyBlock], queries: QueryBlock, best: BestSides | None = None
+) -> BestSides:
+    """The nearest and farthest keys of all blocks for each query, on top of `best`, which is modified.
+
+    Scores are products of query and key; those of the farthest are negated, so that the highest is best in
+    both. Keys of the query's own source are searched apart, so that they take no place from the others.
     """
-    count = len(wanted.queries_QD)
-    near, far = known or nothing_yet(wanted)
-    longest_query = _longest(wanted.queries_QD)
+    count = len(queries.queries_QD)
+    best = best or no_hits(queries)
+    query_norm = _max_norm(queries.queries_QD)
     threads = _threads()
-    lanes = max(1, min(threads, count // SPAN_ROWS))
-    step = min(QUERY_ROWS, -(-count // lanes)) or 1
-    rooms: SimpleQueue[np.ndarray] = SimpleQueue()  # fresh pages cost as much again as what is written there
-    for _ in range(lanes):
-        rooms.put(np.empty(step * _padded(TILE_KEYS), dtype=np.float32))
-    # A lane multiplies and sieves its own queries with one thread. A product on all threads would leave all
-    # but one of them waiting while its scores are looked at.
-    with threadpool_limits(max(1, threads // lanes), user_api="blas"), ThreadPoolExecutor(lanes) as pool:
+    workers = max(1, min(threads, count // SPAN_ROWS))
+    step = min(QUERY_ROWS, -(-count // workers)) or 1
+    # Buffers are reused, since writing to fresh pages takes twice as long.
+    buffers: SimpleQueue[np.ndarray] = SimpleQueue()
+    for _ in range(workers):
+        buffers.put(np.empty(step * _padded(TILE_KEYS), dtype=np.float32))
+    # Each worker multiplies and filters its own queries with one thread. After a product on all threads, all
+    # but one of them would wait while its scores are filtered.
+    with threadpool_limits(max(1, threads // workers), user_api="blas"), ThreadPoolExecutor(workers) as pool:
         for whole in blocks:
             if not len(whole.keys_KD):
                 continue
-            block = _without_surplus(whole, wanted.n + wanted.own_most)
-            work = _Work(
-                wanted=wanted,
+            block = _without_excess_copies(whole, queries.n + queries.largest_source)
+            search = _BlockSearch(
+                queries=queries,
                 block=block,
                 by_source=np.argsort(block.sources_K, kind="stable"),
-                margin=_margin(wanted.queries_QD.shape[1], longest_query, _longest(block.keys_KD)),
-                results=(near, far),
-                rooms=rooms,
+                margin=_margin(queries.queries_QD.shape[1], query_norm, _max_norm(block.keys_KD)),
+                best=best,
+                buffers=buffers,
             )
             spans = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-            for _ in pool.map(work.do, spans):
+            for _ in pool.map(search.run, spans):
                 pass
-    return near, far
+    return best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
-    """One block against all queries; lanes take them a range at a time, and write to theirs alone."""
+class _BlockSearch:
+    """One block against all queries; each worker takes ranges of queries and writes to their hits alone."""
 
-    wanted: Wanted
+    queries: QueryBlock
     block: KeyBlock
     by_source: np.ndarray  # sorts the block's keys by their sources
     margin: np.float32
-    results: tuple[Best, Best]
-    rooms: SimpleQueue[np.ndarray]  # for scores, one a lane
+    best: BestSides
+    buffers: SimpleQueue[np.ndarray]  # for scores, one per worker
 
-    def do(self, rows: slice) -> None:
-        """Take in what the block holds for these queries."""
-        queries = self.wanted.queries_QD[rows]
-        own = _own_pairs(self.block.sources_K, self.by_source, self.wanted.sources_Q[rows])
+    def run(self, rows: slice) -> None:
+        """Search the block for a range of queries."""
+        queries = self.queries.queries_QD[rows]
+        same_source = _same_source_pairs(self.block.sources_K, self.by_source, self.queries.sources_Q[rows])
         spans = []
         for first in range(0, len(queries), SPAN_ROWS):
             stop = min(first + SPAN_ROWS, len(queries))
@@ -159,46 +165,46 @@ class _Work:
                 _Span(
                     queries_QD=queries[first:stop],
                     start=at.start,
-                    own=_rows_of(own, first, stop),
+                    same_source=_pairs_between(same_source, first, stop),
                     block=self.block,
-                    sieves=_sieves(self.results, at, self.margin),
+                    filters=_candidate_filters(self.best, at, self.margin),
                 )
             )
-        room = self.rooms.get()
+        buffer = self.buffers.get()
         try:
-            _search_block(queries, spans, room)
-        finally:  # another lane may be waiting for it
-            self.rooms.put(room)
+            _search_block(queries, spans, buffer)
+        finally:  # another worker may be waiting for it
+            self.buffers.put(buffer)
         for span in spans:
-            span.settle(self.results)
+            span.rescore(self.best)
 
 
-def nothing_yet(wanted: Wanted) -> tuple[Best, Best]:
-    """(nearest, farthest) of each query before any key was looked at."""
-    count, n = len(wanted.queries_QD), wanted.n
-    near, far = (Best(others=Top(count, n), own=Top(count, n)) for _ in range(2))
+def no_hits(queries: QueryBlock) -> BestSides:
+    """The best hits before any key was compared."""
+    count, n = len(queries.queries_QD), queries.n
+    near, far = (BestHits(others=TopHits(count, n), same_source=TopHits(count, n)) for _ in range(2))
     return near, far
 
 
-def offer_own(blocks: Iterable[KeyBlock], wanted: Wanted, known: tuple[Best, Best]) -> None:
-    """Take into `known` the keys of each query's own source alone."""
+def offer_same_source(blocks: Iterable[KeyBlock], queries: QueryBlock, best: BestSides) -> None:
+    """Take into `best` only the keys of each query's own source."""
     for block in blocks:
         by_source = np.argsort(block.sources_K, kind="stable")
-        rows, columns = _own_pairs(block.sources_K, by_source, wanted.sources_Q)
-        scores = exact_scores(wanted.queries_QD, block.keys_KD, rows, columns)
-        for best, sign in zip(known, (1, -1), strict=True):
-            best.own.offer(0, rows, block.ranks_K[columns], sign * scores)
+        rows, columns = _same_source_pairs(block.sources_K, by_source, queries.sources_Q)
+        scores = exact_scores(queries.queries_QD, block.keys_KD, rows, columns)
+        for hits, sign in zip(best, (1, -1), strict=True):
+            hits.same_source.offer(0, rows, block.ranks_K[columns], sign * scores)
 
 
 def product_error(queries_QD: np.ndarray, keys_KD: np.ndarray) -> np.float32:
-    """How far a float32 product of two of these may be from the score it is compared with."""
-    return _margin(queries_QD.shape[1], _longest(queries_QD), _longest(keys_KD))
+    """How far a float32 product of a query and a key may be from the score it is compared with."""
+    return _margin(queries_QD.shape[1], _max_norm(queries_QD), _max_norm(keys_KD))
 
 
-def _margin(dim: int, longest_query: float, longest_key: float) -> np.float32:
-    """2 * n * u * |q||k| bounds the error of any way to sum n products, u being the unit roundoff, for the
-    n-th best and for the key compared with it together; 2 more for rounding the exact score."""
-    return np.float32(2 * (dim + 2) * UNIT_ROUNDOFF * longest_query * longest_key)
+def _margin(dim: int, query_norm: float, key_norm: float) -> np.float32:
+    """2 * n * u * |q||k|, with the unit roundoff u, bounds the error of any way to sum n products, for the
+    n-th best and the key compared with it together; 2 more are for rounding the exact score."""
+    return np.float32(2 * (dim + 2) * UNIT_ROUNDOFF * query_norm * key_norm)
 
 
 def exact_scores(
@@ -217,21 +223,21 @@ def exact_scores(
     return scores_P
 
 
-def _search_block(queries_QD: np.ndarray, spans: "list[_Span]", room: np.ndarray) -> None:
-    """Let the sieves of all spans, which are the queries one after another, see all keys of the block."""
+def _search_block(queries_QD: np.ndarray, spans: "list[_Span]", buffer: np.ndarray) -> None:
+    """Compare all queries, which the spans are made of in order, with all keys of the block."""
     keys_KD = spans[0].block.keys_KD
     for first in range(0, len(keys_KD), TILE_KEYS):
         keys = keys_KD[first : first + TILE_KEYS]
-        scores = room[: len(queries_QD) * _padded(len(keys))].reshape(len(queries_QD), -1)
+        scores = buffer[: len(queries_QD) * _padded(len(keys))].reshape(len(queries_QD), -1)
         np.matmul(queries_QD, keys.T, out=scores[:, : len(keys)])
         tile = _Tile(scores, first, len(keys), spans[0].start)
         for span in spans:
-            span.see(tile)
+            span.filter(tile)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Scores of all queries from `start` on with `width` keys of a block from `first` on, and padding."""
+    """Scores of queries from `start` on with `width` keys of a block from `first` on, then padding."""
 
     scores_QK: np.ndarray
     first: int
@@ -241,75 +247,78 @@ class _Tile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Span:
-    """Some queries, from `start` on, and one block. `own`: rows of these queries and columns of the block
-    that are of one source, sorted by row."""
+    """Some queries, from `start` on, and one block. `same_source`: their pairs of one source, sorted by
+    row."""
 
     queries_QD: np.ndarray
     start: int
-    own: tuple[np.ndarray, np.ndarray]
+    same_source: Pairs
     block: KeyBlock
-    sieves: "tuple[_Sieve, _Sieve]"
+    filters: "tuple[_CandidateFilter, _CandidateFilter]"
 
-    def see(self, tile: _Tile) -> None:
-        """One tile, whose scores of these queries fit in a core's cache."""
+    def filter(self, tile: _Tile) -> None:
+        """Filter a tile's scores of these queries, which fit a core's cache, without same-source pairs."""
         count, at = len(self.queries_QD), self.start - tile.start
         scores = tile.scores_QK[at : at + count]
-        here = (self.own[1] >= tile.first) & (self.own[1] < tile.first + tile.width)
-        rows, columns = self.own[0][here], self.own[1][here] - tile.first
-        for sieve in self.sieves:
-            scores[:, tile.width :] = scores[rows, columns] = -sieve.sign * np.inf
-            sieve.see(scores, tile.first)
+        rows, columns = self.same_source
+        in_tile = (columns >= tile.first) & (columns < tile.first + tile.width)
+        rows, columns = rows[in_tile], columns[in_tile] - tile.first
+        for candidates in self.filters:
+            scores[:, tile.width :] = scores[rows, columns] = -candidates.sign * np.inf
+            candidates.add(scores, tile.first)
 
-    def settle(self, results: tuple[Best, Best]) -> None:
-        """Score exactly what came through, all at once, and offer it to `results`."""
-        through = [self.own, *(sieve.left() for sieve in self.sieves)]
-        rows, columns = (np.concatenate(parts) for parts in zip(*through, strict=True))
-        scores = exact_scores(self.queries_QD, self.block.keys_KD, rows, columns)
-        own, *others = np.split(scores, np.cumsum([len(part[0]) for part in through])[:-1])
-        ranks_K = self.block.ranks_K
-        for sieve, best, pairs, found in zip(self.sieves, results, through[1:], others, strict=True):
-            best.own.offer(self.start, self.own[0], ranks_K[self.own[1]], sieve.sign * own)
-            best.others.offer(self.start, pairs[0], ranks_K[pairs[1]], sieve.sign * found)
+    def rescore(self, best: BestSides) -> None:
+        """Score same-source pairs and survivors exactly, all at once, and offer them to `best`."""
+        pairs = [self.same_source, *(candidates.survivors() for candidates in self.filters)]
+        rows, columns = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        scores_P = exact_scores(self.queries_QD, self.block.keys_KD, rows, columns)
+        ranks_P = self.block.ranks_K[columns]
+        ends = np.cumsum([len(part[0]) for part in pairs])
+        same = slice(0, ends[0])
+        for side, candidates in enumerate(self.filters):
+            sign, others = candidates.sign, slice(ends[side], ends[side + 1])
+            best[side].same_source.offer(self.start, rows[same], ranks_P[same], sign * scores_P[same])
+            best[side].others.offer(self.start, rows[others], ranks_P[others], sign * scores_P[others])
 
 
-class _Sieve:
-    """Keeps the pairs that may be among the n best, tile after tile; `sign` -1 looks for the lowest."""
+class _CandidateFilter:
+    """Keeps the pairs that may be among the n best, tile by tile; with `sign` -1, among the n lowest."""
 
-    def __init__(self, sign: int, known_QN: np.ndarray, margin: np.float32) -> None:
+    def __init__(self, sign: int, best_QN: np.ndarray, margin: np.float32) -> None:
         self.sign = sign
         self._margin = margin
-        self._best_QN = known_QN.copy()  # of n different keys: the least bounds the n-th best from below
+        self._best_QN = best_QN.copy()  # of n different keys: the lowest bounds the n-th best from below
         self._floor_Q = self._best_QN.min(axis=1) - margin
         self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def see(self, scores_QK: np.ndarray, first: int) -> None:
-        """One tile of scores, whose first column is key `first`; infinite: not to be looked at."""
+    def add(self, scores_QK: np.ndarray, first: int) -> None:
+        """Filter one tile of scores, whose first column is key `first`; infinite scores are ignored."""
         width = scores_QK.shape[1] // GROUP
         groups = scores_QK.reshape(len(scores_QK), GROUP, width)
         peaks_QG = groups.max(axis=1) if self.sign > 0 else -groups.min(axis=1)
-        if width < self._best_QN.shape[1]:  # too few groups to bound anything
-            peaks_of_all = self.sign * scores_QK
-            row, column = np.nonzero(peaks_of_all >= self._floor_Q[:, None])
-            self._raise(row, peaks_of_all[row, column])
+        if width < self._best_QN.shape[1]:  # fewer groups than hits: their peaks bound nothing
+            signed_QK = self.sign * scores_QK
+            row, column = np.nonzero(signed_QK >= self._floor_Q[:, None])
+            self._raise(row, signed_QK[row, column])
             row, group = np.nonzero(peaks_QG >= self._floor_Q[:, None])
         else:
             row, group = np.nonzero(peaks_QG >= self._floor_Q[:, None])
             self._raise(row, peaks_QG[row, group])
-            still = peaks_QG[row, group] >= self._floor_Q[row]
-            row, group = row[still], group[still]
+            above = peaks_QG[row, group] >= self._floor_Q[row]
+            row, group = row[above], group[above]
         members = self.sign * groups[row, :, group]
         pair, member = np.nonzero((members >= self._floor_Q[row, None]) & (members > -np.inf))
         columns = first + member * width + group[pair]
         self._kept.append((row[pair], columns, members[pair, member]))
 
-    def left(self) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, columns) of the pairs that the bound of the end still lets through."""
+    def survivors(self) -> Pairs:
+        """The pairs that reach the final bound."""
         rows, columns, scores = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
-        good = scores >= self._floor_Q[rows]
-        return rows[good], columns[good]
+        above = scores >= self._floor_Q[rows]
+        return rows[above], columns[above]
 
     def _raise(self, row: np.ndarray, scores: np.ndarray) -> None:
-        """Take scores of different keys in; `row` ascends. Of most rows a tile holds few or none."""
+        """Raise the bound by scores of different keys; `row` ascends. Most rows have few or none."""
         count = np.bincount(row, minlength=len(self._best_QN))
         changed = np.flatnonzero(count)
         if not changed.size:
@@ -323,21 +332,21 @@ class _Sieve:
         self._floor_Q = self._best_QN.min(axis=1) - self._margin
 
 
-def _sieves(results: tuple[Best, Best], rows: slice, margin: np.float32) -> "tuple[_Sieve, _Sieve]":
-    near, far = (best.others.scores_QN[rows] for best in results)
-    return _Sieve(1, near, margin), _Sieve(-1, far, margin)
+def _candidate_filters(
+    best: BestSides, rows: slice, margin: np.float32
+) -> tuple[_CandidateFilter, _CandidateFilter]:
+    near, far = (side.others.scores_QN[rows] for side in best)
+    return _CandidateFilter(1, near, margin), _CandidateFilter(-1, far, margin)
 
 
-def _rows_of(pairs: tuple[np.ndarray, np.ndarray], first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Those of pairs sorted by row whose row is in a range; rows count from its start."""
+def _pairs_between(pairs: Pairs, first: int, stop: int) -> Pairs:
+    """Pairs, sorted by row, whose row is in a range; rows then count from its start."""
     low, high = np.searchsorted(pairs[0], (first, stop))
     return pairs[0][low:high] - first, pairs[1][low:high]
 
 
-def _own_pairs(
-    sources_K: np.ndarray, by_source: np.ndarray, sources_Q: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, columns) of all pairs of one source. `by_source` sorts `sources_K`."""
+def _same_source_pairs(sources_K: np.ndarray, by_source: np.ndarray, sources_Q: np.ndarray) -> Pairs:
+    """All pairs of a query and a key of one source. `by_source` sorts `sources_K`."""
     ordered = sources_K[by_source]
     low, high = np.searchsorted(ordered, sources_Q, "left"), np.searchsorted(ordered, sources_Q, "right")
     counts = high - low
@@ -346,14 +355,14 @@ def _own_pairs(
     return rows, by_source[np.repeat(low, counts) + within]
 
 
-def _without_surplus(block: KeyBlock, most: int) -> KeyBlock:
-    """The block with no more than the `most` first, by rank, of keys that are identical.
+def _without_excess_copies(block: KeyBlock, limit: int) -> KeyBlock:
+    """The block with only the first `limit`, by rank, of identical keys.
 
-    The others cannot be hits: so many keys of the same score go before them. A thousand silent recordings
-    share one key, and without this each of them would be scored again for every query.
+    The others cannot be hits, since `limit` keys with the same score precede them. A thousand silent
+    recordings share one key, and otherwise each of them would be rescored for every query.
     """
     values, group, counts = np.unique(block.keys_KD[:, 0], return_inverse=True, return_counts=True)
-    suspects = np.flatnonzero((counts > most)[group]) if values.size else np.empty(0, dtype=np.int64)
+    suspects = np.flatnonzero((counts > limit)[group]) if values.size else np.empty(0, dtype=np.int64)
     if not suspects.size:
         return block
     seen: dict[bytes, int] = {}
@@ -361,15 +370,15 @@ def _without_surplus(block: KeyBlock, most: int) -> KeyBlock:
     for at in suspects[np.argsort(block.ranks_K[suspects])]:
         key = block.keys_KD[at].tobytes()
         seen[key] = seen.get(key, 0) + 1
-        kept[at] = seen[key] <= most
-    return block.only(kept)
+        kept[at] = seen[key] <= limit
+    return block.select(kept)
 
 
 def _threads() -> int:
-    """The cores of this process, or what OMP_NUM_THREADS says."""
+    """The cores of this process, or fewer if OMP_NUM_THREADS says so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores, int(said))) if said.isdigit() else cores
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(limit))) if limit.isdigit() else cores
 
 
 def _padded(width: int) -> int:
@@ -377,6 +386,6 @@ def _padded(width: int) -> int:
     return -(-width // GROUP) * GROUP
 
 
-def _longest(vectors_ND: np.ndarray) -> float:
-    """The greatest norm, 0 where there is none."""
+def _max_norm(vectors_ND: np.ndarray) -> float:
+    """The largest norm, 0 if there are no vectors."""
     return float(np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND).max(initial=0.0)))

@@ -1,7 +1,7 @@
-"""How much of what an exact search finds `ServingIndex` finds, on a sample of real queries.
+"""Recall of `ServingIndex` against an exact search, on a sample of real queries.
 
-A query is the key of a clip that is there, searched among the keys of one modality, its own clip left out.
-Recall@n is the share of the n best that is found; of clips with equal scores any is as good.
+A query is the key of a stored clip, searched among the keys of one modality without the clip itself. Recall@n
+is the share of the n best scores that is found; clips with equal scores are interchangeable.
 
 Legend: Q queries, K keys, D their width, N hits.
 """
@@ -14,52 +14,44 @@ import numpy as np
 import pyarrow as pa
 
 from r2scp.store.commits import lance_errors, sql_in
-from r2scp.store.feature_store import FeatureStore
+from r2scp.store.feature_store import FeatureStore, read_blocks
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys
-from r2scp.store.search.exact import KeyBlock, Wanted, search
+from r2scp.store.search.exact import KeyBlock, QueryBlock, search_blocks
 from r2scp.store.search.vector_index import ServingSettings
 from r2scp.store.search.vector_search import Hit, ServingIndex
 
-QUERIES = 256  # a modality; of ten hits each, one in 2,560 missed is a recall of 0.9996
-FEW, MANY = 3, 10  # hits that recall is told of
-ROWS_PER_QUERY = 4  # rows looked at, at most, for clips that have both modalities
+QUERIES = 256  # per modality; with ten hits each, one miss is a recall of 0.9996
+FEW, MANY = 3, 10  # hits
+ROWS_PER_QUERY = 4  # read at most, in search of clips with both modalities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairRecall:
-    """Of queries of one modality among the keys of one."""
+    """Recall of queries of one modality among the keys of another, or the same."""
 
     query: Modality
     among: Modality
     queries: int
     at_3: float
     at_10: float
-    p50_ms: float  # median of a search that reads keys from the table, as of a large store
+    p50_ms: float  # median of a search with keys from the table, as in a large store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recall:
-    """Of one version of `clips`. Pairs that have no query or no key are left out."""
+    """Recall at one version of `clips`. Pairs without queries or keys are left out."""
 
     version: int
     pairs: tuple[PairRecall, ...]
 
-    @property
-    def lowest_at_3(self) -> float:
-        """Of all pairs; 1 where there is none, since nothing can be missed."""
-        return min((pair.at_3 for pair in self.pairs), default=1.0)
-
-    @property
-    def lowest_at_10(self) -> float:
-        """Of all pairs; 1 where there is none, since nothing can be missed."""
-        return min((pair.at_10 for pair in self.pairs), default=1.0)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """Which clips are the queries: up to `queries` a modality, drawn from those that fulfil `where`, an SQL
-    condition on `clips`. The same seed draws the same clips, however they are stored."""
+    """The query clips: up to `queries` per modality, from those that meet `where`, an SQL condition.
+
+    The same seed draws the same clips, regardless of their storage order.
+    """
 
     where: str | None = None
     queries: int = QUERIES
@@ -78,62 +70,47 @@ class _Sample:
     keys_QD: np.ndarray
 
 
-def measure_recall(
-    store: FeatureStore,
-    settings: ServingSettings,
-    sampling: Sampling | None = None,
-    version: int | str | None = None,
-) -> Recall:
-    """Compare with an exact search through all clips of a version or tag, the latest where none is given.
-
-    Raises `StoreError` where the condition is none, or the version is not there.
-    """
-    return measure_recalls(store, settings, {"": sampling or Sampling()}, version)[""]
-
-
 def measure_recalls(
     store: FeatureStore,
     settings: ServingSettings,
     samplings: Mapping[str, Sampling],
     version: int | str | None = None,
 ) -> dict[str, Recall]:
-    """As `measure_recall`, of several samples, in their names' order.
+    """Sample name -> recall, against an exact search of all clips of a version or tag, by default the latest.
 
-    Reads both keys of all clips once for all of them, in blocks of some 130 MB at D = 1024, and compares a
-    clip that several samples drew once with each modality.
+    Reads both keys of all clips once for all samples, in blocks of about 130 MB at D = 1024, and compares a
+    clip in several samples once with each modality. Raises `StoreError` for an invalid condition or version.
     """
     index = ServingIndex(store, settings, version, in_memory_bytes=0)
-    samples = {who: _draw(store, index.version, sampling) for who, sampling in samplings.items()}
-    pairs: dict[str, list[PairRecall]] = {who: [] for who in samplings}
-    for among in KEY_COLUMNS:
-        asked = {
-            (who, query): sample
-            for who, drawn in samples.items()
-            for query, sample in drawn.items()
-            if sample.clip_ids
-        }
-        if not asked:
-            continue
-        best = _best(store, index.version, among, asked)
-        for (who, query), sample in asked.items():
-            best_QN = best[who, query]
+    samples = {name: _draw(store, index.version, sampling) for name, sampling in samplings.items()}
+    queries: _Queries = {
+        (name, modality): sample
+        for name, by_modality in samples.items()
+        for modality, sample in by_modality.items()
+        if sample.clip_ids
+    }
+    pairs: dict[str, list[PairRecall]] = {name: [] for name in samplings}
+    for among in KEY_COLUMNS if queries else ():
+        best = _best_scores(store, index.version, among, queries)
+        for (name, modality), sample in queries.items():
+            best_QN = best[name, modality]
             if np.isfinite(best_QN[0, 0]):
-                pairs[who].append(_compare(index, (query, among), sample, best_QN))
-    return {who: Recall(version=index.version, pairs=tuple(found)) for who, found in pairs.items()}
+                pairs[name].append(_compare(index, (modality, among), sample, best_QN))
+    return {name: Recall(version=index.version, pairs=tuple(each)) for name, each in pairs.items()}
 
 
 def _compare(
     index: ServingIndex, pair: tuple[Modality, Modality], sample: _Sample, best_QN: np.ndarray
 ) -> PairRecall:
     seconds, at_3, at_10 = [], [], []
-    index.nearest(sample.keys_QD[0], pair[1], MANY + 1)  # what is read once is not a search's time
+    index.nearest(sample.keys_QD[0], pair[1], MANY + 1)  # the first search also loads the index
     for clip_id, key_D, best_N in zip(sample.clip_ids, sample.keys_QD, best_QN, strict=True):
         start = time.perf_counter()
-        found = index.nearest(key_D, pair[1], MANY + 1)
+        hits = index.nearest(key_D, pair[1], MANY + 1)
         seconds.append(time.perf_counter() - start)
-        others = [hit for hit in found if hit.clip_id != clip_id]
-        at_3.append(_share(others, best_N[:FEW]))
-        at_10.append(_share(others, best_N))
+        others = [hit for hit in hits if hit.clip_id != clip_id]
+        at_3.append(_recall(others, best_N[:FEW]))
+        at_10.append(_recall(others, best_N))
     return PairRecall(
         query=pair[0],
         among=pair[1],
@@ -144,12 +121,12 @@ def _compare(
     )
 
 
-def _share(found: list[Hit], best_N: np.ndarray) -> float:
-    """Of the best scores, those reached; NaN where there are none."""
+def _recall(hits: list[Hit], best_N: np.ndarray) -> float:
+    """Share of the best scores that the hits reach; NaN if there are none."""
     best = best_N[np.isfinite(best_N)]
     if not best.size:
         return float("nan")
-    return sum(hit.score >= best[-1] for hit in found[: best.size]) / best.size
+    return sum(hit.score >= best[-1] for hit in hits[: best.size]) / best.size
 
 
 def _draw(store: FeatureStore, version: int, sampling: Sampling) -> dict[Modality, _Sample]:
@@ -173,56 +150,48 @@ def _draw(store: FeatureStore, version: int, sampling: Sampling) -> dict[Modalit
     return drawn
 
 
-_Asked = Mapping[tuple[str, Modality], _Sample]  # by sample and the modality of its keys
+_Queries = Mapping[tuple[str, Modality], _Sample]  # by sample name and modality of the keys
 
 
-def _best(store: FeatureStore, version: int, among: Modality, asked: _Asked) -> dict[tuple, np.ndarray]:
-    """(Q, MANY) float32 for each: the best scores of other clips; minus infinity where there are no more.
+def _best_scores(
+    store: FeatureStore, version: int, among: Modality, queries: _Queries
+) -> dict[tuple[str, Modality], np.ndarray]:
+    """(Q, MANY) float32 for each: the best scores of other clips, padded with minus infinity.
 
-    A clip that is in several is searched for once.
+    A clip in several samples is searched for once.
     """
     keys: dict[tuple[str, Modality], np.ndarray] = {}
-    for (_, query), sample in asked.items():
+    for (_, modality), sample in queries.items():
         for clip_id, key_D in zip(sample.clip_ids, sample.keys_QD, strict=True):
-            keys[clip_id, query] = key_D
+            keys[clip_id, modality] = key_D
     row = {clip: at for at, clip in enumerate(keys)}
     number = {clip_id: at for at, clip_id in enumerate(dict.fromkeys(clip_id for clip_id, _ in keys))}
-    wanted = Wanted(
+    wanted = QueryBlock(
         queries_QD=np.stack(list(keys.values())).astype(np.float32),
         sources_Q=np.array([number[clip_id] for clip_id, _ in keys], dtype=np.int64),
         n=MANY,
-        own_most=1,
+        largest_source=1,
     )
-    nearest, _ = search(_blocks(store, version, among, number), wanted)
+    nearest, _ = search_blocks(_blocks(store, version, among, number), wanted)
     return {
-        (who, query): nearest.others.scores_QN[[row[clip_id, query] for clip_id in sample.clip_ids]]
-        for (who, query), sample in asked.items()
+        (name, modality): nearest.others.scores_QN[[row[clip_id, modality] for clip_id in sample.clip_ids]]
+        for (name, modality), sample in queries.items()
     }
 
 
 def _blocks(store: FeatureStore, version: int, among: Modality, number: dict[str, int]) -> Iterator[KeyBlock]:
-    """All keys of one modality. A clip's source is its number, the same for all that have none."""
+    """All keys of one modality. A query clip's source is its number; all other clips share one."""
     column, dataset = KEY_COLUMNS[among], store.dataset(Table.CLIPS, version)
-    waiting, count, first = [], 0, 0
     with lance_errors("read keys of", dataset.uri):
         batches = dataset.to_batches(
             columns=["clip_id", column], filter=f"{column} IS NOT NULL", batch_size=BLOCK_KEYS
         )
-        for batch in batches:
-            waiting.append(batch)
-            count += batch.num_rows
-            if count >= BLOCK_KEYS:  # a batch never spans two fragments, and fragments may be small
-                yield _block(pa.Table.from_batches(waiting), column, store.dim, (number, first))
-                waiting, count, first = [], 0, first + count
-    if waiting:
-        yield _block(pa.Table.from_batches(waiting), column, store.dim, (number, first))
-
-
-def _block(table: pa.Table, column: str, dim: int, counted: tuple[dict[str, int], int]) -> KeyBlock:
-    number, first = counted
-    sources = [number.get(clip_id, len(number)) for clip_id in table["clip_id"].to_pylist()]
-    return KeyBlock(
-        keys_KD=unit_keys(table, column, dim)[0],
-        ranks_K=np.arange(first, first + table.num_rows, dtype=np.int64),
-        sources_K=np.array(sources, dtype=np.int64),
-    )
+        rank = 0
+        for table in read_blocks(batches, BLOCK_KEYS):
+            sources = [number.get(clip_id, len(number)) for clip_id in table["clip_id"].to_pylist()]
+            yield KeyBlock(
+                keys_KD=unit_keys(table, column, store.dim)[0],
+                ranks_K=np.arange(rank, rank + table.num_rows, dtype=np.int64),
+                sources_K=np.array(sources, dtype=np.int64),
+            )
+            rank += table.num_rows

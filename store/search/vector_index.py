@@ -1,10 +1,11 @@
-"""The vector indexes on the two key columns of `clips`, kept up with its rows; `serving_search` uses them.
+"""The vector indexes on the two key columns of `clips`, kept up to date; `vector_search` searches them.
 
 An index consists of segments. Each covers some fragments of the table and is trained on their keys alone, so
-clips of a new kind get centroids of their own. A refresh indexes what is not covered together with the
-segments that are not much larger, as in a log-structured merge tree: what it costs grows with the change,
-and segments stay few. Each column's refresh is one commit; a crash before it leaves files that no version
-names, for `FeatureStore` upkeep to remove.
+clips of a new kind get centroids of their own. A refresh indexes the rows that are not covered together with
+the segments that are not much larger, as in a log-structured merge tree: its cost grows with the change, and
+segments stay few. LanceDB builds a whole index; a segment is built and committed through pylance, because
+LanceDB's `optimize` would also merge all fragments of the table. The refresh of a column is one commit; a
+crash before it leaves files that no version names, for `maintenance.clean` to remove.
 """
 
 import time
@@ -13,19 +14,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import lance
+import lancedb
+from lancedb.index import IvfRq, IvfSq
+from lancedb.table import Table as LanceTable
 
 from r2scp.store.commits import lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 from r2scp.store.search.bank import KEY_COLUMNS
 
-PARTITION_KEYS = 512  # keys of one partition: fewer to look at, for more centroids to compare with
-EXACT_BELOW = 4_096  # rows: as many as a search one by one can afford, 17 MB of keys at D = 1024
-UNINDEXED_ROWS = 256  # rows left to be compared one by one: 2 ms at D = 1024
+PARTITION_KEYS = 512  # keys per partition: fewer keys to scan, but more centroids to compare
+EXACT_BELOW = 4_096  # rows that a search without an index can afford: 17 MB of keys at D = 1024
+UNINDEXED_ROWS = 256  # rows that may stay outside the index: 2 ms per search at D = 1024
 TIER = 2  # a segment up to this many times the rows to be indexed is indexed again with them
-STALE_FACTOR = 2  # index files this many times what their rows need are written again
-RQ_BITS = 5  # of a code, per dimension; Lance's default
-ROW_OVERHEAD = 48  # bytes an indexed row needs beside its code: row id, correction factors
+STALE_FACTOR = 2  # an index this many times the size that its rows need is rebuilt
+RQ_BITS = 5  # of a code, per dimension
+ROW_OVERHEAD = 48  # bytes per indexed row besides its code: row id, correction factors
 FILE_OVERHEAD = 1 << 16  # bytes of a segment without rows
 
 INDEX_TYPES = {"ivf_rq": "IVF_RQ", "ivf_sq": "IVF_SQ"}
@@ -33,10 +37,10 @@ INDEX_TYPES = {"ivf_rq": "IVF_RQ", "ivf_sq": "IVF_SQ"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingSettings:
-    """How to index. `auto` is `exact`, which has no index, below `exact_below` rows and `ivf_rq` from there.
+    """How to index. `auto` is `exact`, without an index, below `exact_below` rows and `ivf_rq` from there.
 
-    `effort` in [0, 1] is how much of an index a search without a condition looks at: 0 one partition of a
-    segment, 1 all of them, between them partitions to the power of `effort`.
+    `effort` in [0, 1]: how many partitions of a segment a search without a condition probes first, as a power
+    of their number: 0 for one, 1 for all.
     """
 
     kind: Literal["auto", "exact", "ivf_rq", "ivf_sq"] = "auto"
@@ -55,18 +59,18 @@ class ServingSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnRefresh:
-    """What a refresh did to one key column."""
+    """The refresh of the index of one key column."""
 
     column: str
     why: str
-    rows: int  # indexed now, of which some may lack the key; 0: the index was dropped
+    rows: int  # indexed by this refresh, with or without the key; 0: the index was dropped
     unindexed_before: int  # rows
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexRefresh:
-    """What a refresh did; `columns` is empty where nothing was due and nothing was written."""
+    """A refresh of the indexes; without `columns` nothing was outdated and nothing was written."""
 
     kind: str  # exact, ivf_rq or ivf_sq
     rows: int  # of `clips`
@@ -75,66 +79,62 @@ class IndexRefresh:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
-    """What is due for one column. `fragments`: to be indexed; None: the index is to be dropped.
+class _ColumnPlan:
+    """The refresh of one column. `fragments`: to be indexed; None: drop the index.
 
-    `anew`: no segment of before stays.
+    `rebuild`: no existing segment stays.
     """
 
     column: str
     why: str
     fragments: tuple[int, ...] | None
-    anew: bool
+    rebuild: bool
     unindexed: int  # rows
 
 
-def index_due(store: FeatureStore, settings: ServingSettings) -> list[str]:
-    """Why a refresh is due, one line a key column; empty where it is not.
+def refresh_reasons(store: FeatureStore, settings: ServingSettings) -> list[str]:
+    """Why the indexes need a refresh, one line per key column; empty if they do not.
 
-    Reads metadata and, where more than UNINDEXED_ROWS rows are not indexed, keys of those until one is found.
+    Reads metadata, and if more than UNINDEXED_ROWS rows are not indexed, their keys until one is found.
     """
     dataset = store.dataset(Table.CLIPS)
     with lance_errors("read the index of", dataset.uri):
-        return [work.why for work in _due(dataset, settings)]
+        return [plan.why for plan in _plan(dataset, settings)]
 
 
 def segments(store: FeatureStore, version: int | None = None) -> frozenset[str]:
-    """Names of the parts that the indexes consist of: the same as long as no index was touched."""
+    """Ids of the segments of all indexes, unchanged as long as no index is refreshed."""
     dataset = store.dataset(Table.CLIPS, version)
     with lance_errors("read the index of", dataset.uri):
-        return frozenset(part.uuid for index in dataset.describe_indices() for part in index.segments)
+        return frozenset(segment.uuid for index in dataset.describe_indices() for segment in index.segments)
 
 
 def refresh_index(store: FeatureStore, settings: ServingSettings) -> IndexRefresh:
-    """Do what is due. For the holder of the lease only. Raises `StoreError`."""
-    done = []
+    """Bring the indexes up to date. For the holder of the lease only. Raises `StoreError`."""
+    columns = []
     dataset = store.dataset(Table.CLIPS)
     kind = _kind(settings, dataset.count_rows())
     with lance_errors("index", dataset.uri):
-        for work in _due(dataset, settings):
+        for plan in _plan(dataset, settings):
             start = time.perf_counter()
-            rows = _do(store.dataset(Table.CLIPS), work, kind, store.dim)
-            done.append(
+            rows = _refresh_column(store, plan, kind)
+            columns.append(
                 ColumnRefresh(
-                    column=work.column,
-                    why=work.why,
+                    column=plan.column,
+                    why=plan.why,
                     rows=rows,
-                    unindexed_before=work.unindexed,
+                    unindexed_before=plan.unindexed,
                     seconds=time.perf_counter() - start,
                 )
             )
     version = store.dataset(Table.CLIPS).version
-    return IndexRefresh(kind=kind, rows=dataset.count_rows(), version=version, columns=tuple(done))
+    return IndexRefresh(kind=kind, rows=dataset.count_rows(), version=version, columns=tuple(columns))
 
 
-def covered(dataset: lance.LanceDataset) -> dict[str, set[int]]:
-    """Key column -> fragments that its index holds, of those columns that have an index."""
-    segments = {index.name: index.segments for index in dataset.describe_indices()}
-    return {
-        column: set().union(*(segment.fragment_ids for segment in segments[_name(column)]))
-        for column in KEY_COLUMNS.values()
-        if _name(column) in segments
-    }
+def indexed_columns(dataset: lance.LanceDataset) -> set[str]:
+    """Key columns that have an index."""
+    names = {index.name for index in dataset.describe_indices()}
+    return {column for column in KEY_COLUMNS.values() if _name(column) in names}
 
 
 def _kind(settings: ServingSettings, rows: int) -> str:
@@ -147,50 +147,50 @@ def _name(column: str) -> str:
     return f"{column}_idx"
 
 
-def _due(dataset: lance.LanceDataset, settings: ServingSettings) -> list[_Work]:
+def _plan(dataset: lance.LanceDataset, settings: ServingSettings) -> list[_ColumnPlan]:
     rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
-    described = {index.name: index for index in dataset.describe_indices()}
-    found = (
-        _column_due(dataset, column, rows, described.get(_name(column)), settings)
+    indexes = {index.name: index for index in dataset.describe_indices()}
+    plans = (
+        _plan_column(dataset, column, rows, indexes.get(_name(column)), settings)
         for column in KEY_COLUMNS.values()
     )
-    return [work for work in found if work is not None]
+    return [plan for plan in plans if plan is not None]
 
 
-def _column_due(
+def _plan_column(
     dataset: lance.LanceDataset,
     column: str,
     rows: dict[int, int],
     index: "lance.indices.IndexDescription | None",
     settings: ServingSettings,
-) -> _Work | None:
+) -> _ColumnPlan | None:
     total = sum(rows.values())
     kind = _kind(settings, total)
     if kind == "exact":
         if index is None:
             return None
         why = f"{column}: {total} rows are searched without an index"
-        return _Work(column=column, why=why, fragments=None, anew=True, unindexed=0)
-    held = [] if index is None else [rows.keys() & segment.fragment_ids for segment in index.segments]
-    uncovered = rows.keys() - set().union(*held)
+        return _ColumnPlan(column=column, why=why, fragments=None, rebuild=True, unindexed=0)
+    segments = [] if index is None else [rows.keys() & segment.fragment_ids for segment in index.segments]
+    uncovered = rows.keys() - set().union(*segments)
     unindexed = sum(rows[fragment] for fragment in uncovered)
-    wrong = _wrong(index, INDEX_TYPES[kind], total, dataset.schema.field(column).type.list_size)
-    if wrong is None and unindexed <= UNINDEXED_ROWS:
+    reason = _rebuild_reason(index, INDEX_TYPES[kind], total, dataset.schema.field(column).type.list_size)
+    if reason is None and unindexed <= UNINDEXED_ROWS:
         return None
-    kept = [] if wrong else _kept(held, rows, unindexed)
-    again = rows.keys() - set().union(*kept)
-    if not _has_key(dataset, column, again if wrong else uncovered):
+    kept = [] if reason else _kept_segments(segments, rows, unindexed)
+    fragments = rows.keys() - set().union(*kept)
+    if not _has_key(dataset, column, fragments if reason else uncovered):
         return None
-    why = f"{column}: {wrong or f'{unindexed} rows are not indexed'}"
-    return _Work(
-        column=column, why=why, fragments=tuple(sorted(again)), anew=not any(kept), unindexed=unindexed
+    why = f"{column}: {reason or f'{unindexed} rows are not indexed'}"
+    return _ColumnPlan(
+        column=column, why=why, fragments=tuple(sorted(fragments)), rebuild=not any(kept), unindexed=unindexed
     )
 
 
-def _wrong(
+def _rebuild_reason(
     index: "lance.indices.IndexDescription | None", index_type: str, rows: int, dim: int
 ) -> str | None:
-    """Why an index must be built anew."""
+    """Why an index must be rebuilt; None if it need not be."""
     if index is None:
         return "there is no index"
     if index.index_type != index_type:
@@ -202,10 +202,12 @@ def _wrong(
     return None
 
 
-def _kept(held: Iterable[Collection[int]], rows: dict[int, int], unindexed: int) -> list[Collection[int]]:
-    """Segments too large to be indexed again with so many rows."""
+def _kept_segments(
+    segments: Iterable[Collection[int]], rows: dict[int, int], unindexed: int
+) -> list[Collection[int]]:
+    """Segments too large to be indexed again together with so many rows."""
     kept = []
-    for segment in sorted(held, key=lambda fragments: sum(rows[fragment] for fragment in fragments)):
+    for segment in sorted(segments, key=lambda fragments: sum(rows[fragment] for fragment in fragments)):
         size = sum(rows[fragment] for fragment in segment)
         if kept or size > TIER * unindexed:
             kept.append(segment)
@@ -217,34 +219,45 @@ def _kept(held: Iterable[Collection[int]], rows: dict[int, int], unindexed: int)
 def _has_key(dataset: lance.LanceDataset, column: str, fragments: Collection[int]) -> bool:
     if not fragments:
         return False
-    return dataset.scanner(**_keys_of(dataset, column, fragments), limit=1).to_table().num_rows > 0
+    return dataset.scanner(**_key_scan(dataset, column, fragments), limit=1).to_table().num_rows > 0
 
 
-def _keys_of(dataset: lance.LanceDataset, column: str, fragments: Collection[int]) -> dict:
-    """What a scanner needs to see the rows of some fragments that have a key."""
-    chosen = [dataset.get_fragment(fragment) for fragment in sorted(fragments)]
-    return {"columns": ["clip_id"], "filter": f"{column} IS NOT NULL", "fragments": chosen}
+def _key_scan(dataset: lance.LanceDataset, column: str, fragments: Collection[int]) -> dict:
+    """Scanner options for the rows of some fragments that have a key."""
+    selected = [dataset.get_fragment(fragment) for fragment in sorted(fragments)]
+    return {"columns": ["clip_id"], "filter": f"{column} IS NOT NULL", "fragments": selected}
 
 
-def _do(dataset: lance.LanceDataset, work: _Work, kind: str, dim: int) -> int:
-    """Rows indexed now."""
-    name = _name(work.column)
-    if work.fragments is None:
-        dataset.drop_index(name)
+def _lancedb_table(store: FeatureStore) -> LanceTable:
+    database = lancedb.connect(store.database, storage_options=dict(store.storage_options))
+    return database.open_table(Table.CLIPS.value)
+
+
+def _refresh_column(store: FeatureStore, plan: _ColumnPlan, kind: str) -> int:
+    """Rows that were indexed."""
+    name, dataset = _name(plan.column), store.dataset(Table.CLIPS)
+    if plan.fragments is None:
+        _lancedb_table(store).drop_index(name)
         return 0
-    keys = dataset.scanner(**_keys_of(dataset, work.column, work.fragments)).count_rows()
-    how = {
-        "column": work.column,
-        "index_type": INDEX_TYPES[kind],
-        "name": name,
-        "metric": "cosine",
-        "replace": True,
-        "num_partitions": max(1, keys // PARTITION_KEYS),
-    }
-    if work.anew:
-        dataset.create_index(**how)
+    keys = dataset.scanner(**_key_scan(dataset, plan.column, plan.fragments)).count_rows()
+    partitions = max(1, keys // PARTITION_KEYS)
+    if plan.rebuild:
+        if kind == "ivf_sq":
+            config = IvfSq(distance_type="cosine", num_partitions=partitions)
+        else:
+            config = IvfRq(distance_type="cosine", num_partitions=partitions, num_bits=RQ_BITS)
+        _lancedb_table(store).create_index(plan.column, config=config, name=name, replace=True)
     else:
-        segment = dataset.create_index_uncommitted(**how, fragment_ids=list(work.fragments))
-        dataset.commit_existing_index_segments(name, work.column, [segment])
-    chosen = [dataset.get_fragment(fragment) for fragment in work.fragments]
-    return sum(fragment.count_rows() for fragment in chosen if fragment is not None)
+        segment = dataset.create_index_uncommitted(
+            column=plan.column,
+            index_type=INDEX_TYPES[kind],
+            name=name,
+            metric="cosine",
+            replace=True,
+            num_partitions=partitions,
+            fragment_ids=list(plan.fragments),
+            **({} if kind == "ivf_sq" else {"num_bits": RQ_BITS}),
+        )
+        dataset.commit_existing_index_segments(name, plan.column, [segment])
+    fragments = [dataset.get_fragment(fragment) for fragment in plan.fragments]
+    return sum(fragment.count_rows() for fragment in fragments if fragment is not None)

@@ -1,4 +1,4 @@
-"""Proves that decoding a clip starts, opens, wakes and copies no more than it must: counts, never seconds."""
+"""Decoding starts, opens, wakes up and copies no more than it must: counts, not times."""
 
 import os
 import select
@@ -15,7 +15,14 @@ from r2scp.pipelines.decoding import decode as decode_module
 from r2scp.pipelines.decoding import sandbox
 from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.decoding.fault_reasons import ENDS_BYTES, is_encrypted
-from r2scp.pipelines.decoding.ffmpeg_command import RATE, SIZE, DecodePass, find_program, video_graph, planar_filters
+from r2scp.pipelines.decoding.ffmpeg_command import (
+    RATE,
+    SIZE,
+    DecodePass,
+    find_program,
+    planar_filters,
+    video_graph,
+)
 from r2scp.pipelines.decoding.probe import Prober, VideoTrack
 from r2scp.pipelines.decoding.sandbox import PIPE_BYTES, Limits, PipeReader, supervise
 
@@ -29,20 +36,20 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs += ("-f", "lavfi", "-i", f"sine=440:r=44100:d={SECONDS}")
     command = [find_program(None).path, "-v", "error", *inputs, "-c:v", "libx264", "-preset", "ultrafast"]
     subprocess.run([*command, "-c:a", "aac", "-shortest", str(path)], check=True, timeout=60)
-    decode(path)  # the prober has started
+    decode(path)  # starts the prober
     return path
 
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often what costs was done."""
-    seen: Counter = Counter()
+    """How often each expensive call was made."""
+    calls: Counter = Counter()
 
     def counting(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def counted(*args: Any, **options: Any) -> Any:
-            seen[name] += 1
+            calls[name] += 1
             return original(*args, **options)
 
         monkeypatch.setattr(owner, name, counted)
@@ -52,19 +59,19 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter:
     counting(decode_module, "open_regular")
     for name in ("readv", "pipe", "open", "pread"):
         counting(os, name)
-    return seen
+    return calls
 
 
 def test_a_clip_takes_one_process_one_opening_and_three_pipes(clip_file: Path, counts: Counter) -> None:
     decode(clip_file)
     assert counts["_execute_child"] == 1
-    assert counts["__init__"] == 0, "the prober that is there is asked again"
+    assert counts["__init__"] == 0, "the running prober is asked again"
     assert counts["open_regular"] == 1
-    assert counts["pipe"] == 3 + 1  # two streams and words; one by which a program tells that it started
+    assert counts["pipe"] == 3 + 1  # two streams and standard error; one of subprocess, for errors of exec
 
 
-def test_a_program_that_writes_in_bits_does_not_wake_us_for_each(counts: Counter) -> None:
-    """A thousand lines within a fraction of a second are fetched in a few dozen reads."""
+def test_small_writes_of_a_program_are_read_together(counts: Counter) -> None:
+    """A thousand lines within a fraction of a second take a few dozen reads."""
     script = "exec >/dev/fd/$1; i=0; while [ $i -lt 1000 ]; do echo $i; i=$((i+1)); done"
     waits = Counter()
 
@@ -82,17 +89,17 @@ def test_a_program_that_writes_in_bits_does_not_wake_us_for_each(counts: Counter
     plain = select.poll
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox.select, "poll", Counted)
-        done = supervise(
+        result = supervise(
             lambda pipes: ["/bin/sh", "-c", script, "sh", str(pipes[0])],
             Limits(
                 deadline=time.monotonic() + 60, memory_bytes=1 << 30, pipe_bytes=(1 << 20,), stderr_bytes=1000
             ),
         )
-    assert bytes(done.pipes[0]).count(b"\n") == 1000
+    assert bytes(result.pipes[0]).count(b"\n") == 1000
     assert waits["poll"] < 250
 
 
-def test_what_comes_is_not_copied_again(clip_file: Path) -> None:
+def test_decoded_data_is_not_copied(clip_file: Path) -> None:
     clip = decode(clip_file)
     assert clip.frames is not None
     assert clip.waveform is not None
@@ -106,9 +113,7 @@ def test_what_comes_is_not_copied_again(clip_file: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [False, True])
-def test_the_room_of_a_pipe_is_reserved_once_and_grows_only_past_its_first(
-    tail: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_buffer_of_a_pipe_grows_only_when_it_is_full(tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved: list[int] = []
     plain = sandbox._reserve
 
@@ -120,34 +125,36 @@ def test_the_room_of_a_pipe_is_reserved_once_and_grows_only_past_its_first(
     monkeypatch.setattr(sandbox, "FIRST_BUFFER_BYTES", 2 * PIPE_BYTES)
     reading, writing = os.pipe()
     try:
-        drain = PipeReader(reading, writing, max_bytes=8 * PIPE_BYTES if not tail else PIPE_BYTES, tail_only=tail)
+        reader = PipeReader(
+            reading, writing, max_bytes=8 * PIPE_BYTES if not tail else PIPE_BYTES, tail_only=tail
+        )
         sent = b""
         for at in range(80):
-            sent += (bit := bytes([at]) * 50_000)
-            assert os.write(writing, bit) == len(bit)
-            assert drain.read()
-        drain.close_write_end()
-        assert not drain.read()
+            sent += (piece := bytes([at]) * 50_000)
+            assert os.write(writing, piece) == len(piece)
+            assert reader.read()
+        reader.close_write_end()
+        assert not reader.read()
     finally:
         os.close(reading)
-        drain.close_write_end()
-    assert drain.data == (sent[-PIPE_BYTES:] if tail else sent)
+        reader.close_write_end()
+    assert reader.data == (sent[-PIPE_BYTES:] if tail else sent)
     assert reserved == [3 * PIPE_BYTES] + [6 * PIPE_BYTES] * (not tail)
 
 
-def test_a_pipe_that_could_not_be_enlarged_is_not_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look then waits for data and not for the clock: a small pipe would hold the program up."""
+def test_a_pipe_that_could_not_be_enlarged_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read then waits for data and not for the clock: a small pipe would hold the program up."""
     monkeypatch.setattr(sandbox, "F_SETPIPE_SZ", None)
     reading, writing = os.pipe()
-    drain = PipeReader(reading, writing, max_bytes=PIPE_BYTES, tail_only=False)
+    reader = PipeReader(reading, writing, max_bytes=PIPE_BYTES, tail_only=False)
     os.write(writing, b"x" * 4000)
-    assert drain.read()
-    assert drain.filling_fast
-    drain.close_write_end()
+    assert reader.read()
+    assert reader.filling_fast
+    reader.close_write_end()
     os.close(reading)
 
 
-def test_a_file_is_searched_once_for_the_mark_of_encryption(tmp_path: Path) -> None:
+def test_encryption_is_found_at_either_end_of_a_file(tmp_path: Path) -> None:
     mark = b"schm\0\0\0\0cenc"
     for size in (1000, ENDS_BYTES, ENDS_BYTES + 500, 2 * ENDS_BYTES, 5 * ENDS_BYTES):
         places = {0, size - len(mark), size // 3, *range(65_530, 65_540)}
@@ -166,12 +173,16 @@ def test_a_file_is_searched_once_for_the_mark_of_encryption(tmp_path: Path) -> N
                 assert is_encrypted(file.fileno()), (size, place)
 
 
-@pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p10le", "gbrp", "gray", "rgb565le"])
-@pytest.mark.parametrize("size", ["16x16", "226x222", "448x448", "640x360", "34x98"])
-def test_planes_cut_before_interleaving_hold_the_same_values(
+@pytest.mark.parametrize(
+    ("size", "pixels"),
+    [
+        *(("16x16", "yuv420p"), ("16x16", "gray"), ("226x222", "gbrp"), ("226x222", "yuv420p")),
+        *(("448x448", "yuv444p10le"), ("640x360", "yuv420p"), ("640x360", "rgb565le"), ("34x98", "yuv420p")),
+    ],
+)
+def test_planar_scaling_gives_the_same_values(
     size: str, pixels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scaling into planes is a matter of speed alone."""
     wide, high = map(int, size.split("x"))
     track = VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)
     order = DecodePass(fd=0, info=None, shift=0, end_s=2.0, max_pixels=1 << 20)  # type: ignore[arg-type]
@@ -191,5 +202,5 @@ def test_planes_cut_before_interleaving_hold_the_same_values(
 
 
 @pytest.mark.parametrize(("wide", "high"), [(336, 224), (224, 400), (0, 0), (8, 640)])
-def test_pictures_that_planes_would_round_otherwise_are_scaled_the_plain_way(wide: int, high: int) -> None:
+def test_pictures_that_planes_would_round_differently_are_scaled_directly(wide: int, high: int) -> None:
     assert planar_filters(VideoTrack(index=0, start_s=0.0, duration_s=1.0, width=wide, height=high)) == ()

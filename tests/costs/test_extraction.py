@@ -76,21 +76,21 @@ def test_ray_copies_no_frames_on_the_way_into_a_batch(media_folder: Path) -> Non
 
     def batches(rows_a_block: int) -> list[dict[str, int]]:
         def open_page(batch: pa.Table) -> pa.Table:
-            chunks, held = batch["frames"].num_chunks, pa.total_allocated_bytes()
-            return pa.table({"rows": [len(batch)], "chunks": [chunks], "held": [held]})
+            chunks, allocated = batch["frames"].num_chunks, pa.total_allocated_bytes()
+            return pa.table({"rows": [len(batch)], "chunks": [chunks], "allocated": [allocated]})
 
         blocks = [pa.concat_tables([clip] * rows_a_block)] * (2 * BATCH // rows_a_block)
-        found = ray.data.from_arrow(blocks).map_batches(
+        batches = ray.data.from_arrow(blocks).map_batches(
             open_page, batch_size=BATCH, batch_format="pyarrow", num_cpus=1
         )
-        return found.take_all()
+        return batches.take_all()
 
     frames = clip["frames"][0].as_buffer().size
     for rows_a_block in (1, BATCH // 2, BATCH):
         for batch in batches(rows_a_block):
             assert (batch["rows"], batch["chunks"]) == (BATCH, BATCH)
-            assert batch["held"] < frames
-    assert max(batch["held"] for batch in batches(2 * BATCH)) > 2 * BATCH * frames
+            assert batch["allocated"] < frames
+    assert max(batch["allocated"] for batch in batches(2 * BATCH)) > 2 * BATCH * frames
 
 
 @pytest.mark.usefixtures("local_ray")

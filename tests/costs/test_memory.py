@@ -90,9 +90,9 @@ def peak_of(tmp_path: Path, recording: Path, clips: int, patience_s: int) -> int
     environment = os.environ | RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=patience_s, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert found["stored"] == found["inputs"] == clips
-    return found["peak"]
+    report = json.loads(done.stdout)
+    assert report["stored"] == report["inputs"] == clips
+    return report["peak"]
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_a_store_without_an_index_is_searched_in_memory(
 def test_samples_of_recall_share_one_exact_search(
     store: FeatureStore, count: Callable[..., Counter[str]]
 ) -> None:
-    searches = count(serving_recall, "search", lambda _, wanted: len(wanted.queries_QD))
+    searches = count(serving_recall, "search_blocks", lambda _, wanted: len(wanted.queries_QD))
     samplings = {"all": Sampling(queries=40), "again": Sampling(queries=40), "few": Sampling(queries=10)}
     found = measure_recalls(store, ALWAYS, samplings)
     assert found["all"].pairs[0].at_10 == found["again"].pairs[0].at_10 > 0.9

@@ -1,4 +1,4 @@
-"""What an epoch costs, in counts: rows and bytes read, calls, memory that is asked for, forwards of experts.
+"""What an epoch costs, in counts: rows and bytes read, calls, memory allocated, forwards of experts.
 
 No clock is read, so that the machine may be busy. Twelve clips of 40 s and sixty questions about them in four
 texts; D = 1024 makes a batch large enough for memory that goes round.
@@ -20,16 +20,16 @@ from r2scp.model.batch import AUDIO, Tokens
 from r2scp.model.config import ModelConfig, Stage
 from r2scp.model.r2scp import R2SCP
 from r2scp.pipelines.batches import expert_cache as expert_states
-from r2scp.pipelines.batches import pooled_gather as gather
+from r2scp.pipelines.batches import pooled_gather
 from r2scp.pipelines.batches.dataset import BatchRequest, Dataset, NeighbourRows
-from r2scp.pipelines.batches.examples import QuestionFilter, Clips, Examples, Pins
+from r2scp.pipelines.batches.examples import Clips, Examples, Pins, QuestionFilter
 from r2scp.pipelines.batches.expert_cache import ExpertCache
 from r2scp.pipelines.batches.prefetch import prefetch, shuffled_batches
 from r2scp.pipelines.extraction.embed import key_of
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Retrieval, Table
-from r2scp.store.token_cache import SequenceCache
+from r2scp.store.token_cache import TokenCache
 
 Write = Callable[[FeatureStore, Table, Sequence[Mapping[str, object]]], None]
 
@@ -42,7 +42,7 @@ INDEX = IndexSettings(retrieval=(Retrieval.CROSS,), n=2)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, write: Write) -> FeatureStore:
-    made = FeatureStore.create(str(tmp_path_factory.mktemp("cost") / "store"), "cost", DIM)
+    store = FeatureStore.create(str(tmp_path_factory.mktemp("cost") / "store"), "cost", DIM)
     rng = np.random.default_rng(3)
 
     def unit(rows: int) -> np.ndarray:
@@ -74,10 +74,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, write: Write) -> FeatureStor
         }
         for number in range(QUESTIONS)
     ]
-    write(made, Table.CLIPS, clips)
-    write(made, Table.QUESTIONS, questions)
-    run_index(made, INDEX, lambda mode, done, total: None)
-    return made
+    write(store, Table.CLIPS, clips)
+    write(store, Table.QUESTIONS, questions)
+    run_index(store, INDEX, lambda mode, done, total: None)
+    return store
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def dataset(store: FeatureStore) -> Dataset:
         clips=clips,
         examples=Examples.read(store, pins, clips, QuestionFilter(split="train"), ANSWERS),
         neighbours=NeighbourRows.read(store, pins, clips, INDEX, Retrieval.CROSS, 2),
-        cache=SequenceCache(1 << 24),
+        cache=TokenCache(1 << 24),
     )
 
 
@@ -110,9 +110,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
 
 @pytest.fixture
 def no_spare() -> Iterator[None]:
-    gather._pool.clear()
+    pooled_gather._pool.clear()
     yield
-    gather._pool.clear()
+    pooled_gather._pool.clear()
 
 
 def whole(rows: np.ndarray) -> BatchRequest:
@@ -152,11 +152,11 @@ def test_sentences_are_held_once_for_a_text(dataset: Dataset) -> None:
 def test_a_smaller_cache_reads_again_and_stays_small(
     dataset: Dataset, taken: list[tuple[list[str], int]]
 ) -> None:
-    few = replace(dataset, cache=SequenceCache(20 * CLIP_BYTES))  # of 24 sequences
+    few = replace(dataset, cache=TokenCache(20 * CLIP_BYTES))  # of 24 sequences
     for number in range(3):
         for rows in epoch(few, number):
-            batch, wanted = few.batch(rows, whole(rows)), dataset.batch(rows, whole(rows))
-            assert torch.equal(batch.visual_BLC, wanted.visual_BLC)
+            batch, expected = few.batch(rows, whole(rows)), dataset.batch(rows, whole(rows))
+            assert torch.equal(batch.visual_BLC, expected.visual_BLC)
             assert few.cache.bytes <= 20 * CLIP_BYTES
     assert sum(few._clips.rows_read.values()) > 2 * CLIPS
 
@@ -165,58 +165,60 @@ def test_a_smaller_cache_reads_again_and_stays_small(
 def test_batches_are_written_into_memory_that_was_used_before(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """New memory is asked for as long as batches are in flight, and then no more."""
-    asked: list[int] = []
-    real = gather._new
+    """New memory is allocated only while batches are in flight."""
+    allocated: list[int] = []
+    real = pooled_gather._allocate
 
     def noted(size: int) -> np.ndarray:
-        asked.append(size)
+        allocated.append(size)
         return real(size)
 
-    monkeypatch.setattr(gather, "_new", noted)
+    monkeypatch.setattr(pooled_gather, "_allocate", noted)
     batches = [rows for number in range(6) for rows in epoch(dataset, number)]
     seen = 0
     for at, _ in enumerate(prefetch(lambda rows: dataset.batch(rows, whole(rows)), batches)):
         if at == 12:
-            seen = len(asked)
+            seen = len(allocated)
     gc.collect()
     large = 4  # tensors of a batch that are not small: sound, picture, nearest, farthest
-    assert 0 < len(asked) <= large * 6, "two wait, one is worked on, one is made, one goes"
-    assert len(asked) - seen <= large
-    assert gather.pooled_bytes() <= gather.POOL_BYTES
+    assert 0 < len(allocated) <= large * 6, "two wait, one is worked on, one is being made, one goes"
+    assert len(allocated) - seen <= large
+    assert pooled_gather.pooled_bytes() <= pooled_gather.POOL_BYTES
 
 
 @pytest.mark.usefixtures("no_spare")
 def test_memory_goes_round_only_when_nobody_has_it() -> None:
-    rows = torch.arange(4 * gather.MIN_POOLED_BYTES, dtype=torch.float32).view(4, -1)
-    first = gather.take_rows(rows, torch.tensor([1, 0]))
+    rows = torch.arange(4 * pooled_gather.MIN_POOLED_BYTES, dtype=torch.float32).view(4, -1)
+    first = pooled_gather.take_rows(rows, torch.tensor([1, 0]))
     part = first[1, :3]  # shares its memory
     kept = part.clone()
     address = first.data_ptr()
     del first
-    second = gather.take_rows(rows, torch.tensor([2, 3]))
+    second = pooled_gather.take_rows(rows, torch.tensor([2, 3]))
     assert second.data_ptr() != address
     assert torch.equal(part, kept)
     del part
-    third = gather.take_rows(rows, torch.tensor([3, 1]))
+    third = pooled_gather.take_rows(rows, torch.tensor([3, 1]))
     assert third.data_ptr() == address, "it was not used again"
     assert torch.equal(third, rows[[3, 1]])
     assert torch.equal(second, rows[[2, 3]])
-    assert gather.take_rows(rows, torch.tensor([0, 1]), out=third) is third
+    assert pooled_gather.take_rows(rows, torch.tensor([0, 1]), out=third) is third
     assert torch.equal(third, rows[:2])
 
 
 @pytest.mark.usefixtures("no_spare")
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "SPARE_BYTES", 3 * gather.MIN_POOLED_BYTES)
-    many = [gather.pooled_empty((gather.MIN_POOLED_BYTES,), torch.uint8) for _ in range(6)]
+    monkeypatch.setattr(pooled_gather, "POOL_BYTES", 3 * pooled_gather.MIN_POOLED_BYTES)
+    many = [pooled_gather.pooled_empty((pooled_gather.MIN_POOLED_BYTES,), torch.uint8) for _ in range(6)]
     many.clear()
-    assert gather.pooled_bytes() == 3 * gather.MIN_POOLED_BYTES
-    small = gather.pooled_empty((gather.MIN_POOLED_BYTES - 1,), torch.uint8)
+    assert pooled_gather.pooled_bytes() == 3 * pooled_gather.MIN_POOLED_BYTES
+    small = pooled_gather.pooled_empty((pooled_gather.MIN_POOLED_BYTES - 1,), torch.uint8)
     del small
-    large = gather.pooled_empty((gather.MAX_OVERSIZE * gather.MIN_POOLED_BYTES + 1,), torch.uint8)  # none of them fits
-    assert gather.pooled_bytes() == 3 * gather.MIN_POOLED_BYTES
-    assert large.numel() > gather.MAX_OVERSIZE * gather.MIN_POOLED_BYTES
+    large = pooled_gather.pooled_empty(
+        (pooled_gather.MAX_OVERSIZE * pooled_gather.MIN_POOLED_BYTES + 1,), torch.uint8
+    )  # none of them fits
+    assert pooled_gather.pooled_bytes() == 3 * pooled_gather.MIN_POOLED_BYTES
+    assert large.numel() > pooled_gather.MAX_OVERSIZE * pooled_gather.MIN_POOLED_BYTES
 
 
 def test_a_clip_is_read_once_and_passes_each_expert_once(
@@ -241,7 +243,7 @@ def test_a_clip_is_read_once_and_passes_each_expert_once(
     states = ExpertCache(model, [dataset], tmp_path, torch.device("cpu"))
     read = {name: sum(count for columns, count in taken if columns == [name]) for name in ("audio", "visual")}
     assert 0 < min(read.values()) <= max(read.values()) <= CLIPS
-    assert dataset.cache.bytes <= TEXTS * WORDS * DIM * 2, "clips are held that nobody will look at again"
+    assert dataset.cache.bytes <= TEXTS * WORDS * DIM * 2, "clips that nobody reads again are kept"
     assert passed == {AUDIO: 2 * CLIPS, AUDIO + 1: 2 * CLIPS}
     assert states.forwards == 4 * CLIPS + TEXTS
     taken.clear()

@@ -79,7 +79,9 @@ def evaluated_run(
     store = FeatureStore.open(shutil.copytree(learnable_store.uri, folder / "store").as_posix())
     clips = {row["clip_id"]: row for row in store.clips(["clip_id", "corpus", "split", "labels"]).to_pylist()}
     write_rows(store, Table.QUESTIONS, odd_questions([clips[f"music-avqa/{at}"] for at in range(26)]))
-    train_with_baselines(quick_plan(folder / "run", store, evaluate_rows=7), TrainOptions(threads=1), lambda *_: None)
+    train_with_baselines(
+        quick_plan(folder / "run", store, evaluate_rows=7), TrainOptions(threads=1), lambda *_: None
+    )
     return store, folder / "run"
 
 
@@ -118,20 +120,22 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
                 viewport={"width": width, "height": 900}, color_scheme=scheme, locale="en-GB"
             )
             contexts.append(context)
-            looked = Page(browser, context.new_page())
+            shown = Page(browser, context.new_page())
             loud = ("error", "warning")
-            page, itself = looked.page, html.resolve().as_uri()
-            page.on("console", lambda said: said.type in loud and looked.errors.append(said.text))
-            page.on("pageerror", lambda error: looked.page_errors.append(str(error)))
-            page.on("dialog", lambda dialog: (looked.dialogs.append(dialog.message), dialog.dismiss()))
+            page, itself = shown.page, html.resolve().as_uri()
+            page.on("console", lambda message: message.type in loud and shown.errors.append(message.text))
+            page.on("pageerror", lambda error: shown.page_errors.append(str(error)))
+            page.on("dialog", lambda dialog: (shown.dialogs.append(dialog.message), dialog.dismiss()))
             page.on(
                 "request",
-                lambda asked: (
-                    asked.url == itself or asked.url.startswith("data:") or looked.requests.append(asked.url)
+                lambda request: (
+                    request.url == itself
+                    or request.url.startswith("data:")
+                    or shown.requests.append(request.url)
                 ),
             )
             page.goto(itself, wait_until="load")
-            return looked
+            return shown
 
         return browser.do(opened)
 

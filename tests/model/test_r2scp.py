@@ -463,9 +463,9 @@ def test_a_batch_refuses_what_cannot_be_answered() -> None:
     silent_BW[2] = False
     with pytest.raises(ValueError, match=r"at least one word.*rows \[2\]"):
         replace(batch, words_mask_BW=silent_BW)
-    with pytest.raises(ValueError, match="say absent"):
+    with pytest.raises(ValueError, match="mark it absent"):
         replace(batch, audio_mask_BL=torch.zeros_like(batch.audio_mask_BL))
-    with pytest.raises(ValueError, match="one of the choices that are there"):
+    with pytest.raises(ValueError, match="choices that are not masked"):
         replace(batch, target_B=torch.full((6,), 3))
     with pytest.raises(ValueError, match="visual features must be"):
         replace(batch, visual_BLC=batch.visual_BLC[..., :-1])

@@ -1,6 +1,6 @@
-"""`FeatureStore`: opening says clearly what is wrong, reads and writes agree, maintenance loses no row.
+"""`FeatureStore`: opening reports errors clearly, reads and writes agree, maintenance loses no row.
 
-The same journey runs on a folder and, through a server on loopback, on an object store.
+The end-to-end test runs on a folder and, through a server on loopback, on an object store.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,8 @@ import pytest
 from r2scp.store import feature_store
 from r2scp.store.errors import FailureReason, FingerprintMismatch, LeaseHeld, StoreError
 from r2scp.store.feature_store import FeatureStore, InputRecord
-from r2scp.store.maintenance import clean
+from r2scp.store.maintenance import clean, superseded
+from r2scp.store.runs import RunSpec, recorded_run
 from r2scp.store.schema import SCHEMA_VERSION, Table
 
 DIM = 4
@@ -24,7 +25,7 @@ NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 @pytest.fixture(params=["folder", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "folder":
         return SimpleNamespace(uri=str(tmp_path / "store"), options={})
     return request.getfixturevalue("object_store")("features")
@@ -71,13 +72,13 @@ def failure(clip_id: str, **changes: object) -> dict[str, object]:
 
 
 def put(store: FeatureStore, table: Table, *rows: dict[str, object]) -> int:
-    given = pa.Table.from_pylist(list(rows), schema=store.address(table).schema)
-    return store.commit(table, [store.stage(table, given)], {"run": "test"})
+    staged = store.stage(table, pa.Table.from_pylist(list(rows), schema=store.address(table).schema))
+    return store.commit(table, [staged], {"run": "test"})
 
 
-def test_the_whole_journey(place: Any) -> None:
+def test_end_to_end(location: Any) -> None:
     """Create, lease, stage, commit, replace, tag, compact, clean, on any kind of store."""
-    store = FeatureStore.create(place.uri, "encoder-a", DIM, place.options)
+    store = FeatureStore.create(location.uri, "encoder-a", DIM, location.options)
     with store.lease("test").hold() as lease:
         lease.require()
         with pytest.raises(LeaseHeld):
@@ -88,7 +89,7 @@ def test_the_whole_journey(place: Any) -> None:
         store.record_run({"run_id": "r", "status": "done"})
     with store.lease("next").hold():
         pass
-    opened = FeatureStore.open(place.uri, storage_options=place.options)
+    opened = FeatureStore.open(location.uri, storage_options=location.options)
     assert (opened.fingerprint, opened.dim) == ("encoder-a", DIM)
     assert opened.clips(columns=["clip_id"]).num_rows == 5
     assert opened.clips(where="split = 'test'")["clip_id"].to_pylist() == ["c/3"]
@@ -98,14 +99,14 @@ def test_the_whole_journey(place: Any) -> None:
     assert opened.dataset(Table.RUNS).count_rows() == 1
 
 
-def test_no_store_says_how_to_make_one(tmp_path: Path) -> None:
+def test_a_missing_store_says_how_to_create_one(tmp_path: Path) -> None:
     assert FeatureStore.encoders(str(tmp_path)) == {}
     with pytest.raises(StoreError, match=r"no store at .*nowhere.*r2scp-pipe extract --store"):
         FeatureStore.open(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_several_encoders_must_be_told_apart(tmp_path: Path) -> None:
+def test_several_encoders_must_be_distinguished(tmp_path: Path) -> None:
     uri = str(tmp_path / "store")
     FeatureStore.create(uri, "encoder-a", DIM)
     FeatureStore.create(uri, "encoder-b", 2 * DIM)
@@ -114,7 +115,7 @@ def test_several_encoders_must_be_told_apart(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"several encoders.*encoder-a, encoder-b"):
         FeatureStore.open(uri)
     assert FeatureStore.open(uri, "encoder-b").dim == 2 * DIM
-    with pytest.raises(FingerprintMismatch, match=r"no encoder encoder-c.*there is: encoder-a, encoder-b"):
+    with pytest.raises(FingerprintMismatch, match=r"no encoder encoder-c.*it has: encoder-a, encoder-b"):
         FeatureStore.open(uri, "encoder-c")
     with pytest.raises(FingerprintMismatch, match=r"encoder-a has width 4.*got 5"):
         FeatureStore.create(uri, "encoder-a", 5)
@@ -128,8 +129,8 @@ def test_another_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         FeatureStore.open(str(tmp_path))
 
 
-def test_a_creation_cut_short_is_completed(tmp_path: Path) -> None:
-    """The catalogue comes last: what a crash left before it is no store yet, and creating again heals it."""
+def test_an_interrupted_creation_is_completed(tmp_path: Path) -> None:
+    """The catalogue is written last: after a crash before it there is no store yet, and creating it again works."""
     half = FeatureStore(str(tmp_path), "encoder-a", DIM)
     half.address(Table.CLIPS).create()
     with pytest.raises(StoreError, match="no store"):
@@ -138,7 +139,7 @@ def test_a_creation_cut_short_is_completed(tmp_path: Path) -> None:
     assert set(store.versions()) >= {"clips", "questions", "failures", "runs"}
 
 
-def test_a_relative_address_means_the_same_from_everywhere(
+def test_a_relative_path_works_from_other_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers run in other folders and must stage rows where the driver commits them."""
@@ -151,7 +152,7 @@ def test_a_relative_address_means_the_same_from_everywhere(
     assert FeatureStore.open(str(tmp_path / "mine")).clips().num_rows == 1
 
 
-def test_known_takes_the_newer_of_row_and_failure(store: FeatureStore) -> None:
+def test_input_records_come_from_the_newer_of_row_and_failure(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/fine"), clip("c/broke"), clip("c/mended"), clip("other/1"))
     later, sooner = NOON + timedelta(seconds=1), NOON - timedelta(seconds=1)
     put(
@@ -162,30 +163,30 @@ def test_known_takes_the_newer_of_row_and_failure(store: FeatureStore) -> None:
         failure("c/never", bytes=None, mtime_ns=None, content_sha256=None),
         failure("other/2"),
     )
-    known = store.input_records("c")
+    records = store.input_records("c")
     metadata = ("train", ("a", "b"), None, None)
-    stored = InputRecord(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1", metadata=described)
-    assert known == {
+    stored = InputRecord(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1", metadata=metadata)
+    assert records == {
         "c/fine": stored,
         "c/mended": stored,
         "c/broke": InputRecord(20, 5, "cd" * 32, "grid1", "corrupt", 3),
         "c/never": InputRecord(None, None, None, "grid1", "corrupt", 1),
     }
     assert store.input_records("o'ther") == {}
-    assert store.superseded() == (["c/broke"], ["c/mended"])
+    assert superseded(store) == (["c/broke"], ["c/mended"])
 
 
-def test_missing_keeps_the_order_of_the_question(store: FeatureStore) -> None:
+def test_missing_keeps_the_order(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/2"), clip("c/4"))
     assert store.missing(f"c/{i}" for i in (5, 4, 3, 2, 1)) == ["c/5", "c/3", "c/1"]
 
 
-def test_status_counts_what_is_there(store: FeatureStore) -> None:
+def test_status_counts_rows(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/1"), clip("c/2", split="test", visual_status="partial"), clip("d/1"))
     put(store, Table.FAILURES, failure("c/9"))
     put(store, Table.QUESTIONS, {"question_id": "c/q", "corpus": "c", "split": "val"})
     store.publish("r")
-    status = store.status()
+    status: Any = store.status()
     assert status["clips"] == {
         "rows": 3,
         "by_corpus": {"c": 2, "d": 1},
@@ -202,7 +203,7 @@ def test_status_counts_what_is_there(store: FeatureStore) -> None:
     assert (status["encoder"], status["dim"]) == ("encoder-a", DIM)
 
 
-def test_what_goes_in_comes_out(store: FeatureStore) -> None:
+def test_rows_are_read_as_written(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/1"))
     [row] = store.clips().to_pylist()
     assert row["mtime_ns"] == 1_800_000_000_123_456_789
@@ -213,7 +214,7 @@ def test_what_goes_in_comes_out(store: FeatureStore) -> None:
     assert np.linalg.norm(row["visual_key"]) == pytest.approx(1, abs=1e-6)
 
 
-def test_errors_of_reading_are_clear(store: FeatureStore) -> None:
+def test_read_errors_are_clear(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match=r"colour.*its columns: clip_id, corpus"):
         store.clips(columns=["colour"])
     with pytest.raises(StoreError, match="cannot read clips"):
@@ -222,7 +223,7 @@ def test_errors_of_reading_are_clear(store: FeatureStore) -> None:
         store.clips(version="no-such-tag")
 
 
-def test_a_notebook_opens_the_database_with_lancedb(store: FeatureStore) -> None:
+def test_lancedb_opens_the_database(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/1"), clip("c/2", visual_key=[0, 0, 0, 1]))
     database = lancedb.connect(store.database)
     table = database.open_table("clips")
@@ -231,16 +232,16 @@ def test_a_notebook_opens_the_database_with_lancedb(store: FeatureStore) -> None
     assert nearest[0]["clip_id"] == "c/2"
 
 
-def test_a_passing_failure_does_not_take_the_clip_with_it(store: FeatureStore) -> None:
+def test_a_transient_failure_does_not_supersede_the_clip(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/slow"), clip("c/broke"))
     later = NOON + timedelta(seconds=1)
     reasons = {"c/slow": FailureReason.TIMEOUT, "c/broke": FailureReason.CORRUPT}
     rows = [failure(clip_id, at=later, reason=reason.value) for clip_id, reason in reasons.items()]
     put(store, Table.FAILURES, *rows)
-    assert store.superseded() == (["c/broke"], [])
+    assert superseded(store) == (["c/broke"], [])
 
 
-def test_clips_are_described_anew_without_touching_their_features(store: FeatureStore) -> None:
+def test_metadata_is_updated_without_the_features(store: FeatureStore) -> None:
     put(store, Table.CLIPS, clip("c/1"), clip("c/2"), clip("c/3"))
     before = {row["clip_id"]: row for row in store.clips().to_pylist()}
     version = store.dataset(Table.CLIPS).version
@@ -256,6 +257,8 @@ def test_clips_are_described_anew_without_touching_their_features(store: Feature
 def test_killed_runs_are_marked(store: FeatureStore) -> None:
     for run_id, status in (("killed", "running"), ("whole", "done")):
         store.record_run({"run_id": run_id, "kind": "extract", "status": status, "started_at": NOON})
-    store.interrupt_runs()
-    runs = store.dataset(Table.RUNS).to_table(columns=["run_id", "status"]).to_pylist()
-    assert {row["run_id"]: row["status"] for row in runs} == {"killed": "interrupted", "whole": "done"}
+    spec = RunSpec(kind="extract", purpose="test", config={}, counts=dict)
+    with recorded_run(store, spec) as run:
+        runs = store.dataset(Table.RUNS).to_table(columns=["run_id", "status"]).to_pylist()
+    statuses = {row["run_id"]: row["status"] for row in runs}
+    assert statuses == {"killed": "interrupted", "whole": "done", run.run_id: "running"}

@@ -19,8 +19,8 @@ import pytest
 from r2scp.store import lease as runs
 from r2scp.store.commits import TableAddress
 from r2scp.store.errors import LeaseHeld, StoreError
-from r2scp.store.lease import LEASE_SCHEMA, LEASE_SECONDS, LONG_AGO_S, Lease, new_run_id, put_row
-from r2scp.store.schema import runs_schema
+from r2scp.store.lease import LEASE_SCHEMA, LEASE_SECONDS, MAX_CLOCK_SKEW_S, Lease, new_run_id, put_row
+from r2scp.store.schema import Table, table_schema
 
 #: Takes the lease, says so, and holds it until a line comes in.
 HOLDER = """
@@ -120,7 +120,7 @@ def test_an_expired_lease_is_watched_and_then_free(address: TableAddress, clock:
 
 def test_a_lease_of_long_ago_is_free_at_once(address: TableAddress, clock: Clock) -> None:
     Lease(address, "first", clock=clock, pause=clock.sleep).acquire()
-    clock.now += LEASE_SECONDS + LONG_AGO_S + 1
+    clock.now += LEASE_SECONDS + MAX_CLOCK_SKEW_S + 1
     began = clock.now
     Lease(address, "second", clock=clock, pause=clock.sleep).acquire()
     assert clock.now == began
@@ -135,7 +135,7 @@ def test_a_clock_that_is_wrong_takes_nothing_from_a_living_holder(
         def beats(seconds: float) -> None:
             clock.now += seconds
             if clock.now % (LEASE_SECONDS / 4) < seconds:
-                first._beat()
+                first._heartbeat()
 
         with pytest.raises(LeaseHeld, match="first on "):
             Lease(address, "wrong", clock=lambda: clock.now + ahead_s, pause=beats).acquire()
@@ -181,8 +181,8 @@ def test_heartbeats_renew_the_lease(
     monkeypatch.setattr(runs, "HEARTBEATS_PER_LEASE", LEASE_SECONDS * 100)  # one every 10 ms
     renewed = threading.Event()
     lease = Lease(address, "first", clock=clock, pause=clock.sleep)
-    beat = lease._beat
-    monkeypatch.setattr(lease, "_beat", lambda: (beat(), clock.now > 1_800_000_000.0 and renewed.set()))
+    beat = lease._heartbeat
+    monkeypatch.setattr(lease, "_heartbeat", lambda: (beat(), clock.now > 1_800_000_000.0 and renewed.set()))
     with lease.hold():
         clock.now += LEASE_SECONDS / 2
         assert renewed.wait(60)
@@ -204,7 +204,7 @@ def test_a_store_that_fails_now_and_then(
         with monkeypatch.context() as patch:
             patch.setattr(lease, "_write", fails)
             clock.now += LEASE_SECONDS - 1
-            lease._beat()
+            lease._heartbeat()
             lease.require()
             clock.now += 1
             with pytest.raises(StoreError, match="unplugged"):
@@ -283,7 +283,7 @@ def test_the_table_of_leases_stays_small(address: TableAddress, clock: Clock) ->
 
 
 def test_a_run_is_one_row_however_often_it_is_recorded(tmp_path: Path) -> None:
-    address = TableAddress(uri=str(tmp_path / "runs.lance"), schema=runs_schema())
+    address = TableAddress(uri=str(tmp_path / "runs.lance"), schema=table_schema(Table.RUNS, 4))
     address.create()
     started = datetime(2026, 1, 31, 12, tzinfo=UTC)
     row = {"run_id": "it's", "kind": "extract", "status": "running", "started_at": started}

@@ -1,4 +1,4 @@
-"""Compaction and cleaning: no row is lost, no file is left over, old versions go."""
+"""Compaction and cleaning: no row is lost, no file is left over, old versions are removed."""
 
 import statistics
 import time
@@ -41,7 +41,7 @@ def test_compaction_keeps_every_row(store: FeatureStore, write: Write) -> None:
     assert rows(store) == before
     version = store.dataset(Table.CLIPS).version
     assert compact(store) == {"clips": 0}
-    assert store.dataset(Table.CLIPS).version == version, "compacting what is compact writes nothing"
+    assert store.dataset(Table.CLIPS).version == version, "compacting again writes nothing"
     write(store, Table.CLIPS, [clip("c/1", split="test"), clip("c/new")])
     assert store.clips(where="clip_id = 'c/1'")["split"].to_pylist() == ["test"]
     assert store.clips().num_rows == len(before) + 1
@@ -50,7 +50,7 @@ def test_compaction_keeps_every_row(store: FeatureStore, write: Write) -> None:
     assert store.clips().num_rows == len(before) + 1
 
 
-def test_a_fragment_of_which_much_was_deleted_is_written_again(store: FeatureStore, write: Write) -> None:
+def test_a_fragment_with_many_deleted_rows_is_rewritten(store: FeatureStore, write: Write) -> None:
     write(store, Table.CLIPS, [clip(f"c/{number}") for number in range(100)])
     store.commit(Table.CLIPS, [], {}, also_delete=[f"c/{i}" for i in range(20)])
     assert compact(store) == {"clips": 0}
@@ -61,45 +61,49 @@ def test_a_fragment_of_which_much_was_deleted_is_written_again(store: FeatureSto
     assert store.clips().num_rows == 70
 
 
-def test_what_a_crash_left_goes_when_nobody_else_writes(store: FeatureStore, write: Write) -> None:
+def test_the_lease_holder_removes_what_a_crash_left(store: FeatureStore, write: Write) -> None:
     write(store, Table.CLIPS, [clip("c/1")])
     folder = Path(store.address(Table.CLIPS).uri)
-    before = {path for path in (folder / "data").iterdir()}
-    (folder / "_transactions" / ".tmpAbC").write_bytes(b"half")  # as Lance writes before it renames
+
+    def data_files() -> set[Path]:
+        return set((folder / "data").iterdir())
+
+    before = data_files()
+    (folder / "_transactions" / ".tmpAbC").write_bytes(b"half")  # Lance renames it when it is complete
     store.stage(Table.CLIPS, store.clips())  # and then the process dies
-    assert {path for path in (folder / "data").iterdir()} > before
+    assert data_files() > before
     clean(store)
-    assert {path for path in (folder / "data").iterdir()} > before, "it may be another's work in progress"
-    clean(store, alone=True)
-    assert {path for path in (folder / "data").iterdir()} == before
+    assert data_files() > before, "it may be another writer's work in progress"
+    clean(store, exclusive=True)
+    assert data_files() == before
     assert not [path for path in folder.rglob(".tmp*")]
     assert rows(store)[0]["clip_id"] == "c/1"
 
 
 @pytest.mark.slow
 def test_many_small_commits_do_not_slow_a_store(store: FeatureStore, write: Write, tmp_path: Path) -> None:
-    """500 commits, then upkeep: reading ids takes less than twice as long as of a store written at once."""
+    """500 commits, then maintenance: reading ids takes less than twice as long as from one commit."""
     for number in range(500):
         write(store, Table.CLIPS, [clip(f"c/{number}-{each}") for each in range(4)])
     slow = scan_s(store)
     compact(store)
-    clean(store, timedelta(0), alone=True)
+    clean(store, timedelta(0), exclusive=True)
     fresh = FeatureStore.create(str(tmp_path / "fresh"), "encoder-a", DIM)
     write(fresh, Table.CLIPS, [clip(f"c/{number}-{each}") for number in range(500) for each in range(4)])
-    kept, best = scan_s(store), scan_s(fresh)
+    maintained, best = scan_s(store), scan_s(fresh)
     print(
-        f"ids of 2,000 clips: {1e3 * slow:.2f} ms after 500 commits, {1e3 * kept:.2f} ms after upkeep, "
+        f"ids of 2,000 clips: {1e3 * slow:.2f} ms after 500 commits, {1e3 * maintained:.2f} ms after maintenance, "
         f"{1e3 * best:.2f} ms written at once"
     )
-    assert kept < 2 * best
+    assert maintained < 2 * best
     assert len(store.dataset(Table.CLIPS).get_fragments()) == 1
 
 
 def scan_s(store: FeatureStore) -> float:
     """Median seconds to open the table and read all ids."""
-    taken = []
+    seconds = []
     for _ in range(21):
         start = time.perf_counter()
         assert store.clips(["clip_id"]).num_rows == 2_000
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

@@ -1,5 +1,5 @@
 "use strict";
-// Tables are sorted by their headings: up, down, and back to how they came. Without this script they stand as they came.
+// A click on a heading sorts its table: ascending, descending, original order. Without this script tables keep their order.
 
 function key(row, column) {
   const cell = row.cells[column];
@@ -25,20 +25,20 @@ function sort(table, heading) {
   const column = heading.cellIndex;
   const sign = next === "descending" ? -1 : 1;
   const body = table.tBodies[0];
-  const rows = [...table.came];
+  const rows = [...table.originalRows];
   if (next) {
     rows.sort((left, right) => {
       const a = key(left, column);
       const b = key(right, column);
-      const lacks = missing(a, numeric) - missing(b, numeric);
-      return lacks || (missing(a, numeric) ? 0 : sign * compare(a, b, numeric));
+      const missingLast = missing(a, numeric) - missing(b, numeric);
+      return missingLast || (missing(a, numeric) ? 0 : sign * compare(a, b, numeric));
     });
   }
   body.append(...rows);
 }
 
 for (const table of document.querySelectorAll("table[data-sortable]")) {
-  table.came = [...table.tBodies[0].rows];
+  table.originalRows = [...table.tBodies[0].rows];
   for (const heading of table.tHead.rows[0].cells) {
     const button = document.createElement("button");
     button.type = "button";
@@ -48,7 +48,7 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
   }
 }
 
-// What fits needs no stop on the way of the Tab key.
+// Only regions that scroll are stops of the Tab key.
 const watch = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
@@ -57,7 +57,7 @@ const watch = new ResizeObserver((entries) => {
 });
 for (const region of document.querySelectorAll(".scroll")) watch.observe(region);
 
-// Paper cannot be opened.
+// Folded details are opened for printing.
 let closed = [];
 addEventListener("beforeprint", () => {
   closed = [...document.querySelectorAll("details:not([open])")];

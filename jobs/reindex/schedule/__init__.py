@@ -1,1 +1,1 @@
-"""Running jobs at their times, here or by another scheduler."""
+"""Running jobs on their schedule, here or with another scheduler."""

@@ -1,19 +1,18 @@
 """A job's schedule as manifests for Kubernetes: one run, KubeRay's own schedule, or Kubernetes' CronJob.
 
-- `rayjob`: one run now, on a Ray cluster that KubeRay makes for it and takes down afterwards.
-- `raycronjob`: the same by schedule. KubeRay 1.6 and later, behind its feature gate RayCronJob (alpha). It
-  has no rule against overlap, and starts each missed run; the store's lease keeps the runs apart.
-- `cronjob`: a CronJob with concurrencyPolicy Forbid whose pod submits to a Ray cluster that stands, and waits
-  for the end. Each run's submission id holds the minute that it was meant for, so that Ray refuses a second.
+- `rayjob`: one run now, on a Ray cluster that KubeRay creates for it and removes afterwards.
+- `raycronjob`: the same on a schedule. KubeRay 1.6 and later, behind its feature gate RayCronJob (alpha). It
+  allows overlap and starts every missed run; the store's lease keeps the runs apart.
+- `cronjob`: a CronJob with concurrencyPolicy Forbid whose pod submits to an existing Ray cluster and waits
+  for the end. Each run's submission id contains its scheduled minute, so that Ray refuses a duplicate.
 
-The job's file comes in a ConfigMap. Text from outside is data to YAML's own writer, never pasted.
+The job's file is in a ConfigMap. Text from outside is data for the YAML writer, never pasted.
 """
 
 import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -25,21 +24,21 @@ from r2scp.store.errors import UsageError
 
 FILE = "job.yaml"  # the key in the ConfigMap
 MOUNT = "/etc/r2scp"
-CONFIG_MAP_BYTES = 1 << 20  # the most that Kubernetes takes
-KEPT_S = 3600  # 1 h: so long the cluster of a finished RayJob stays, for its logs
-LATEST_START_S = 3600  # 1 h: so late a missed run may start; Kubernetes gives up on more than 100 missed
+MAX_CONFIG_MAP_BYTES = 1 << 20  # Kubernetes' limit
+CLUSTER_TTL_S = 3600  # the cluster of a finished RayJob stays for its logs
+START_DEADLINE_S = 3600  # latest start of a missed run; Kubernetes gives up after 100 missed ones
 PREFIX = "r2scp-"
-#: The longest names that the controllers take, with what they append to them.
-LONGEST_NAME = {"RayJob": 47, "RayCronJob": 36, "CronJob": 52}
+#: The longest names that the controllers accept, which append to them.
+MAX_NAME_LENGTH = {"RayJob": 47, "RayCronJob": 36, "CronJob": 52}
 QUANTITY = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:m|k|Ki|M|Mi|G|Gi|T|Ti)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pods:
-    """What the pods of a Ray cluster are.
+    """The pods of a Ray cluster.
 
-    `image` holds r2scp-pipe and its Ray; `workers` is how many pods beside the head, each with `cpu` cores,
-    `memory` and `gpus`, as the head has cores and memory. Raises `UsageError`.
+    `image` contains r2scp-pipe and its Ray. Each of the `workers` has `cpu` cores, `memory` and `gpus`; the
+    head has the same cores and memory. Raises `UsageError`.
     """
 
     image: str
@@ -59,8 +58,8 @@ class Pods:
 
 def rayjob(job: ScheduledJob, content: str, pods: Pods) -> str:
     """A ConfigMap with `content`, the text of the job's file, and a RayJob that runs it once."""
-    name = _name(job, "RayJob")
-    return _written(
+    name = _object_name(job, "RayJob")
+    return _to_yaml(
         _config_map(name, content),
         {
             "apiVersion": "ray.io/v1",
@@ -72,9 +71,9 @@ def rayjob(job: ScheduledJob, content: str, pods: Pods) -> str:
 
 
 def raycronjob(job: ScheduledJob, settings: ScheduleSettings, content: str, pods: Pods) -> str:
-    """A ConfigMap with `content` and a RayCronJob that makes a RayJob at each time of the schedule."""
-    name = _name(job, "RayCronJob")
-    return _written(
+    """A ConfigMap with `content` and a RayCronJob that creates a RayJob for each scheduled run."""
+    name = _object_name(job, "RayCronJob")
+    return _to_yaml(
         _config_map(name, content),
         {
             "apiVersion": "ray.io/v1",
@@ -99,8 +98,8 @@ def cronjob(job: ScheduledJob, settings: ScheduleSettings, content: str, image: 
         raise UsageError(
             f"address must be that of Ray's dashboard, such as http://ray-head-svc:8265; got {address!r}"
         )
-    name = _name(job, "CronJob")
-    # Kubernetes names the Job of each period after the CronJob and the period's minute, and fills in $(RUN)
+    name = _object_name(job, "CronJob")
+    # Kubernetes names each Job after the CronJob and its scheduled minute, and substitutes $(RUN)
     submit = ["ray", "job", "submit", "--address", address, "--submission-id", "$(RUN)"]
     submit += ["--working-dir", MOUNT, "--", "python", "-m", "r2scp.jobs", "jobs", "run", FILE]
     label = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
@@ -109,34 +108,34 @@ def cronjob(job: ScheduledJob, settings: ScheduleSettings, content: str, image: 
         "image": image,
         "command": submit,
         "env": [{"name": "RUN", "valueFrom": label}],
-        "volumeMounts": [_mount()],
+        "volumeMounts": [_job_mount()],
     }
-    pod = {"restartPolicy": "Never", "containers": [container], "volumes": [_volume(name)]}
+    pod = {"restartPolicy": "Never", "containers": [container], "volumes": [_job_volume(name)]}
     spec = {
         "schedule": kubernetes_cron(settings),
         "timeZone": settings.timezone,
         "concurrencyPolicy": "Forbid",
-        "startingDeadlineSeconds": LATEST_START_S,
+        "startingDeadlineSeconds": START_DEADLINE_S,
         "jobTemplate": {"spec": {"backoffLimit": 0, "template": {"spec": pod}}},
     }
     manifest = {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": _metadata(name, job), "spec": spec}
-    return _written(_config_map(name, content), manifest)
+    return _to_yaml(_config_map(name, content), manifest)
 
 
 def kubernetes_cron(settings: ScheduleSettings) -> str:
-    """The schedule for Kubernetes and KubeRay, which share a reader of cron's fields.
+    """The schedule for Kubernetes and KubeRay, which share a cron parser.
 
-    That reader knows no 7 for Sunday: it gets 0. And where cron asks whether a day's field begins with a star
-    (then both fields must match, else one is enough), it asks for a star without a step. A schedule that the
-    two take differently for this is refused with `UsageError`.
+    It does not know 7 for Sunday, so it gets 0. Cron requires both day fields to match if one starts with a
+    star; this parser only if one is a star without a step. A schedule with a different meaning for the two is
+    refused with `UsageError`.
     """
     minute, hour, day, month, weekday = settings.fields
-    times = settings.simulated(datetime(2000, 1, 1, tzinfo=UTC))
+    times = settings.cronsim()
     if times.day_and != (_has_star(day) or _has_star(weekday)):
-        both, one = ("both", "one") if times.day_and else ("one", "both")
+        both, either = ("both", "one") if times.day_and else ("one", "both")
         raise UsageError(
             f"cron: of day-of-month {day!r} and day-of-week {weekday!r}, {both} must match in cron "
-            f"and {one} in Kubernetes; write the days out, or leave one of the two at *"
+            f"and {either} in Kubernetes; write the days out, or leave one of the two at *"
         )
     days = sorted({number % 7 for number in times.weekdays if isinstance(number, int)})
     return " ".join((minute, hour, day, month, "*" if _has_star(weekday) else ",".join(map(str, days))))
@@ -147,14 +146,14 @@ def _has_star(text: str) -> bool:
 
 
 def _ray_job_spec(name: str, pods: Pods) -> dict[str, Any]:
-    """What RayJob and RayCronJob share: a cluster of its own, gone after the job; no second try."""
+    """Shared by RayJob and RayCronJob: a cluster of its own, removed after the job; no retries."""
     gpus = {"nvidia.com/gpu": pods.gpus} if pods.gpus else {}
     amounts = {"cpu": pods.cpu, "memory": pods.memory}
     head = {
         "name": "ray-head",
         "image": pods.image,
         "resources": _resources(amounts),
-        "volumeMounts": [_mount()],  # the job's own program runs on the head
+        "volumeMounts": [_job_mount()],  # the job's driver runs on the head
     }
     worker = {"name": "ray-worker", "image": pods.image, "resources": _resources({**amounts, **gpus})}
     group = {
@@ -168,13 +167,13 @@ def _ray_job_spec(name: str, pods: Pods) -> dict[str, Any]:
     return {
         "entrypoint": shlex.join(["python", "-m", "r2scp.jobs", "jobs", "run", f"{MOUNT}/{FILE}"]),
         "shutdownAfterJobFinishes": True,
-        "ttlSecondsAfterFinished": KEPT_S,
+        "ttlSecondsAfterFinished": CLUSTER_TTL_S,
         "backoffLimit": 0,
         "rayClusterSpec": {
             "rayVersion": version("ray"),
             "headGroupSpec": {
                 "rayStartParams": {},
-                "template": {"spec": {"containers": [head], "volumes": [_volume(name)]}},
+                "template": {"spec": {"containers": [head], "volumes": [_job_volume(name)]}},
             },
             "workerGroupSpecs": [group] if pods.workers else [],
         },
@@ -185,18 +184,18 @@ def _resources(amounts: Mapping[str, object]) -> dict[str, Any]:
     return {"requests": dict(amounts), "limits": dict(amounts)}
 
 
-def _volume(name: str) -> dict[str, Any]:
+def _job_volume(name: str) -> dict[str, Any]:
     return {"name": "job", "configMap": {"name": name}}
 
 
-def _mount() -> dict[str, Any]:
-    # the file alone, not the folder: that would bring Kubernetes' own links along
+def _job_mount() -> dict[str, Any]:
+    # only the file: mounting the folder would add Kubernetes' own links
     return {"name": "job", "mountPath": f"{MOUNT}/{FILE}", "subPath": FILE, "readOnly": True}
 
 
 def _config_map(name: str, content: str) -> dict[str, Any]:
-    if (size := len(content.encode())) > CONFIG_MAP_BYTES:
-        raise UsageError(f"the job's file must have at most {CONFIG_MAP_BYTES} bytes; got {size}")
+    if (size := len(content.encode())) > MAX_CONFIG_MAP_BYTES:
+        raise UsageError(f"the job's file must have at most {MAX_CONFIG_MAP_BYTES} bytes; got {size}")
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {FILE: content}}
 
 
@@ -204,12 +203,12 @@ def _metadata(name: str, job: ScheduledJob) -> dict[str, Any]:
     return {"name": name, "labels": {"app.kubernetes.io/name": "r2scp-pipe", "r2scp-pipe/job": job.name}}
 
 
-def _name(job: ScheduledJob, kind: str) -> str:
-    """The name of the job's objects. Raises `UsageError` where Kubernetes would."""
-    most = LONGEST_NAME[kind] - len(PREFIX)
-    if len(job.name) > most or job.name.endswith("-"):
+def _object_name(job: ScheduledJob, kind: str) -> str:
+    """The name of the job's objects. Raises `UsageError` for a name that Kubernetes refuses."""
+    maximum = MAX_NAME_LENGTH[kind] - len(PREFIX)
+    if len(job.name) > maximum or job.name.endswith("-"):
         raise UsageError(
-            f"name must have at most {most} characters and not end with - for a {kind}; got {job.name!r}"
+            f"name must have at most {maximum} characters and not end with - for a {kind}; got {job.name!r}"
         )
     return PREFIX + job.name
 
@@ -219,14 +218,14 @@ def _check_image(image: str) -> None:
         raise UsageError(f"image must be a container image such as registry/r2scp-pipe:0.1.0; got {image!r}")
 
 
-class _Writer(yaml.SafeDumper):
-    """YAML with text of several lines as such, and no anchors."""
+class _Dumper(yaml.SafeDumper):
+    """Writes multi-line text as blocks, and no anchors."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
-_Writer.add_representer(
+_Dumper.add_representer(
     str,
     lambda writer, text: writer.represent_scalar(
         "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
@@ -234,5 +233,5 @@ _Writer.add_representer(
 )
 
 
-def _written(*manifests: dict[str, Any]) -> str:
-    return yaml.dump_all(manifests, Dumper=_Writer, sort_keys=False, explicit_start=True, allow_unicode=True)
+def _to_yaml(*manifests: dict[str, Any]) -> str:
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, explicit_start=True, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Whether the neighbours that a run reads agree with what they stand in for, from the store alone."""
+"""Retrieval precision: whether the neighbours that a run reads agree with their query, from the store."""
 
 from dataclasses import dataclass
 
@@ -26,70 +26,74 @@ SIDES = ("nearest", "farthest")
 class RetrievalPrecision:
     """`agreements` by (label | answer, missing modality, side); `scores` by modality: nearest, farthest.
 
-    `leaks`: modality -> side -> (hits of the clip's own source, clips that had any, clips searched for), over
-    the whole index; a clip that serves is itself one of those hits.
+    `same_source`: modality -> side -> (hits of the clip's own source, clips with any, clips searched for),
+    over the whole index; a clip of the bank counts as such a hit of itself.
     """
 
     retrieval: str
-    n: int  # neighbours that stand in
-    depth: int  # neighbours that are kept
+    n: int  # neighbours that the model uses
+    depth: int  # neighbours that are stored
     clips: int  # queries
-    serving: int  # clips of the bank
+    bank_size: int  # clips
     labelled: int  # clips with labels
     leak_guard: bool
     agreements: dict[tuple[str, str, str], Agreements]
     scores: dict[str, tuple[np.ndarray, np.ndarray]]
-    leaks: dict[str, dict[str, tuple[int, int, int]]]
+    same_source: dict[str, dict[str, tuple[int, int, int]]]
 
 
-def retrieval_precision(opened: TrainingData, asked: Examples) -> RetrievalPrecision:
-    """Of the index that a run reads, for the clips of some questions. Raises `StoreError` without one."""
-    config, store, clips = opened.config, opened.store, opened.clips
-    rows = read_neighbours(store, config.index, config.retrieval, opened.pins.neighbours)
-    columns = ["corpus", "split", "labels"]
-    told = store.dataset(Table.CLIPS, opened.pins.clips).to_table(columns=columns, scan_in_order=True)
-    labels = [[label for label in row or () if label] for row in told["labels"].to_pylist()]
-    takes = config.index.bank.takes
-    places = zip(told["corpus"].to_pylist(), told["split"].to_pylist(), clips.sources, strict=True)
-    in_bank = np.array([takes(*place) for place in places], dtype=bool)
-    sources = np.unique(np.array(clips.sources), return_inverse=True)[1]
-    queries = np.unique(asked.clip_row_B)
-    agreements, scores, leaks = {}, {}, {}
-    facts = _facts(opened, asked), _facts(opened, opened.learning()[0])
+def retrieval_precision(opened: TrainingData, examples: Examples) -> RetrievalPrecision:
+    """Of the index that a run reads, for the clips of `examples`. Raises `StoreError` without an index."""
+    config, clips = opened.config, opened.clips
+    rows = read_neighbours(opened.store, config.index, config.retrieval, opened.pins.neighbours)
+    labels, in_bank_R = _labels_and_bank(opened)
+    sources_R = np.unique(np.array(clips.sources), return_inverse=True)[1]
+    queries = np.unique(examples.clip_row_B)
+    answers = _clip_answers(opened, examples), _clip_answers(opened, opened.train_and_validation()[0])
+    agreements, scores, same_source = {}, {}, {}
     for column, modality in enumerate(MODALITIES):
-        mine = rows.filter(pc.field("missing") == modality.value)
-        bank = BankClips(in_bank_R=in_bank & clips.present_RM[:, column], sources_R=sources)
-        kept = []
+        missing = modality.value
+        neighbours = rows.filter(pc.field("missing") == missing)
+        bank = BankClips(in_bank_R=in_bank_R & clips.present_RM[:, column], sources_R=sources_R)
         for side in SIDES:
-            hits_RN = _hits(mine, f"{side}_ids", clips.row_of, config.index.n)
-            found = label_agreement(labels, queries, hits_RN[queries], bank)
-            agreements["label", modality.value, side] = found
-            agreements["answer", modality.value, side] = answer_agreement(*facts, hits_RN, bank)
-            kept.append(_scores(mine, f"{side}_scores", clips.row_of, set(queries.tolist())))
-        scores[modality.value] = (kept[0], kept[1])
-        leaks[modality.value] = {side: _leaks(mine, f"{side}_own_source") for side in SIDES}
+            hits_RN = _hits(neighbours, f"{side}_ids", clips.row_of, config.index.n)
+            agreements["label", missing, side] = label_agreement(labels, queries, hits_RN[queries], bank)
+            agreements["answer", missing, side] = answer_agreement(*answers, hits_RN, bank)
+        near, far = (_scores(neighbours, f"{side}_scores", clips.row_of, queries) for side in SIDES)
+        scores[missing] = near, far
+        same_source[missing] = {side: _count_hits(neighbours, f"{side}_own_source") for side in SIDES}
     return RetrievalPrecision(
         retrieval=config.retrieval.value,
         n=config.model.neighbours,
         depth=config.index.n,
         clips=len(queries),
-        serving=int(in_bank.sum()),
+        bank_size=int(in_bank_R.sum()),
         labelled=sum(map(bool, labels)),
         leak_guard=config.index.leak_guard,
         agreements=agreements,
         scores=scores,
-        leaks=leaks,
+        same_source=same_source,
     )
 
 
-def _facts(opened: TrainingData, examples: Examples) -> list[ClipAnswer]:
-    """What the questions say of their clips; those without an answer say nothing."""
+def _labels_and_bank(opened: TrainingData) -> tuple[list[list[str]], np.ndarray]:
+    """Of all clips by row: their labels, and whether they are in the memory bank."""
+    dataset = opened.store.dataset(Table.CLIPS, opened.pins.clips)
+    table = dataset.to_table(columns=["corpus", "split", "labels"], scan_in_order=True)
+    labels = [[label for label in row or () if label] for row in table["labels"].to_pylist()]
+    corpora, splits = table["corpus"].to_pylist(), table["split"].to_pylist()
+    is_in_bank = opened.config.index.bank.includes
+    clips = zip(corpora, splits, opened.clips.sources, strict=True)
+    return labels, np.array([is_in_bank(*clip) for clip in clips], dtype=bool)
+
+
+def _clip_answers(opened: TrainingData, examples: Examples) -> list[ClipAnswer]:
+    """The answered questions of the examples."""
     dataset = opened.store.dataset(Table.QUESTIONS, opened.pins.questions)
     table = dataset.take(examples.question_row_B, columns=["question", "answer"])
-    said = zip(
-        examples.clip_row_B.tolist(), *(table[c].to_pylist() for c in ("question", "answer")), strict=True
-    )
-    return [ClipAnswer(clip, question, answer) for clip, question, answer in said if question and answer]
+    columns = (table[column].to_pylist() for column in ("question", "answer"))
+    rows = zip(examples.clip_row_B.tolist(), *columns, strict=True)
+    return [ClipAnswer(clip, question, answer) for clip, question, answer in rows if question and answer]
 
 
 def _hits(rows: pa.Table, column: str, row_of: dict[str, int], n: int) -> np.ndarray:
@@ -97,16 +101,21 @@ def _hits(rows: pa.Table, column: str, row_of: dict[str, int], n: int) -> np.nda
     hits_RN = np.full((len(row_of), n), NO_ROW, dtype=np.int64)
     for clip_id, ids in zip(rows["clip_id"].to_pylist(), rows[column].to_pylist(), strict=True):
         if clip_id in row_of:
-            found = [row_of[hit] for hit in ids if hit in row_of][:n]
-            hits_RN[row_of[clip_id], : len(found)] = found
+            hits = [row_of[hit] for hit in ids if hit in row_of][:n]
+            hits_RN[row_of[clip_id], : len(hits)] = hits
     return hits_RN
 
 
-def _scores(rows: pa.Table, column: str, row_of: dict[str, int], queries: set[int]) -> np.ndarray:
+def _scores(rows: pa.Table, column: str, row_of: dict[str, int], queries: np.ndarray) -> np.ndarray:
+    """All scores of the queries, flat."""
+    query_rows = set(queries.tolist())
     pairs = zip(rows["clip_id"].to_pylist(), rows[column].to_pylist(), strict=True)
-    return np.array([score for clip_id, found in pairs if row_of.get(clip_id) in queries for score in found])
+    return np.array(
+        [score for clip_id, scores in pairs if row_of.get(clip_id) in query_rows for score in scores]
+    )
 
 
-def _leaks(rows: pa.Table, column: str) -> tuple[int, int, int]:
+def _count_hits(rows: pa.Table, column: str) -> tuple[int, int, int]:
+    """(hits, clips with any, clips)."""
     counts = rows[column].to_numpy()
     return int(counts.sum()), int((counts > 0).sum()), len(counts)

@@ -1,4 +1,4 @@
-"""What figures have in common: shares in %, intervals, and names at the ends of lines instead of legends."""
+"""What figures share: axes in %, intervals, and labels at the ends of lines instead of legends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,13 @@ from matplotlib.ticker import MaxNLocator
 
 from r2scp.jobs.report.figures.style import COLOURS, DASHES, INK, MARKERS, PAPER, QUIET, shorten
 
-LINE_GAP = 0.15  # inches between names
-ROW_HEIGHT = 0.27  # inches, of a row with a name at its left
-MOST_RUNS = len(COLOURS)  # that marks tell apart
+LINE_GAP = 0.15  # inches between labels
+ROW_HEIGHT = 0.27  # inches, of a row of a dot plot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """How one thing looks wherever it is drawn."""
+    """The look of one series, the same in every figure."""
 
     colour: str
     marker: str
@@ -28,14 +27,14 @@ class Mark:
 
 
 def mark_of(at: int, filled: bool = True) -> Mark:
-    """The look of the `at`-th of several things: another colour, marker and dash each."""
+    """The look of the `at`-th series: each has its own colour, marker and dash."""
     at %= len(COLOURS)
     return Mark(colour=COLOURS[at], marker=MARKERS[at], dash=DASHES[at], filled=filled)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a plot, with its name. `low`, `high`: ends of intervals, if there are any."""
+    """One line of a plot. `low`, `high`: ends of intervals, if any."""
 
     name: str
     xs: Sequence[float]
@@ -43,12 +42,12 @@ class Line:
     mark: Mark
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    faint: bool = False  # one of several of the same name; only one of them is named
-    ring: int | None = None  # the point that is meant
+    faint: bool = False  # a further line of the same name; not labelled
+    highlight: int | None = None  # the point to ring
 
 
 def draw_lines(ax: Axes, lines: Sequence[Line], points: bool = True) -> None:
-    """Lines with their intervals, each named at its right end."""
+    """Lines with their intervals, each labelled at its right end."""
     for line in lines:
         mark = line.mark
         if not len(line.xs):
@@ -84,7 +83,7 @@ def draw_lines(ax: Axes, lines: Sequence[Line], points: bool = True) -> None:
 
 
 def label_line_ends(ax: Axes, lines: Sequence[Line]) -> None:
-    """Names right of the axes, as near to the ends of their lines as they can be without overlapping."""
+    """Labels right of the axes, as close to the ends of their lines as possible without overlapping."""
     if not lines:
         return
     low, high = ax.get_ylim()
@@ -94,7 +93,7 @@ def label_line_ends(ax: Axes, lines: Sequence[Line]) -> None:
         at = (line.ys[-1] - low) / ((high - low) or 1)
         placed.append((max(at, placed[-1][0] + gap) if placed else at, line))
     over = placed[-1][0] - 1.0
-    if over > 0:  # down again, as far as there is room
+    if over > 0:  # shift down as far as there is room
         placed = [(max(at - over, 0.0 + gap * order), line) for order, (at, line) in enumerate(placed)]
     for at, line in placed:
         ax.annotate(
@@ -111,12 +110,12 @@ def label_line_ends(ax: Axes, lines: Sequence[Line]) -> None:
 
 
 def integer_axis(ax: Axes) -> None:
-    """Epochs, ranks and the like on the x axis."""
+    """Integers on the x axis: epochs, ranks."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
 
 
 def percent_axis(ax: Axes, values: Sequence[float], floor: float | None = None) -> None:
-    """A y axis of shares in [0, 1], told in %, around `values`; never cut so that differences look big."""
+    """A y axis of shares in [0, 1], shown in %, around `values`, and never so narrow that it exaggerates."""
     low = min(values) if floor is None else floor
     high = max(values)
     room = max(0.12, 0.12 * (high - low)) / 2
@@ -127,18 +126,18 @@ def percent_axis(ax: Axes, values: Sequence[float], floor: float | None = None) 
 
 @dataclass(frozen=True, kw_only=True)
 class Dot:
-    """A share with its interval in one row of a dot plot."""
+    """A share with its interval, in one row of a dot plot."""
 
     row: int
     share: float
     low: float
     high: float
     mark: Mark
-    lift: float = 0.0  # of a row, where several stand in one
+    offset: float = 0.0  # in rows, where several dots share a row
 
 
-def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], told: bool = True) -> None:
-    """Rows with a name at the left; the first at the top. `told`: the share in % beside each dot."""
+def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], show_values: bool = True) -> None:
+    """A dot plot, first row at the top. `show_values`: print the share in % beside each dot."""
     for dot in dots:
         y = dot.row + dot.offset
         ax.plot([dot.low, dot.high], [y, y], color=dot.mark.colour, linewidth=1.3)
@@ -150,7 +149,7 @@ def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], told: bool = 
             color=dot.mark.colour,
             markerfacecolor=dot.mark.face,
         )
-        if told:
+        if show_values:
             ax.annotate(
                 f"{100 * dot.share:.1f}",
                 xy=(dot.high, y),
@@ -173,7 +172,7 @@ def draw_dots(ax: Axes, names: Sequence[str], dots: Sequence[Dot], told: bool = 
 
 
 def add_legend(ax: Axes, entries: Sequence[tuple[str, Mark]], columns: int = 1) -> None:
-    """A legend below the axes, where names at the marks would not fit."""
+    """A legend below the axes, where labels at the marks would not fit."""
     for name, mark in entries:
         ax.plot(
             [],
@@ -188,7 +187,7 @@ def add_legend(ax: Axes, entries: Sequence[tuple[str, Mark]], columns: int = 1) 
 
 
 def reference_line(ax: Axes, level: float, name: str) -> None:
-    """A level to compare with: chance, or even shares."""
+    """A dashed horizontal line to compare with, such as chance."""
     ax.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     ax.annotate(
         shorten(name, 40),

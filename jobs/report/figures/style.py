@@ -1,7 +1,7 @@
-"""One look for all figures: in a page, where colours follow its dark or light theme, and as files on white.
+"""The style of all figures: in a page, where colours follow its light or dark theme, and as files on white.
 
-A figure is panels that stand beside each other. In a page each is an SVG of its own, so that they stand one
-below another where there is little room; text in them is text. Nothing here touches pyplot.
+A figure is a row of panels. In a page each panel is an SVG of its own, so that panels wrap on narrow screens;
+text in them stays text. pyplot is not used.
 """
 
 import io
@@ -28,7 +28,7 @@ from r2scp.jobs.html.render import inline_svg
 from r2scp.store.atomic_file import replace_file
 
 INK, QUIET, RULE, PAPER = "#1b1d22", "#5c6069", "#d3d6dc", "#fffffe"
-#: Okabe and Ito's palette without its yellow, which white paper swallows: told apart by all kinds of eyes.
+#: Okabe and Ito's colour-blind safe palette, without its yellow, which is too faint on white.
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, STONE = COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -38,16 +38,16 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, STONE = COLOURS = (
     "#b87f00",
     "#7d818a",
 )
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # beside the colours, in their order
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # in the order of the colours
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (8, 3)), (0, (1, 3)))
-#: Colour in a figure -> the page's CSS variable, which has a value for either theme.
+#: Colour in a figure -> CSS variable of the page, which has a value for each theme.
 VARIABLES = {INK: "--ink", QUIET: "--quiet", RULE: "--rule", PAPER: "--page"} | {
     colour: f"--hue-{at}" for at, colour in enumerate(COLOURS, start=1)
 }
 DPI = 200  # of the PNG copies
 PX_PER_INCH = 96  # CSS
-MAX_GROWTH = 1.2  # a panel of a page, at most, where there is room
-LABEL_LENGTH = 30  # characters of a name in a figure; the table beside it has all of it
+MAX_GROWTH = 1.2  # of a panel where the page has room
+LABEL_LENGTH = 30  # characters of a name in a figure; the table has the whole name
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": QUIET,
@@ -65,7 +65,7 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "font.size": 9,
     "grid.color": RULE,
-    "hatch.color": ORANGE,  # what is hatched is orange, in either theme
+    "hatch.color": ORANGE,  # in both themes
     "hatch.linewidth": 0.8,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
@@ -74,9 +74,9 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.7,
     "lines.markersize": 5,
     "svg.fonttype": "none",  # text is text
-    "svg.hashsalt": "r2scp-pipe",  # the same figure gives the same file
+    "svg.hashsalt": "r2scp-pipe",  # makes files reproducible
     "text.color": INK,
-    "text.parse_math": False,  # names come from outside; a dollar sign is one
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "xtick.color": QUIET,
     "xtick.labelcolor": INK,
     "xtick.labelsize": 8,
@@ -99,7 +99,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure, what it says, and the numbers it is drawn from. `name`: of its files; ours, not outside's."""
+    """A figure with its texts and numbers. `name`: of its files and ids; never text from outside."""
 
     name: str
     title: str
@@ -108,17 +108,17 @@ class Figure:
     panels: Sequence[Panel]
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
-    per_row: int = 3  # panels beside each other, in files
+    per_row: int = 3  # panels side by side in files
 
 
 def shorten(text: str, most: int = LABEL_LENGTH) -> str:
-    """A name from outside, fit for a figure."""
+    """A name from outside, made printable and short enough for a figure."""
     text = printable(" ".join(text.split()) or "(none)")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def figure_markup(drawing: Figure) -> Markup:
-    """The panels for a page: colours are its variables, text has its font."""
+    """The panels for a page, with its colour variables and its font."""
     parts = []
     for at, panel in enumerate(drawing.panels):
         svg = inline_svg(_with_page_font(_svg([panel], 1)), f"{drawing.name}-{at}", VARIABLES)
@@ -129,7 +129,7 @@ def figure_markup(drawing: Figure) -> Markup:
 
 
 def write_images(drawing: Figure, folder: Path) -> list[Path]:
-    """`NAME.png` (200 dpi) and `NAME.svg`, on white. Raises `R2SCPError` where they cannot be written."""
+    """Write `NAME.png` (200 dpi) and `NAME.svg`, on white. Raises `R2SCPError` if that fails."""
     png, svg = folder / f"{drawing.name}.png", folder / f"{drawing.name}.svg"
     out = io.BytesIO()
     with _styled():
@@ -143,10 +143,10 @@ def write_images(drawing: Figure, folder: Path) -> list[Path]:
 
 @contextmanager
 def _styled() -> Iterator[None]:
-    there = set(fontManager.get_font_names())
-    families = [name for name in _FALLBACKS if name in there]
+    installed = set(fontManager.get_font_names())
+    families = [name for name in _FALLBACKS if name in installed]
     with mpl.rc_context({**_STYLE, "font.family": families or ["sans-serif"]}), warnings.catch_warnings():
-        # a script that no font here has: browsers bring their own, a PNG shows boxes
+        # no font here has the script: browsers bring their own, a PNG shows boxes
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield
 
@@ -175,7 +175,7 @@ def _svg(panels: Sequence[Panel], per_row: int, paper: str = "none") -> str:
 
 
 def _with_page_font(text: str) -> str:
-    """Only styles change: what stands between tags is outside's and stays as it is."""
+    """Only style attributes change; text between tags stays as it is."""
     root = ElementTree.fromstring(text)
     for element in root.iter():
         if style := element.get("style"):

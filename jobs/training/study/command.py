@@ -1,4 +1,4 @@
-"""How `study` shows itself, and the command line's options as its settings."""
+"""`study` with progress on stderr, and the command line's options as its settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from r2scp.store.feature_store import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machines:
-    """What the trainings of a study may use, side by side."""
+class StudyResources:
+    """Machines for the trainings of a study, which run in parallel."""
 
     num_workers: int | None
     gpus_per_training: float
@@ -29,32 +29,38 @@ class Machines:
 
 
 def study_with_progress(
-    store: FeatureStore, name: str, folder: Path, wanted: TrainRequest, seeds: int, split: str, machines: Machines
+    store: FeatureStore,
+    name: str,
+    folder: Path,
+    request: TrainRequest,
+    seeds: int,
+    split: str,
+    resources: StudyResources,
 ) -> dict[str, Any]:
-    """`run_study`, told on stderr; the table is printed and kept as `NAME.md` beside `NAME.json`."""
+    """`run_study` with progress on stderr; saves the tables as `NAME.md` beside `NAME.json`."""
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1; got {seeds}")
     folder = absolute(folder)
-    plan = plan_training(store, folder, wanted)
+    plan = plan_training(store, folder, request)
     corpora = tuple(sorted(set(store.clips(["corpus"], version=plan.pins.clips)["corpus"].to_pylist())))
     study = study_of(name, plan.config, corpora)
-    device = pick_device(machines.device)
-    means = StudyOptions(
+    device = pick_device(resources.device)
+    options = StudyOptions(
         plan=plan,
         folder=folder,
-        seeds=tuple(range(wanted.seed, wanted.seed + seeds)),
+        seeds=tuple(range(request.seed, request.seed + seeds)),
         split=split,
         device=device,
-        gpus=machines.gpus_per_training if device == "cuda" else 0.0,
+        gpus=resources.gpus_per_training if device == "cuda" else 0.0,
         resources=Resources(
-            num_workers=machines.num_workers or default_workers(), ray_address=machines.ray_address
+            num_workers=resources.num_workers or default_workers(), ray_address=resources.ray_address
         ),
-        told=log,
+        log=log,
     )
-    report = run_study(name, study, means)
+    report = run_study(name, study, options)
     text = markdown(report)
     replace_file(folder / f"{name}.md", text.encode())
-    log(f"kept in {folder / name}.json and .md")
+    log(f"Saved to {folder / name}.json and .md")
     return report | {"markdown": text}
 
 

@@ -1,7 +1,6 @@
-"""The studies of SPEC.md: which trainings each needs. A study is a list of variants of one config.
+"""The studies: the paper's ablations and ours, each a list of variants of one config.
 
-Every variant is trained with every seed, and all of one seed begin with the same experts where stage I is the
-same for them.
+Every variant is trained with every seed; all variants of a seed that have the same stage I share its experts.
 """
 
 from collections.abc import Callable
@@ -17,16 +16,15 @@ FULL = "CMR+CAP"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """`variants` by name, in the order of the table; differences are told from `against`.
+    """`variants` by name, in the order of the table; differences are from the variant `reference`.
 
-    `rates`: also evaluated where a modality is missing now and then. `loads`: the router's weights over
-    training are told too.
+    `rates`: also evaluate at missing rates. `loads`: also report the router's weights over training.
     """
 
     title: str
-    asks: str  # what it is to find out
+    question: str
     variants: dict[str, TrainConfig]
-    against: str
+    reference: str
     rates: bool = False
     loads: bool = False
 
@@ -41,14 +39,14 @@ def components(base: TrainConfig) -> Study:
         "CAP": _model(base, cmr=False, cap=True),
     }
     for retrieval in (Retrieval.CROSS, Retrieval.PAIRED):
-        found = replace(base, retrieval=retrieval)
-        variants[f"CMR ({retrieval})"] = _model(found, cmr=True, cap=False)
-        variants[f"CMR+CAP ({retrieval})"] = _model(found, cmr=True, cap=True)
+        retrieved = replace(base, retrieval=retrieval)
+        variants[f"CMR ({retrieval})"] = _model(retrieved, cmr=True, cap=False)
+        variants[f"CMR+CAP ({retrieval})"] = _model(retrieved, cmr=True, cap=True)
     return Study(
         title="Components (Table 2)",
-        asks="What do retrieval (CMR) and purification (CAP) add to a model that drops what is missing?",
+        question="What do retrieval (CMR) and purification (CAP) add to a model that drops what is missing?",
         variants=variants,
-        against="no recovery, modality dropout",
+        reference="no recovery, modality dropout",
     )
 
 
@@ -57,7 +55,7 @@ def strategy(base: TrainConfig) -> Study:
     base = _model(base, cmr=True, cap=True)
     return Study(
         title="Training strategy (Table 3)",
-        asks="What do the two stages and the rank loss add?",
+        question="What do the two stages and the rank loss add?",
         variants={
             FULL: base,
             "without pre-training (stage II trains all)": replace(
@@ -66,19 +64,19 @@ def strategy(base: TrainConfig) -> Study:
             "without mixing (stage I alone)": replace(base, stage_two=replace(base.stage_two, epochs=0)),
             "without rank loss": replace(base, loss=replace(base.loss, rank_weight=0.0)),
         },
-        against=FULL,
+        reference=FULL,
     )
 
 
 def retrieval(base: TrainConfig) -> Study:
-    """Whose key a query is compared with, and which negatives the rank loss sees."""
+    """Which keys a query is compared with, and which negatives the rank loss uses."""
     variants = {mode.value: replace(base, retrieval=mode) for mode in Retrieval}
     variants["random negatives"] = replace(base, negatives="random")
     return Study(
         title="Retrieval",
-        asks="Whose key should a query be compared with? Must negatives be the farthest?",
+        question="Whose key should a query be compared with? Must negatives be the farthest?",
         variants=variants,
-        against=base.retrieval.value,
+        reference=base.retrieval.value,
     )
 
 
@@ -90,20 +88,20 @@ def bank(base: TrainConfig, corpora: tuple[str, ...]) -> Study:
         variants[name] = replace(base, index=replace(base.index, bank=scope))
     return Study(
         title="Bank corpus (Table 4)",
-        asks="Whose clips should stand in for what is missing?",
+        question="Whose clips should be retrieved for a missing modality?",
         variants=variants,
-        against="no bank",
+        reference="no bank",
     )
 
 
 def neighbours(base: TrainConfig) -> Study:
-    """Figure 4, left; as far as the index goes."""
+    """Figure 4, left, up to the number of neighbours in the index."""
     amounts = sorted({1, 3, 5, 10, base.model.neighbours})
     return Study(
         title="Neighbours n (Fig. 4)",
-        asks="How many clips should stand in for what is missing?",
+        question="How many clips should be retrieved for a missing modality?",
         variants={f"n = {n}": _model(base, neighbours=n) for n in amounts if n <= base.index.n},
-        against=f"n = {base.model.neighbours}",
+        reference=f"n = {base.model.neighbours}",
     )
 
 
@@ -112,18 +110,18 @@ def budget(base: TrainConfig) -> Study:
     amounts = sorted({0, 1, 2, 5, base.model.k})
     return Study(
         title="Purification budget k (Fig. 4)",
-        asks="How many tokens should give way?",
+        question="How many tokens should be replaced?",
         variants={f"k = {k}": _model(base, k=k) for k in amounts},
-        against=f"k = {base.model.k}",
+        reference=f"k = {base.model.k}",
     )
 
 
 def saliency(base: TrainConfig) -> Study:
-    """What the paper's saliency, a constant, costs; and the other readings of CAP."""
+    """What the paper's saliency, which is a constant, costs; and other readings of CAP."""
     base = _model(base, cap=True, cap_gradient="straight_through")
     return Study(
         title="Saliency and gradient of CAP",
-        asks="What does the paper's saliency, which is constant, cost? Does W_proj need its gradient?",
+        question="What does the paper's saliency, which is constant, cost? Does W_proj need its gradient?",
         variants={
             "received": _model(base, saliency="received"),
             "output_norm": _model(base, saliency="output_norm"),
@@ -131,12 +129,12 @@ def saliency(base: TrainConfig) -> Study:
             "random": _model(base, saliency="random"),
             "received, no gradient to W_proj": _model(base, saliency="received", cap_gradient="none"),
         },
-        against="received",
+        reference="received",
     )
 
 
 def rank(base: TrainConfig) -> Study:
-    """The rank loss and its readings."""
+    """Readings of the rank loss."""
     weight = base.loss.rank_weight or LossConfig().rank_weight
 
     def ranked(rank: Rank) -> TrainConfig:
@@ -144,14 +142,14 @@ def rank(base: TrainConfig) -> Study:
 
     return Study(
         title="Rank loss",
-        asks="Which side of the rank loss may move?",
+        question="Which side of the rank loss should receive gradients?",
         variants={
             "stop-gradient": ranked("stopgrad"),
             "the paper": ranked("paper"),
             "the release": ranked("release"),
             "none": replace(base, loss=replace(base.loss, rank_weight=0.0)),
         },
-        against="none",
+        reference="none",
     )
 
 
@@ -161,13 +159,13 @@ def missing_rate(base: TrainConfig) -> Study:
     without = baselines(base)
     return Study(
         title="Missing rate (Fig. 5)",
-        asks="How do models hold out where a modality is missing now and then?",
+        question="How does accuracy fall with the share of questions whose modality is missing?",
         variants={
             "no recovery": without[NO_RECOVERY],
             "no recovery, modality dropout": without[NO_RECOVERY_DROPOUT],
             FULL: base,
         },
-        against="no recovery, modality dropout",
+        reference="no recovery, modality dropout",
         rates=True,
     )
 
@@ -177,14 +175,14 @@ def loads(base: TrainConfig) -> Study:
     base = _model(base, cmr=True, cap=True)
     return Study(
         title="Expert loads over training (Fig. 6)",
-        asks="Whom does the router listen to?",
+        question="Which experts does the router weight over training?",
         variants={FULL: base},
-        against=FULL,
+        reference=FULL,
         loads=True,
     )
 
 
-#: All but that of banks, which needs to know the corpora.
+#: All but `bank`, which needs the store's corpora.
 STUDIES: dict[str, Callable[[TrainConfig], Study]] = {
     "components": components,
     "strategy": strategy,
@@ -199,15 +197,15 @@ STUDIES: dict[str, Callable[[TrainConfig], Study]] = {
 
 
 def study_of(name: str, base: TrainConfig, corpora: tuple[str, ...]) -> Study:
-    """The study of that name. `corpora`: of the store's clips, for the study of banks.
+    """The study of that name. `corpora`: the store's, for the study `bank`.
 
-    Raises `UsageError` for a name that is none, and for settings under which it cannot be.
+    Raises `UsageError` for an unknown name and for settings that no study can vary.
     """
     if name != "bank" and name not in STUDIES:
-        raise UsageError(f"a study is one of {', '.join((*STUDIES, 'bank'))}; got {name!r}")
+        raise UsageError(f"a study must be one of {', '.join((*STUDIES, 'bank'))}; got {name!r}")
     if base.sees == "question" or not (base.stage_one.epochs and base.stage_two.epochs):
         raise UsageError(
-            "a study varies a training of both stages that sees everything: stage_one.epochs and "
+            "a study varies a training of both stages with sound and picture: stage_one.epochs and "
             "stage_two.epochs must be above 0, and sees must be everything"
         )
     return bank(base, corpora) if name == "bank" else STUDIES[name](base)

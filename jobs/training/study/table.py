@@ -1,4 +1,4 @@
-"""A study's results as tables: markdown to keep, and narrow ones for a terminal of 80 columns."""
+"""A study's results as tables: in Markdown, and narrower ones for a terminal of 80 columns."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from r2scp.jobs.console import printable
 from r2scp.jobs.training.evaluation_table import grid
 from r2scp.jobs.training.study.run import MEASURES
 
-PER_TABLE = 4  # measures that fit beside each other on a terminal
+PER_TABLE = 4  # columns that fit on a terminal
 #: A table's title, its headings and its rows.
 Part = tuple[str, list[str], list[list[str]]]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Title, table and what the numbers are; accuracies in %, mean ± standard deviation over seeds."""
+    """Title, question, legend and table; accuracies in %, mean ± standard deviation over seeds."""
     columns = _columns(report)
     rows = [
         [name, *(_cell(row, column, name == report["against"]) for column in columns)]
@@ -30,50 +30,50 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def tables(report: Mapping[str, Any]) -> Group:
-    """The same for a terminal: each mean above its difference."""
+    """The same for a terminal, with each difference below its mean."""
     parts: list[RenderableType] = [Text(report["title"], style="bold"), Text(report["asks"])]
     columns = _columns(report)
     for at in range(0, len(columns), PER_TABLE):
         some = columns[at : at + PER_TABLE]
-        made = grid("", ("variant", *some))
+        table = grid("", ("variant", *some))
         for name, row in report["variants"].items():
             against = name == report["against"]
             cells = [_cell(row, column, against, between="\n") for column in some]
-            made.add_row(Text(printable(name)), *map(Text, cells), style="bold" if against else "")
-        parts.append(made)
+            table.add_row(Text(printable(name)), *map(Text, cells), style="bold" if against else "")
+        parts.append(table)
     parts += [Text(""), *map(Text, _legend(report))]
     for title, headings, rows in _loads(report):
         names = headings[1:]
         for at in range(0, len(names), PER_TABLE):
-            made = grid(f"\n{title}", (headings[0], *names[at : at + PER_TABLE]))
+            table = grid(f"\n{title}", (headings[0], *names[at : at + PER_TABLE]))
             for epoch, *cells in rows:
-                made.add_row(Text(epoch), *map(Text, cells[at : at + PER_TABLE]))
-            parts.append(made)
+                table.add_row(Text(epoch), *map(Text, cells[at : at + PER_TABLE]))
+            parts.append(table)
     return Group(*parts)
 
 
 def _columns(report: Mapping[str, Any]) -> list[str]:
-    told = next(iter(report["variants"].values()))["accuracy"]
-    return [*MEASURES, *(name for name in told if name not in MEASURES)]
+    accuracy = next(iter(report["variants"].values()))["accuracy"]
+    return [*MEASURES, *(name for name in accuracy if name not in MEASURES)]
 
 
 def _legend(report: Mapping[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, report["seeds"]))
     split = printable(report["split"]) + (" split by source" if report["disjoint"] else " split")
-    said = [
+    sentences = [
         f"Accuracy in %, {split} ({report['n']:,} questions), mean ± standard deviation over seeds {seeds}; "
         f"in brackets the difference in points from “{printable(report['against'])}”, paired by seed."
     ]
     if not report["leak_guard"]:
-        said.append("Made WITHOUT the leak guard: a clip may have served as its own neighbour.")
+        sentences.append("Made WITHOUT the leak guard: clips may have been retrieved for themselves.")
     if len(report["code"]) > 1:
-        said.append(f"Trained by {len(report['code'])} versions of the program.")
-    return said
+        sentences.append(f"Trained by {len(report['code'])} versions of the program.")
+    return sentences
 
 
 def _loads(report: Mapping[str, Any]) -> list[Part]:
-    """The router's weights epoch by epoch, of each variant and seed; – where an epoch had no such batch."""
-    found: list[Part] = []
+    """Router weights per epoch, of each variant and seed; – if an epoch had no batch of a condition."""
+    parts: list[Part] = []
     for variant, row in report["variants"].items():
         for seed, epochs in zip(report["seeds"], row.get("loads", ()), strict="loads" in row):
             names = list(dict.fromkeys(name for epoch in epochs for name in epoch))
@@ -81,8 +81,8 @@ def _loads(report: Mapping[str, Any]) -> list[Part]:
                 [str(at), *(f"{epoch[name]:.3f}" if name in epoch else "–" for name in names)]
                 for at, epoch in enumerate(epochs, start=1)
             ]
-            found.append((f"Router weights, {printable(variant)}, seed {seed}:", ["epoch", *names], cells))
-    return found
+            parts.append((f"Router weights, {printable(variant)}, seed {seed}:", ["epoch", *names], cells))
+    return parts
 
 
 def _cell(row: Mapping[str, Any], measure: str, against: bool, between: str = " ") -> str:

@@ -1,7 +1,6 @@
-"""The command line as a person or a script meets it: help, exit codes, one JSON object, one-line errors.
+"""The command line for people and scripts: help, exit codes, one JSON object, one-line errors.
 
-Commands that need no Ray run in this process through typer's own runner; those whose streams matter run in
-a process of their own.
+Commands without Ray run in this process through typer's runner; those whose streams matter run in their own.
 """
 
 import json
@@ -40,8 +39,7 @@ def call(*words: object, **environment: str) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200", **environment})
 
 
-def check_one_line_error(result: Result, code: int) -> str:
-    """The error's line."""
+def one_line_error(result: Result, code: int) -> str:
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit), "an exception came through"
     assert result.stdout == ""
@@ -58,13 +56,13 @@ def full_store(tmp_path: Path) -> FeatureStore:
     store = FeatureStore.create(str(tmp_path / "store"), "encoder-a", 4)
     at = datetime(2026, 1, 31, tzinfo=UTC)
     clip = {"clip_id": "folder/a", "corpus": "folder", "split": "train", "visual_status": "present"}
-    dead = {"corpus": "folder", "stage": "decode", "attempts": 1, "at": at}
+    failed = {"corpus": "folder", "stage": "decode", "attempts": 1, "at": at}
     rows = {
         Table.CLIPS: [clip | {"audio_status": "absent", "ingested_at": at}],
         Table.FAILURES: [
-            dead
+            failed
             | {"clip_id": f"folder/{STEERING}", "reason": "corrupt", "detail": STEERING, "uri": STEERING},
-            dead | {"clip_id": "folder/[red]x[/red]", "reason": "timeout", "detail": "slow", "uri": "/x"},
+            failed | {"clip_id": "folder/[red]x[/red]", "reason": "timeout", "detail": "slow", "uri": "/x"},
         ],
     }
     for table, given in rows.items():
@@ -74,42 +72,47 @@ def full_store(tmp_path: Path) -> FeatureStore:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_and_stands_in_the_readme(command: str) -> None:
+def test_every_command_has_help_and_is_in_the_readme(command: str) -> None:
     result = call(*command.split(), "--help")
     assert result.exit_code == 0
-    assert "--json" in result.stdout or command == "jobs schedule"  # which prints what others read
+    assert "--json" in result.stdout or command == "jobs schedule"  # it prints other programs' formats
     assert len(result.stdout.split("Options:")[0].splitlines()) > 3, "it says what it does"
     assert f"r2scp-pipe {command}" in (ROOT / "README.md").read_text()
 
 
-def test_the_readme_names_no_command_that_is_not_there() -> None:
-    written = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"(?m)(?:^|`|&& )r2scp-pipe ((?:(?:jobs|store) )?[a-z]+)\b", written))
+def test_the_readme_names_no_unknown_command() -> None:
+    code = re.findall(r"```.*?```|`[^`]+`", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = set(re.findall(r"\br2scp-pipe ((?:(?:jobs|store) )?[a-z]+)\b", "\n".join(code)))
     assert named - set(GROUPS) == set(COMMANDS)
 
 
-def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
-    code = (
-        "import sys\nfrom r2scp.jobs.cli.main import app\n"
-        "heavy = {'torch', 'ray', 'lance', 'av', 'pyarrow'} & set(sys.modules)\n"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_what_only_reads_the_store_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
-    FeatureStore.create(str(tmp_path / "store"), "f", 8)
+def loaded(*words: str) -> set[str]:
+    """Which heavy packages a command imports."""
     code = (
         "import sys\nfrom r2scp.jobs.cli.main import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"
-        "heavy = {'torch', 'ray', 'av', 'transformers'} & set(sys.modules)\n"
-        "sys.exit(str(heavy) if heavy else 0)"
+        "heavy = {'torch', 'ray', 'av', 'transformers', 'lance', 'pyarrow'}\n"
+        "print(*heavy & set(sys.modules), file=sys.stderr)"
     )
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return set(result.stderr.split())
+
+
+def test_commands_import_only_what_they_need(tmp_path: Path) -> None:
+    """Which keeps --help and --version quick."""
+    FeatureStore.create(str(tmp_path / "store"), "f", 8)
+    assert loaded("--help") == loaded("--version") == set()
     for words in (["status"], ["failures"], ["jobs", "list"]):
-        command = [sys.executable, "-c", code, *words, "--store", str(tmp_path / "store")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert not loaded(*words, "--store", str(tmp_path / "store")) & {"torch", "ray", "av", "transformers"}
+
+
+def test_version_and_completion() -> None:
+    version = call("--version")
+    assert version.exit_code == 0
+    assert re.fullmatch(r"r2scp-pipe \S+ \(python \S+, torch \S+, pylance \S+\)\n", version.stdout)
+    words = {"COMP_WORDS": "r2scp-pipe eva", "COMP_CWORD": "1"}
+    completed = call(_R2SCP_PIPE_COMPLETE="complete_bash", **words)
+    assert completed.stdout.split() == ["evaluate"]
 
 
 @pytest.mark.parametrize(
@@ -130,38 +133,38 @@ def test_wrong_usage_is_2(words: list[str]) -> None:
     assert "Traceback" not in result.output
 
 
-def test_settings_that_cannot_be_are_2(media_folder: Path, tmp_path: Path, tiny_weights: Path) -> None:
+def test_invalid_settings_are_2(media_folder: Path, tmp_path: Path, tiny_weights: Path) -> None:
     common = ["--root", media_folder, "--store", tmp_path / "s", "--encoder", "imagebind-demo"]
     common += ["--weights", tiny_weights]
     extract = ["extract", "--corpus", "folder", *common]
-    assert "corpus must be one of" in check_one_line_error(call("extract", "--corpus", "nope", *common), 2)
-    assert "KEY=VALUE" in check_one_line_error(call(*extract, "--storage-option", "novalue"), 2)
-    assert "--device must be cpu" in check_one_line_error(call(*extract, "--device", "abacus"), 2)
-    assert "no usable ffmpeg" in check_one_line_error(call(*extract, "--ffmpeg", "/no/ffmpeg"), 2)
-    message = check_one_line_error(call("failures", "--store", tmp_path, "--reason", "weather"), 1)
+    assert "corpus must be one of" in one_line_error(call("extract", "--corpus", "nope", *common), 2)
+    assert "KEY=VALUE" in one_line_error(call(*extract, "--storage-option", "novalue"), 2)
+    assert "--device must be cpu" in one_line_error(call(*extract, "--device", "abacus"), 2)
+    assert "no usable ffmpeg" in one_line_error(call(*extract, "--ffmpeg", "/no/ffmpeg"), 2)
+    message = one_line_error(call("failures", "--store", tmp_path, "--reason", "weather"), 1)
     assert "no store" in message
-    assert not (tmp_path / "s").exists(), "a wrong option left a store behind"
+    assert not (tmp_path / "s").exists(), "a wrong option must not create a store"
 
 
 def test_errors_are_one_line_and_1(media_folder: Path, tmp_path: Path, tiny_weights: Path) -> None:
-    assert "r2scp-pipe extract" in check_one_line_error(call("status", "--store", tmp_path / "none"), 1)
+    assert "r2scp-pipe extract" in one_line_error(call("status", "--store", tmp_path / "none"), 1)
     (tmp_path / "file").write_text("x")
-    assert "cannot open" in check_one_line_error(call("status", "--store", "nosuch://place"), 1)
+    assert "cannot open" in one_line_error(call("status", "--store", "nosuch://place"), 1)
     encoder = ["--encoder", "imagebind-demo", "--weights"]
     here = ["extract", "--corpus", "folder", "--store", tmp_path / "s", "--root"]
-    gone = check_one_line_error(call(*here, media_folder, *encoder, tmp_path / "gone.pth"), 1)
+    gone = one_line_error(call(*here, media_folder, *encoder, tmp_path / "gone.pth"), 1)
     assert "gone.pth is not there" in gone
-    check_one_line_error(call(*here, media_folder, *encoder, tmp_path / "file"), 1)
-    nothing = check_one_line_error(call(*here, tmp_path / "nowhere", *encoder, tiny_weights), 1)
+    one_line_error(call(*here, media_folder, *encoder, tmp_path / "file"), 1)
+    nothing = one_line_error(call(*here, tmp_path / "nowhere", *encoder, tiny_weights), 1)
     assert "must be a folder" in nothing
 
 
-def test_the_published_weights_are_asked_for_by_name(media_folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_name_the_command_and_the_licence(media_folder: Path, tmp_path: Path) -> None:
     words = ["extract", "--corpus", "folder", "--root", media_folder, "--store", tmp_path / "s"]
-    message = check_one_line_error(call(*words, R2SCP_HOME=str(tmp_path)), 1)
+    message = one_line_error(call(*words, R2SCP_HOME=str(tmp_path)), 1)
     assert "r2scp-pipe weights imagebind-huge --accept-license" in message
     assert "CC BY-NC-SA" in message
-    refused = check_one_line_error(call("weights", "imagebind-huge", R2SCP_HOME=str(tmp_path)), 1)
+    refused = one_line_error(call("weights", "imagebind-huge", R2SCP_HOME=str(tmp_path)), 1)
     assert "CC BY-NC-SA" in refused
 
 
@@ -186,7 +189,7 @@ def test_failures_are_filtered_and_counted(full_store: FeatureStore) -> None:
     assert ask("--limit", 1)["total"] == 2
     [slow] = ask("--reason", "timeout")["rows"]
     assert slow["clip_id"] == "folder/[red]x[/red]"
-    wrong = check_one_line_error(call("failures", "--store", full_store.uri, "--reason", "weather"), 2)
+    wrong = one_line_error(call("failures", "--store", full_store.uri, "--reason", "weather"), 2)
     assert all(reason in wrong for reason in FailureReason)
 
 
@@ -204,25 +207,25 @@ def test_outside_text_cannot_steer_the_terminal(full_store: FeatureStore, tmp_pa
     assert "[red]x[/red]" in outputs[0].stdout, "outside text is not markup"
 
 
-def test_doctor_says_what_is_there(full_store: FeatureStore, tmp_path: Path) -> None:
+def test_doctor_reports_what_is_available(full_store: FeatureStore, tmp_path: Path) -> None:
     result = call("doctor", "--store", full_store.uri, "--json")
-    found = json.loads(result.stdout)
+    checks = json.loads(result.stdout)
     assert result.stdout.count("\n") == 1
-    assert result.exit_code == (0 if found["verdict"] == "everything needed is there" else 1)
-    assert "encoder-a" in found["store"]
-    assert set(found["packages"]) >= {"torch", "ray", "pylance", "lancedb"}
-    assert "cpu" in found["devices"]
-    lacking = call("doctor", "--store", tmp_path / "none", "--ffmpeg", "/no/ffmpeg", "--json")
-    assert lacking.exit_code == 1
-    found = json.loads(lacking.stdout)
-    assert "no usable ffmpeg" in found["ffmpeg"]
-    assert "nothing there yet" in found["store"]
+    assert result.exit_code == (0 if checks["verdict"] == "everything needed is available" else 1)
+    assert "encoder-a" in checks["store"]
+    assert set(checks["packages"]) >= {"torch", "ray", "pylance", "lancedb"}
+    assert "cpu" in checks["devices"]
+    missing = call("doctor", "--store", tmp_path / "none", "--ffmpeg", "/no/ffmpeg", "--json")
+    assert missing.exit_code == 1
+    checks = json.loads(missing.stdout)
+    assert "no usable ffmpeg" in checks["ffmpeg"]
+    assert "no store yet" in checks["store"]
     unreachable = json.loads(call("doctor", "--store", "nosuch://x", "--json").stdout)
     assert "cannot be reached" in unreachable["store"]
 
 
 def test_a_progress_bar_on_a_terminal() -> None:
-    """A bar whose total is not known yet draws as well; on no terminal nothing is drawn."""
+    """A bar without a total yet is drawn as well; without a terminal nothing is drawn."""
     code = (
         "from r2scp.jobs.console import progress_bar\n"
         "with progress_bar() as bar:\n"
@@ -235,15 +238,15 @@ def test_a_progress_bar_on_a_terminal() -> None:
     words = [sys.executable, "-c", code]
     with subprocess.Popen(words, stdin=inner, stdout=inner, stderr=inner, env=environment) as process:
         os.close(inner)
-        said = b""
+        output = b""
         try:
             while chunk := os.read(outer, 4096):
-                said += chunk
-        except OSError:  # the other end is closed
+                output += chunk
+        except OSError:  # closed by the process
             pass
         os.close(outer)
-    assert process.returncode == 0, said.decode()
-    assert b"8/40" in said
+    assert process.returncode == 0, output.decode()
+    assert b"8/40" in output
     silent = subprocess.run(words, capture_output=True, check=True)
     assert silent.stdout == silent.stderr == b""
 
@@ -263,8 +266,8 @@ def test_extract_gives_one_json_object_and_0(
     assert first.exit_code == 0, first.output
     assert first.stdout.count("\n") == 1
     report = json.loads(first.stdout)
-    wanted = {"inputs", "stored", "unchanged", "dead", "missing_files", "partial", "seconds"}
-    assert wanted | {"clips_per_second", "clips_version"} <= report.keys()
+    keys = {"inputs", "stored", "unchanged", "dead", "missing_files", "partial", "seconds"}
+    assert keys | {"clips_per_second", "clips_version"} <= report.keys()
     assert report["inputs"] == report["stored"] + report["unchanged"] + report["dead"] == 5
     assert "clips/s" in first.stderr
     second = call(*words)
@@ -274,12 +277,12 @@ def test_extract_gives_one_json_object_and_0(
     assert gone.exit_code == 0
     assert "folder/both.mp4" in gone.stderr
     with FeatureStore.open(str(tmp_path / "store")).lease("a test").hold():
-        assert call(*words).exit_code == 0, "nothing to do needs no right to write"
+        assert call(*words).exit_code == 0, "nothing to do needs no lease"
         (media_folder / "new.wav").write_bytes((media_folder / "sound.wav").read_bytes())
-        held = call(*words)
-    assert held.exit_code == 1
-    assert "another writer holds this store: a test" in held.stderr
-    assert "Traceback" not in held.stderr
+        locked = call(*words)
+    assert locked.exit_code == 1
+    assert "another writer holds this store: a test" in locked.stderr
+    assert "Traceback" not in locked.stderr
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -289,7 +292,7 @@ def test_extract_of_nothing_but_broken_files_is_3(
     for path in media_folder.iterdir():
         if path.name != "text.mp4":
             path.unlink()
-    for _ in range(2):  # tried, and then known to be broken
+    for _ in range(2):  # tried, then already failed
         result = call(*extract_words(media_folder, tmp_path / "store", tiny_weights))
         assert result.exit_code == 3
         assert json.loads(result.stdout)["dead"] == 1

@@ -1,20 +1,18 @@
-"""The shipped demo encoder tells what is in a second it has never seen, and its training does what it says.
+"""The shipped demo encoder recognises what is in an unseen second, and its training works as described.
 
-All clips are of worlds that training and the card's figures never touched. Thresholds are far above chance
-and a little below what was measured.
+All clips are of worlds used neither in training nor for the figures of the card. Thresholds are far above
+chance and a little below what was measured.
 """
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from imageio_ffmpeg import get_ffmpeg_exe
 
 import r2scp.model.imagebind
-from r2scp.jobs.demo.contrasts import Contrasts, Towers, listen, look
-from r2scp.jobs.demo.encoder import CLIPS_A_WORLD, CONFIG, RENDERED_SECONDS, Batches, Pairs, render, train
+from r2scp.jobs.demo.contrasts import Contrasts, Towers, embed_frames, embed_melspecs
+from r2scp.jobs.demo.encoder import CLIPS_PER_WORLD, CONFIG, RENDERED_SECONDS, Batches, Pairs, render, train
 from r2scp.jobs.demo.measures import (
     Embedded,
     embed_clip,
@@ -26,22 +24,17 @@ from r2scp.jobs.demo.measures import (
 )
 from r2scp.model.imagebind.imagebind import ImageBind
 from r2scp.model.imagebind.tokenizer import Tokenizer
+from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.demo.captions import SHARED_GROUPS
 from r2scp.pipelines.demo.corpus import generate
-from r2scp.pipelines.demo.questions import TEMPLATES, fill
-from r2scp.pipelines.demo.scene import scene
+from r2scp.pipelines.demo.questions import TEMPLATES, fill_template
+from r2scp.pipelines.demo.scene import make_scene
 
 WEIGHTS_FILE = Path(r2scp.model.imagebind.__file__).parent / "data" / "imagebind-demo.safetensors"
 WORLD = 4900  # neither trained on nor measured for the card
 CLIPS = 40
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +44,10 @@ def model() -> ImageBind:
 
 @pytest.fixture(scope="module")
 def embedded(model: ImageBind) -> Embedded:
-    return embed_scenes(model, [scene(WORLD, index) for index in range(CLIPS)])
+    return embed_scenes(model, [make_scene(WORLD, index) for index in range(CLIPS)])
 
 
-def test_the_file_is_small_and_tells_how_it_was_trained(model: ImageBind) -> None:
+def test_the_file_is_small_and_has_its_card(model: ImageBind) -> None:
     assert WEIGHTS_FILE.stat().st_size <= 12_000_000
     assert model.config == CONFIG
     assert WEIGHTS_FILE.with_suffix(".md").read_text().startswith("# imagebind-demo")
@@ -68,10 +61,10 @@ def test_sound_finds_its_picture_and_picture_its_sound(embedded: Embedded) -> No
 
 
 @pytest.mark.parametrize(("sense", "threshold"), [("vision", 0.8), ("audio", 0.85)])
-def test_one_second_tells_its_instruments(
+def test_a_second_matches_the_phrases_of_its_instruments(
     model: ImageBind, embedded: Embedded, sense: str, threshold: float
 ) -> None:
-    """Without any training: is "with violin" or "without violin" nearer to the second's embedding?"""
+    """Zero-shot: is "with violin" or "without violin" nearer to the embedding of the second?"""
     sequence = embedded.visual_NTD if sense == "vision" else embedded.audio_NTD
     labels = embedded.vision_labels_NTG if sense == "vision" else embedded.audio_labels_NTG
     truth = labels[..., -len(SHARED_GROUPS) :] == 1
@@ -80,8 +73,8 @@ def test_one_second_tells_its_instruments(
             Tokenizer().encode([phrase for group in SHARED_GROUPS for phrase in group])
         ).sentence_BD
     score = (sequence @ phrases.T).unflatten(-1, (len(SHARED_GROUPS), 2))
-    said = (score[..., 1] > score[..., 0]).numpy()
-    f1 = 2 * (said & truth).sum() / (said.sum() + truth.sum())
+    predicted = (score[..., 1] > score[..., 0]).numpy()
+    f1 = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
     assert f1 > threshold
 
 
@@ -91,9 +84,9 @@ def test_neighbours_are_of_the_same_ensemble(embedded: Embedded) -> None:
     assert same_ensemble(audio, audio, embedded.ensemble_N) > 0.5
 
 
-def test_questions_that_differ_are_apart(model: ImageBind) -> None:
+def test_different_questions_are_distinguishable(model: ImageBind) -> None:
     texts = [
-        fill(template, tuple({"<Object>": name}.get(slot, "left") for slot in template.slots))
+        fill_template(template, tuple({"<Object>": name}.get(slot, "left") for slot in template.slots))
         for template in TEMPLATES
         for name in ("violin", "drum")
         if "<Object>" in template.slots or name == "violin"
@@ -107,15 +100,11 @@ def test_questions_that_differ_are_apart(model: ImageBind) -> None:
 def test_coded_clips_embed_as_rendered_ones_do(model: ImageBind, embedded: Embedded, tmp_path: Path) -> None:
     generate(tmp_path / "corpus", clips=3, seed=WORLD)
     for index in range(3):
-        path = str(tmp_path / "corpus" / "videos" / f"{scene(WORLD, index).video_id}.mp4")
-        ffmpeg = [get_ffmpeg_exe(), "-v", "error", "-i", path]
-        raw = subprocess.run(
-            [*ffmpeg, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True
-        )
-        frames = np.frombuffer(raw.stdout, np.uint8).reshape(-1, 224, 224, 3)[4::8].copy()
-        raw = subprocess.run([*ffmpeg, "-f", "f32le", "-ac", "1", "-"], capture_output=True, check=True)
-        waveform = np.frombuffer(raw.stdout, np.float32)[:160_000].copy()
-        visual, audio = embed_clip(model, frames, waveform)
+        path = str(tmp_path / "corpus" / "videos" / f"{make_scene(WORLD, index).video_id}.mp4")
+        clip = decode(path)
+        assert clip.frames is not None
+        assert clip.waveform is not None
+        visual, audio = embed_clip(model, clip.frames, clip.waveform[:160_000])
         assert (visual * embedded.visual_NTD[index]).sum(dim=-1).min() > 0.95
         assert (audio * embedded.audio_NTD[index]).sum(dim=-1).min() > 0.95
 
@@ -129,7 +118,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 
 def test_rendered_pairs_are_kept(pairs: Pairs, tmp_path: Path) -> None:
-    assert pairs.frames.shape[:2] == (CLIPS_A_WORLD, RENDERED_SECONDS)
+    assert pairs.frames.shape[:2] == (CLIPS_PER_WORLD, RENDERED_SECONDS)
     assert pairs.frames.std(axis=(2, 3, 4)).min() > 10  # every picture has something on it
     folder = Path(str(pairs.frames.filename)).parent
     before = pairs.frames.filename, (folder / "frames.npy").stat().st_mtime_ns
@@ -137,31 +126,31 @@ def test_rendered_pairs_are_kept(pairs: Pairs, tmp_path: Path) -> None:
     assert (again.frames.filename, (folder / "frames.npy").stat().st_mtime_ns) == before
 
 
-def test_batches_take_clips_in_twos_of_a_world(pairs: Pairs) -> None:
+def test_batches_draw_pairs_of_clips_of_a_world(pairs: Pairs) -> None:
     batches = Batches(pairs, 0)
-    at = batches.draw()
-    frames, melspecs, alike = batches.frames(at), batches.melspecs(at), batches.alike(at)
-    assert frames.shape == (len(at[0]), 3, 224, 224)
-    assert melspecs.shape == (len(at[0]), 1, 128, 204)
-    assert alike.diagonal().all()
-    assert torch.equal(alike, alike.T)
-    different = torch.from_numpy(at[0][:, None] != at[0])
-    assert not (alike & different).any()
+    index = batches.draw()
+    frames, melspecs, identical = batches.frames(index), batches.melspecs(index), batches.identical(index)
+    assert frames.shape == (len(index[0]), 3, 224, 224)
+    assert melspecs.shape == (len(index[0]), 1, 128, 204)
+    assert identical.diagonal().all()
+    assert torch.equal(identical, identical.T)
+    different = torch.from_numpy(index[0][:, None] != index[0])
+    assert not (identical & different).any()
 
 
-def test_all_patches_give_what_the_towers_give(model: ImageBind) -> None:
+def test_with_all_patches_the_result_is_that_of_the_towers(model: ImageBind) -> None:
     frames, melspecs = torch.randn(2, 3, 224, 224), torch.randn(2, 1, 128, 204)
-    nearly_one = 1 - 1e-9  # every patch is kept, by the path that drops some
+    nearly_one = 1 - 1e-9  # keeps every patch, in the branch that drops some
     with torch.inference_mode():
         torch.testing.assert_close(
-            look(model.vision, frames, nearly_one), model.vision(frames), atol=1e-4, rtol=0
+            embed_frames(model.vision, frames, nearly_one), model.vision(frames), atol=1e-4, rtol=0
         )
         torch.testing.assert_close(
-            listen(model.audio, melspecs, nearly_one), model.audio(melspecs), atol=1e-4, rtol=0
+            embed_melspecs(model.audio, melspecs, nearly_one), model.audio(melspecs), atol=1e-4, rtol=0
         )
 
 
-def test_towers_side_by_side_give_the_gradients_of_one_after_the_other() -> None:
+def test_towers_in_parallel_give_the_gradients_of_towers_in_sequence() -> None:
     torch.manual_seed(0)
     model = ImageBind(CONFIG)
     frames, melspecs = torch.randn(4, 3, 224, 224), torch.randn(4, 1, 128, 204)
@@ -171,7 +160,7 @@ def test_towers_side_by_side_give_the_gradients_of_one_after_the_other() -> None
     leaves = tuple(output.detach().requires_grad_() for output in outputs)
     (sum(leaves) @ weight).sum().backward()
     towers.backward(outputs, leaves)
-    found = {
+    gradients = {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
@@ -179,17 +168,17 @@ def test_towers_side_by_side_give_the_gradients_of_one_after_the_other() -> None
     model.zero_grad()
     ((model.vision(frames) + model.audio(melspecs)) @ weight).sum().backward()
     for name, parameter in model.named_parameters():
-        if name in found:
-            likeness = torch.cosine_similarity(found[name].flatten(), parameter.grad.flatten(), dim=0)
-            assert likeness > 0.98, name  # the audio tower runs in bfloat16
-    assert {name.split(".")[0] for name in found} == {"vision", "audio"}
+        if name in gradients:
+            similarity = torch.cosine_similarity(gradients[name].flatten(), parameter.grad.flatten(), dim=0)
+            assert similarity > 0.98, name  # the audio tower runs in bfloat16
+    assert {name.split(".")[0] for name in gradients} == {"vision", "audio"}
 
 
-def test_the_pair_contrast_leaves_out_seconds_that_nothing_tells_apart() -> None:
+def test_the_pair_contrast_leaves_out_seconds_with_the_same_content() -> None:
     contrasts = Contrasts(ImageBind(CONFIG), np.random.default_rng(0))
     same = torch.nn.functional.normalize(torch.ones(2, CONFIG.dim), dim=-1)
-    apart = torch.eye(2, dtype=torch.bool)
-    assert contrasts.pair(same, same, apart).item() == pytest.approx(np.log(2), abs=1e-5)
+    diagonal = torch.eye(2, dtype=torch.bool)
+    assert contrasts.pair(same, same, diagonal).item() == pytest.approx(np.log(2), abs=1e-5)
     assert contrasts.pair(same, same, torch.ones(2, 2, dtype=torch.bool)).item() == pytest.approx(
         0.0, abs=1e-5
     )
@@ -224,7 +213,7 @@ def test_recall_and_same_ensemble_on_hand_made_keys() -> None:
     assert same_ensemble(near, near, np.array([0, 0, 1, 2])) == 1.0  # singletons do not count
 
 
-def test_the_probe_reads_what_is_linear_and_nothing_else() -> None:
+def test_the_probe_learns_what_is_linear_and_nothing_else() -> None:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(400, 8, generator=rng)
     linear = (x[:, :2] > 0).int().numpy()

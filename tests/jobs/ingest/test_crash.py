@@ -24,6 +24,7 @@ from r2scp.jobs.ingest.extract import Destination, ExtractReport, Source, run_ex
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
+from r2scp.store.maintenance import superseded
 from r2scp.store.schema import Table
 
 CLIPS, BROKEN = 40, 3
@@ -176,7 +177,7 @@ def check_whole(store: FeatureStore, report: ExtractReport) -> None:
     assert len(failed) == BROKEN
     assert not clips["visual"].null_count
     assert not clips["audio"].null_count
-    assert store.superseded() == ([], [])
+    assert superseded(store) == ([], [])
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -237,14 +238,14 @@ def test_crash_between_the_two_tables(media_folder: Path, tmp_path: Path, tiny_e
     }
     rows = pa.Table.from_pylist([row], schema=store.address(Table.CLIPS).schema)
     store.commit(Table.CLIPS, [store.stage(Table.CLIPS, rows)], {"run": "crashed"})
-    assert store.superseded() == ([], [mended])
+    assert superseded(store) == ([], [mended])
     assert store.input_records("folder")[mended].failure == ""
     (media_folder / "new.wav").write_bytes((media_folder / "sound.wav").read_bytes())
 
     report = extract_here(media_folder, tmp_path / "store", tiny_encoder)
 
     assert report.decoded == 1, "only the new file: the clip's row is the truth"
-    assert store.superseded() == ([], [])
+    assert superseded(store) == ([], [])
     assert store.failures().num_rows == 0
     assert store.clips(columns=["clip_id"])["clip_id"].to_pylist().count(mended) == 1
 

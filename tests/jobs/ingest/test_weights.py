@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from r2scp.jobs.ingest import weights
-from r2scp.jobs.ingest.download import Patience, RemoteFile
+from r2scp.jobs.ingest.download import RemoteFile, RetryPolicy
 from r2scp.jobs.ingest.weights import (
     default_weights_path,
     describe_encoder,
     fetch_weights,
-    load_encoder,
     resolve_encoder,
 )
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
@@ -80,7 +79,7 @@ def test_accepted_weights_arrive_at_the_default_place_and_load(served: RemoteFil
     path = fetch_weights(accept_license=True, remote=served)
     assert path == default_weights_path() == home / "imagebind_huge.pth"
     as_named = path.rename(path.with_suffix(".safetensors"))
-    model = load_encoder(str(as_named), dtype=torch.float32)
+    model = ImageBind.load(str(as_named), dtype=torch.float32)
     assert model.fingerprint == f"imagebind-4-{served.sha256[:12]}-r1"
 
 
@@ -89,16 +88,19 @@ def test_weights_that_are_there_are_not_fetched_again(served: RemoteFile, tmp_pa
     nowhere = RemoteFile(url="http://127.0.0.1:9/w", size=served.size, sha256=served.sha256)
     assert fetch_weights(path, accept_license=False, remote=nowhere) == path
     path.write_bytes(b"other")
-    with pytest.raises(EncoderError, match="there already and is not this file"):
+    with pytest.raises(EncoderError, match="already exists and is not this file"):
         fetch_weights(path, accept_license=True, remote=served)
     assert path.read_bytes() == b"other"
 
 
-def test_a_failed_download_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_failed_download_says_how_to_resume(tmp_path: Path) -> None:
     nowhere = RemoteFile(url="http://127.0.0.1:9/w", size=5, sha256="0" * 64)
-    with pytest.raises(EncoderError, match="give the same command again to go on"):
+    with pytest.raises(EncoderError, match="run the same command again to resume"):
         fetch_weights(
-            tmp_path / "w.pth", accept_license=True, remote=nowhere, patience=Patience(attempts=1, pause_s=0)
+            tmp_path / "w.pth",
+            accept_license=True,
+            remote=nowhere,
+            retries=RetryPolicy(attempts=1, pause_s=0),
         )
 
 
@@ -133,14 +135,14 @@ def test_the_demo_encoder_comes_with_the_package() -> None:
     source = Path(resolve_encoder("imagebind-demo"))
     assert source.name == "imagebind-demo.safetensors"
     assert source.stat().st_size <= 12 * 10**6
-    assert describe_encoder(str(source)).dim == load_encoder(str(source)).dim
+    assert describe_encoder(str(source)).dim == ImageBind.load(str(source)).dim
 
 
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
         ("imagebind", None, "must be one of imagebind-huge, imagebind-demo; got 'imagebind'"),
-        ("imagebind-huge", "/nowhere/w.pth", "/nowhere/w.pth is not there"),
+        ("imagebind-huge", "/nowhere/w.pth", "/nowhere/w.pth does not exist"),
         ("imagebind-demo", "random:1", "size of imagebind-huge"),
     ],
 )
@@ -151,11 +153,10 @@ def test_what_cannot_be_is_refused(name: str, given: str | None, message: str) -
 
 def test_foreign_files_become_encoder_errors(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"not weights")
-    for use in (load_encoder, describe_encoder):
-        with pytest.raises(EncoderError, match="cannot be read as a checkpoint"):
-            use(str(tmp_path / "w.pth"))
-        with pytest.raises(EncoderError, match="random:SEED"):
-            use("random:x")
+    with pytest.raises(EncoderError, match="cannot be read as a checkpoint"):
+        describe_encoder(str(tmp_path / "w.pth"))
+    with pytest.raises(EncoderError, match="random:SEED"):
+        describe_encoder("random:x")
 
 
 def test_another_file_in_the_default_place_is_refused(home: Path) -> None:

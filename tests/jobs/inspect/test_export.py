@@ -21,12 +21,11 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from r2scp.jobs.cli.main import app
-from r2scp.jobs.inspect.export import Export, Moment, export
-from r2scp.jobs.inspect.export_card import MEANINGS, card, inert
+from r2scp.jobs.inspect.export import ExportOptions, TableVersions, export
+from r2scp.jobs.inspect.export_card import card, escaped
 from r2scp.jobs.inspect.export_files import Limits, file_names
 from r2scp.store.errors import R2SCPError, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
@@ -78,7 +77,7 @@ def check_same_bits(found: pa.Table, wanted: pa.Table) -> None:
 
 
 def test_all_rows_come_out_as_they_went_in(question_store: FeatureStore, tmp_path: Path) -> None:
-    told = export(question_store, tmp_path / "out", Export(limits=SMALL))
+    told = export(question_store, tmp_path / "out", ExportOptions(limits=SMALL))
     assert told["files"] > 9, "the limits make several files of a split"
     for config, wanted in (
         ("clips", question_store.clips()),
@@ -91,7 +90,7 @@ def test_all_rows_come_out_as_they_went_in(question_store: FeatureStore, tmp_pat
 
 
 def test_each_split_has_files_of_its_own(question_store: FeatureStore, tmp_path: Path) -> None:
-    told = export(question_store, tmp_path / "out", Export(limits=SMALL))
+    told = export(question_store, tmp_path / "out", ExportOptions(limits=SMALL))
     home = dict(zip(*question_store.clips(["clip_id", "split"]).to_pydict().values(), strict=True))
     account = json.loads((tmp_path / "out" / "export.json").read_text())
     there = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.parquet")}
@@ -109,7 +108,7 @@ def test_each_split_has_files_of_its_own(question_store: FeatureStore, tmp_path:
 
 
 def test_keys_only(question_store: FeatureStore, tmp_path: Path) -> None:
-    export(question_store, tmp_path / "out", Export(sequences=False))
+    export(question_store, tmp_path / "out", ExportOptions(sequences=False))
     clips, questions = read(tmp_path / "out", "clips"), read(tmp_path / "out", "questions")
     assert set(question_store.clips().column_names) - set(clips.column_names) == {"visual", "audio"}
     gone = set(question_store.questions().column_names) - set(questions.column_names)
@@ -119,7 +118,7 @@ def test_keys_only(question_store: FeatureStore, tmp_path: Path) -> None:
 
 
 def test_a_choice_of_corpus_split_and_condition(question_store: FeatureStore, tmp_path: Path) -> None:
-    export(question_store, tmp_path / "a", Export(corpora=("avqa",), splits=("train", "test")))
+    export(question_store, tmp_path / "a", ExportOptions(corpora=("avqa",), splits=("train", "test")))
     where = "corpus = 'avqa' AND split IN ('train', 'test')"
     for config, wanted in (
         ("clips", question_store.clips(where=where)),
@@ -131,7 +130,7 @@ def test_a_choice_of_corpus_split_and_condition(question_store: FeatureStore, tm
     wanted_ids = {row["neighbour_id"] for row in near if row["clip_id"] in clips}
     assert set(read(tmp_path / "a", "neighbours")["neighbour_id"].to_pylist()) == wanted_ids
 
-    export(question_store, tmp_path / "b", Export(where="audio_key IS NULL -- deaf"))
+    export(question_store, tmp_path / "b", ExportOptions(where="audio_key IS NULL -- deaf"))
     deaf = set(question_store.clips(["clip_id"], "audio_key IS NULL")["clip_id"].to_pylist())
     assert set(read(tmp_path / "b", "clips")["clip_id"].to_pylist()) == deaf
     asked = question_store.questions(["question_id", "clip_id"]).to_pylist()
@@ -139,9 +138,9 @@ def test_a_choice_of_corpus_split_and_condition(question_store: FeatureStore, tm
     assert wanted_ids
     assert set(read(tmp_path / "b", "questions")["question_id"].to_pylist()) == wanted_ids
     with pytest.raises(StoreError, match="no clip to export"):
-        export(question_store, tmp_path / "c", Export(splits=("nowhere",)))
+        export(question_store, tmp_path / "c", ExportOptions(splits=("nowhere",)))
     with pytest.raises(UsageError, match="--where"):
-        export(question_store, tmp_path / "c", Export(where="true) OR (true"))
+        export(question_store, tmp_path / "c", ExportOptions(where="true) OR (true"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -153,7 +152,7 @@ def test_names_of_splits_are_safe_apart_and_found_again(
         for at, split in enumerate(ODD_SPLITS)
     ]
     write(own_store, Table.CLIPS, rows)
-    told = export(own_store, tmp_path / "deep" / "out", Export())
+    told = export(own_store, tmp_path / "deep" / "out", ExportOptions())
     account = json.loads((tmp_path / "deep" / "out" / "export.json").read_text())
     named = account["split_names"]
     assert set(named.values()) == {"val", "test", *ODD_SPLITS}
@@ -176,7 +175,7 @@ def test_the_card_is_yaml_and_tells_every_column(
     write(
         own_store, Table.CLIPS, [{"clip_id": "odd/1", "corpus": hostile, "split": hostile, "ingested_at": AT}]
     )
-    export(own_store, tmp_path / "out", Export(corpora=(hostile, "avqa")))
+    export(own_store, tmp_path / "out", ExportOptions(corpora=(hostile, "avqa")))
     text = (tmp_path / "out" / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
     configs = yaml.safe_load(header)["configs"]
@@ -186,15 +185,14 @@ def test_the_card_is_yaml_and_tells_every_column(
     for bad in ("<script", "[l](", "`b`", "\u202e", "\n# x"):
         assert bad not in text
     for table in (Table.CLIPS, Table.QUESTIONS, Table.NEIGHBOURS):
-        assert set(MEANINGS[table.value]) == set(own_store.address(table).schema.names)
-        assert all(f"| `{name}` |" in body for name in MEANINGS[table.value])
-    assert inert("a*b_c&d") == "a&#42;b&#95;c&#38;d"
+        assert all(f"| `{name}` |" in body for name in own_store.address(table).schema.names)
+    assert escaped("a*b_c&d") == "a&#42;b&#95;c&#38;d"
     for address in (
         "https://example.org/a",
         "www.example.org",
         "a@example.org",
     ):  # GitHub links these
-        assert not set(":./@") & set(inert(address))
+        assert not set(":./@") & set(escaped(address))
 
 
 def test_the_same_again_writes_nothing_and_another_is_refused(
@@ -202,22 +200,22 @@ def test_the_same_again_writes_nothing_and_another_is_refused(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()  # an empty folder will do
-    first = export(own_store, out, Export())
+    first = export(own_store, out, ExportOptions())
     (out / "README.md").write_text("with a licence of one's own")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    again = export(own_store, out, Export())
+    again = export(own_store, out, ExportOptions())
     assert (first["unchanged"], again["unchanged"]) == (False, True)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     with pytest.raises(UsageError, match="something else"):
-        export(own_store, out, Export(sequences=False))
+        export(own_store, out, ExportOptions(sequences=False))
     own_store.commit(Table.CLIPS, [], {}, also_delete=[own_store.clips(["clip_id"])["clip_id"][0].as_py()])
     with pytest.raises(UsageError, match="something else"):
-        export(own_store, out, Export())
+        export(own_store, out, ExportOptions())
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_what_is_damaged_or_ones_own_is_refused(question_store: FeatureStore, tmp_path: Path) -> None:
-    export(question_store, tmp_path / "out", Export())
+    export(question_store, tmp_path / "out", ExportOptions())
     file = next((tmp_path / "out" / "data").rglob("*.parquet"))
     file.write_bytes(file.read_bytes()[:-1])
     (tmp_path / "own").mkdir()
@@ -268,7 +266,7 @@ def test_it_reads_one_moment_though_somebody_writes(
                 [{"question_id": "new", "clip_id": "avqa/001", "split": "train", "corpus": "avqa"}],
             )
 
-    export(own_store, tmp_path / "out", Export(), meanwhile)
+    export(own_store, tmp_path / "out", ExportOptions(), meanwhile)
     assert own_store.questions().num_rows == wanted.num_rows + 1
     check_same_bits(rows_of(read(tmp_path / "out", "questions"), "questions"), rows_of(wanted, "questions"))
 
@@ -282,7 +280,7 @@ def test_an_export_that_fails_leaves_nothing(
             raise error
 
     with pytest.raises((R2SCPError, KeyboardInterrupt), match=r"No space left on device|^$"):
-        export(question_store, tmp_path / "out", Export(), fail)
+        export(question_store, tmp_path / "out", ExportOptions(), fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,13 +288,13 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(question_store: Feature
     out, mark = tmp_path / "out", tmp_path / "mark"
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from r2scp.jobs.inspect.export import Export, export\n"
+        "from r2scp.jobs.inspect.export import ExportOptions, export\n"
         "from r2scp.store.feature_store import FeatureStore\n"
         "def stop(table, done, total):\n"
         "    if table == 'questions':\n"
         "        Path(sys.argv[3]).touch()\n"
         "        time.sleep(600)\n"
-        "export(FeatureStore.open(sys.argv[1]), Path(sys.argv[2]), Export(), stop)\n"
+        "export(FeatureStore.open(sys.argv[1]), Path(sys.argv[2]), ExportOptions(), stop)\n"
     )
     words = [sys.executable, "-c", code, question_store.uri, str(out), str(mark)]
     with subprocess.Popen(words, start_new_session=True) as process:
@@ -306,11 +304,11 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(question_store: Feature
                 threading.Event().wait(0.02)
             assert mark.exists()
             with pytest.raises(UsageError, match="another export writes"):
-                export(question_store, out, Export())
+                export(question_store, out, ExportOptions())
         finally:
             process.kill()
     assert not out.exists()
-    assert export(question_store, out, Export())["unchanged"] is False
+    assert export(question_store, out, ExportOptions())["unchanged"] is False
     mark.unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what the killed one left is gone"
     check_same_bits(rows_of(read(out, "clips"), "clips"), rows_of(question_store.clips(), "clips"))
@@ -347,11 +345,11 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_memory_does_not_grow_with_the_store(heavy: tuple[str, str], tmp_path: Path) -> None:
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from r2scp.jobs.inspect.export import Export, export\n"
+        "from r2scp.jobs.inspect.export import ExportOptions, export\n"
         "from r2scp.jobs.inspect.export_files import Limits\n"
         "from r2scp.store.feature_store import FeatureStore\n"
         "limits = Limits(row_group_bytes=4 << 20, file_bytes=32 << 20)\n"
-        "done = export(FeatureStore.open(sys.argv[1]), Path(sys.argv[2]), Export(limits=limits))\n"
+        "done = export(FeatureStore.open(sys.argv[1]), Path(sys.argv[2]), ExportOptions(limits=limits))\n"
         "print(done['files'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
     )
     most = []
@@ -385,7 +383,7 @@ def test_the_datasets_library_loads_it(
     ]
     write(own_store, Table.CLIPS, rows)
     out = tmp_path / "out"
-    export(own_store, out, Export(limits=SMALL))
+    export(own_store, out, ExportOptions(limits=SMALL))
     named = json.loads((out / "export.json").read_text())["split_names"]
     for config, wanted in (
         ("clips", own_store.clips()),
@@ -412,19 +410,19 @@ def test_the_datasets_library_loads_it(
 
 def test_pandas_reads_it(question_store: FeatureStore, tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas", reason="no pandas: pip install pandas")
-    export(question_store, tmp_path / "out", Export())
+    export(question_store, tmp_path / "out", ExportOptions())
     frame = pandas.read_parquet(tmp_path / "out" / "data" / "clips")
     assert len(frame) == question_store.clips().num_rows
     assert set(frame["split"]) == {"train", "val", "test"}
 
 
 def test_a_moment_is_known_wherever_the_store_is(question_store: FeatureStore, own_store: FeatureStore) -> None:
-    assert Moment.of(question_store) == Moment.of(own_store), "a copy of the store"
+    assert TableVersions.of(question_store) == TableVersions.of(own_store), "a copy of the store"
 
 
 def test_the_card_of_an_account_of_nothing_odd_names_no_odd_split(
     question_store: FeatureStore, tmp_path: Path
 ) -> None:
-    export(question_store, tmp_path / "out", Export())
+    export(question_store, tmp_path / "out", ExportOptions())
     account = json.loads((tmp_path / "out" / "export.json").read_text())
     assert "names that files cannot have" not in card(account)

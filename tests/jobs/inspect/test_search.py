@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from r2scp.jobs.cli.main import app
 from r2scp.jobs.ingest.encoders import encoder_spec
 from r2scp.jobs.inspect import search as store_search
 from r2scp.jobs.inspect.search import Query, check_text, run_search, text_key
-from r2scp.jobs.inspect.search_page import MOST_DRAWN, write_page
+from r2scp.jobs.inspect.search_page import MAX_PICTURES, write_page
 from r2scp.pipelines.demo.captions import VISION_GROUPS, caption, vision_labels
 from r2scp.pipelines.demo.render import render_frames
-from r2scp.pipelines.demo.scene import scene
+from r2scp.pipelines.demo.scene import make_scene
 from r2scp.pipelines.extraction.embed import Encoder, EncoderSpec, key_of
 from r2scp.store.errors import FingerprintMismatch, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
@@ -127,7 +126,7 @@ def test_clips_like_one_are_found_without_itself(store: FeatureStore) -> None:
     assert deaf["found"]["audio"] == []
     assert len(deaf["found"]["visual"]) == 6
     assert deaf["notes"] == ["the clip has no audio key"]
-    with pytest.raises(StoreError, match="near it: folder/004"):
+    with pytest.raises(StoreError, match="Did you mean folder/004"):
         run_search(store, Query(like="004"))
 
 
@@ -172,7 +171,7 @@ def test_a_condition_that_is_none_is_one_clear_error(store: FeatureStore, where:
 
 @pytest.mark.parametrize("text", ["", "  \n\t", "\x00\x1b", "\u3000"])
 def test_a_text_of_nothing_is_refused(store: FeatureStore, tiny_weights: Path, text: str) -> None:
-    with pytest.raises(UsageError, match="nothing to look for"):
+    with pytest.raises(UsageError, match="is empty"):
         check_text(text, [])
     result = call("store", "search", text, "--store", store.uri, "--weights", tiny_weights)
     assert result.exit_code == 2
@@ -221,7 +220,7 @@ def test_for_people_and_for_programs(store: FeatureStore, encoder: Encoder, tiny
 def test_a_caption_finds_its_clip_far_better_than_chance(tmp_path: Path, write: Callable[..., None]) -> None:
     """Forty clips of a world that the demo encoder never saw; of eight true phrases each."""
     spec = encoder_spec("imagebind-demo", None, "cpu")
-    encoder, scenes = spec.load(), [scene(4901, index) for index in range(40)]
+    encoder, scenes = spec.load(), [make_scene(4901, index) for index in range(40)]
     store = FeatureStore.create(str(tmp_path / "store"), spec.fingerprint, spec.dim)
     rows, second = [], 5
     for one in scenes:
@@ -277,15 +276,15 @@ def test_the_page_in_a_browser(
 ) -> None:
     page = tmp_path / "search.html"
     words = ["store", "search", TEXT, "--store", store.uri, "--weights", tiny_weights, "--json"]
-    result = call(*words, "-n", MOST_DRAWN + 5, "--html", page)
+    result = call(*words, "-n", MAX_PICTURES + 5, "--html", page)
     assert result.exit_code == 0, result.output
     for width in (1280, 360):
         seen = open_page(page, width=width)
         assert (seen.errors, seen.page_errors, seen.requests, seen.dialogs) == ([], [], [], [])
-        assert seen.ask("document.querySelectorAll('ol.neighbours li').length") == 2 * MOST_DRAWN
+        assert seen.ask("document.querySelectorAll('ol.neighbours li').length") == 2 * MAX_PICTURES
         assert seen.ask("document.documentElement.scrollWidth") <= width
         assert seen.ask("document.querySelectorAll('h1').length") == 1
-    assert "5 more are not drawn" in page.read_text()
+    assert "5 more are not shown here" in page.read_text()
 
 
 def test_a_page_that_cannot_be_written_is_one_clear_error(store: FeatureStore, tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from r2scp.jobs.cli.main import app
-from r2scp.jobs.inspect.show import clip_facts, near_names
+from r2scp.jobs.inspect.show import clip_facts, similar_ids
 from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
@@ -131,11 +130,11 @@ def test_names_like_it_are_told(own_store: FeatureStore, write: Callable[..., No
     names = ["folder/holiday/beach party.mp4", "folder/holiday/beach walk.mp4", "folder/kitchen.mp4"]
     write(own_store, Table.CLIPS, [{"clip_id": name, "ingested_at": AT} for name in names])
     write(own_store, Table.FAILURES, [{"clip_id": "folder/broken film.mp4", "at": AT}])
-    assert near_names(own_store, "beach party.mp4")[0] == names[0]
-    assert near_names(own_store, "FOLDER/holiday/beach_walk.mp4")[0] == names[1]
-    assert near_names(own_store, "broken film")[0] == "folder/broken film.mp4"
-    assert near_names(own_store, "\u4e09\u4e09\u4e09\u4e09") == []
-    with pytest.raises(StoreError, match=r"near it: folder/kitchen\.mp4"):
+    assert similar_ids(own_store, "beach party.mp4")[0] == names[0]
+    assert similar_ids(own_store, "FOLDER/holiday/beach_walk.mp4")[0] == names[1]
+    assert similar_ids(own_store, "broken film")[0] == "folder/broken film.mp4"
+    assert similar_ids(own_store, "\u4e09\u4e09\u4e09\u4e09") == []
+    with pytest.raises(StoreError, match=r"Did you mean folder/kitchen\.mp4"):
         clip_facts(own_store, "kitchen.mp4")
 
 

@@ -1,7 +1,7 @@
-"""A re-index job end to end, on real Ray, ffmpeg and towers.
+"""A re-index job end to end, with real Ray, ffmpeg and towers.
 
-The store follows its corpora, `serving` moves only when the gate lets it, readers see one moment, and nothing
-is written where nothing is to do.
+The store follows its corpora, `serving` moves only if the gate passes, readers see one snapshot, and with
+nothing to do nothing is written.
 """
 
 import json
@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from r2scp.jobs.cli.main import app
-from r2scp.jobs.reindex.config import read_config
+from r2scp.jobs.reindex.config import read_job_file
 from r2scp.jobs.reindex.job import ReindexReport, run_reindex
 from r2scp.store.errors import LeaseHeld
 from r2scp.store.feature_store import FeatureStore
@@ -33,19 +33,20 @@ NAMES = ("a", "b", "c", "d", "e", "f")
 
 
 @dataclass
-class Site:
-    """A folder of recordings with questions about them, a job's file, and the store it fills."""
+class JobFolder:
+    """A folder of recordings with questions, a job's file, and the store that it fills."""
 
     folder: Path
     weights: Path
     contents: Mapping[str, bytes]
-    said: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    mtime: int = 1_800_000_000
 
     def write(self, name: str, content: str = "both.mp4") -> None:
         path = self.folder / "media" / f"{name}.mp4"
         path.write_bytes(self.contents[content])
-        self._touched = getattr(self, "_touched", 1_800_000_000) + 1
-        os.utime(path, (self._touched, self._touched))  # a new time, however coarse the clock
+        self.mtime += 1
+        os.utime(path, (self.mtime, self.mtime))  # a new time, however coarse the clock
 
     def remove(self, name: str) -> None:
         (self.folder / "media" / f"{name}.mp4").unlink()
@@ -56,7 +57,7 @@ class Site:
         (self.folder / "questions.jsonl").write_text(text)
 
     def job(self, **changes: Any) -> Path:
-        said: dict[str, Any] = {
+        values: dict[str, Any] = {
             "name": "nightly",
             "store": "store",
             "encoder": "imagebind-demo",
@@ -66,11 +67,11 @@ class Site:
             "gate": {"max_dead_share": 0.5, "max_lost_share": 0.5, "recall_queries": 16},
         }
         path = self.folder / "job.yaml"
-        path.write_text(yaml.safe_dump(said | changes))
+        path.write_text(yaml.safe_dump(values | changes))
         return path
 
     def run(self, dry_run: bool = False, **changes: Any) -> ReindexReport:
-        return run_reindex(read_config(self.job(**changes)), self.said.append, dry_run)
+        return run_reindex(read_job_file(self.job(**changes)), self.log.append, dry_run)
 
     @property
     def store(self) -> FeatureStore:
@@ -78,9 +79,9 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_weights: Path, rendered_media: Mapping[str, bytes]) -> Site:
+def site(tmp_path: Path, tiny_weights: Path, rendered_media: Mapping[str, bytes]) -> JobFolder:
     (tmp_path / "media").mkdir()
-    site = Site(tmp_path, tiny_weights, rendered_media)
+    site = JobFolder(tmp_path, tiny_weights, rendered_media)
     for name in NAMES:
         site.write(name)
     site.ask(*NAMES)
@@ -90,11 +91,11 @@ def site(tmp_path: Path, tiny_weights: Path, rendered_media: Mapping[str, bytes]
 @pytest.fixture(scope="module")
 def published(
     tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, rendered_media: Mapping[str, bytes]
-) -> Site:
+) -> JobFolder:
     """A site whose job has run once; only to be copied."""
     folder = tmp_path_factory.mktemp("published")
     (folder / "media").mkdir()
-    site = Site(folder, tiny_weights, rendered_media)
+    site = JobFolder(folder, tiny_weights, rendered_media)
     for name in NAMES:
         site.write(name)
     site.ask(*NAMES)
@@ -103,23 +104,21 @@ def published(
 
 
 @pytest.fixture
-def running(tmp_path: Path, published: Site) -> Site:
+def running(tmp_path: Path, published: JobFolder) -> JobFolder:
     """A copy of `published`, with the files' times."""
     shutil.copytree(published.folder, tmp_path / "site")
-    root, was = str(tmp_path / "site" / "media"), str(published.folder / "media")
-    site = Site(tmp_path / "site", published.weights, published.contents)
-    site._touched = published._touched + 100  # pyright: ignore
-    store, clips = (
-        site.store,
-        site.store.clips(["clip_id", "uri", "split", "labels", "source_id"]).to_pylist(),
-    )
-    store.update_metadata([row | {"uri": row["uri"].replace(was, root)} for row in clips], {})
+    root, old_root = str(tmp_path / "site" / "media"), str(published.folder / "media")
+    site = JobFolder(tmp_path / "site", published.weights, published.contents)
+    site.mtime = published.mtime + 100
+    store = site.store
+    clips = store.clips(["clip_id", "uri", "split", "labels", "source_id"]).to_pylist()
+    store.update_metadata([row | {"uri": row["uri"].replace(old_root, root)} for row in clips], {})
     site.run()
     return site
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder below, with its size and time of change."""
+    """Path -> (modification time, size) of everything below `folder`."""
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
@@ -129,7 +128,7 @@ def clips(store: FeatureStore) -> set[str]:
     }
 
 
-def test_first_run_and_second(published: Site) -> None:
+def test_first_run_and_second(published: JobFolder) -> None:
     store = published.store
     serving = store.at(SERVING)
     assert clips(serving) == set(NAMES)
@@ -149,60 +148,49 @@ def test_first_run_and_second(published: Site) -> None:
     assert listing(published.folder / "store") == before, "a run with nothing to do writes nothing"
 
 
-def test_the_store_follows_its_corpus(running: Site) -> None:
+def test_the_store_follows_its_corpus(running: JobFolder) -> None:
     reader = running.store.at(SERVING)
     running.write("a", "other.mp4")
     running.remove("b")
     running.write("new", "silent.mp4")
     running.write("bad", "text.mp4")
-    running.ask("a", "c", "d", "e", "new")  # no longer about f
+    running.ask("a", "c", "d", "e", "new")  # none about f
     before = listing(running.folder / "store")
     dry = running.run(dry_run=True)
-    assert dry.due == ["folder: 2 new, 1 changed, 1 gone, 2 questions dropped"]
+    assert dry.due == ["folder: 2 new, 1 changed, 1 gone, 2 questions deleted from the store"]
     assert listing(running.folder / "store") == before, "a dry run writes nothing"
     report = running.run()
     assert report.outcome == "published"
-    found = report.corpora["folder"]
-    assert {name: found[name] for name in ("new", "changed", "gone", "stored", "dead", "unchanged")} == {
-        "new": 2,
-        "changed": 1,
-        "gone": 1,
-        "stored": 2,
-        "dead": 1,
-        "unchanged": 4,
-    }
+    expected = {"new": 2, "changed": 1, "gone": 1, "stored": 2, "dead": 1, "unchanged": 4}
+    assert report.corpora["folder"].items() >= expected.items()
     now = running.store.at(SERVING)
     assert clips(now) == {"a", "c", "d", "e", "f", "new"}
-    assert (
-        sorted(now.questions()["clip_id"].to_pylist())
-        == [f"folder/{name}" + suffix for name in ("a", "c", "d", "e", "new") for suffix in ("",)]
-        or now.questions().num_rows == 5
-    )
-    assert clips(reader) == set(NAMES), "who reads keeps what it opened"
+    assert now.questions().num_rows == 5
+    assert clips(reader) == set(NAMES), "a reader keeps what it opened"
     assert clips(running.store.at("previous")) == set(NAMES)
     named = {name for ids in now.neighbours()["nearest_ids"].to_pylist() for name in ids}
-    assert named <= set(now.clips()["clip_id"].to_pylist()), "neighbours name clips that are there"
+    assert named <= set(now.clips()["clip_id"].to_pylist()), "neighbours refer to stored clips"
     assert running.run().outcome == "nothing to do"
 
 
-def test_the_gate_keeps_what_is_not_fit_from_serving(running: Site) -> None:
-    serves = running.store.snapshots()[SERVING]
+def test_a_failed_gate_keeps_the_published_snapshot(running: JobFolder) -> None:
+    published = running.store.snapshots()[SERVING]
     for name in ("x", "y", "z"):
         running.write(name, "text.mp4")
     result = CliRunner().invoke(app, ["jobs", "run", str(running.job(gate={"max_dead_share": 0.1}))])
     assert result.exit_code == 1
-    assert "share of dead letters is 0.3333, and must be at most 0.1: not published" in result.stderr
-    assert f"run {serves.run_id} still serves" in result.stderr
-    assert running.store.snapshots()[SERVING] == serves
+    assert "share of failed clips is 0.3333, and must be at most 0.1: not published" in result.stderr
+    assert f"run {published.run_id} is still published" in result.stderr
+    assert running.store.snapshots()[SERVING] == published
     rows = running.store.dataset(Table.RUNS).to_table().to_pylist()
     assert max(rows, key=lambda row: row["started_at"])["status"] == "refused"
-    assert running.store.failures().num_rows == 3, "what was found out stays"
+    assert running.store.failures().num_rows == 3, "the dead letters are kept"
     again = CliRunner().invoke(app, ["jobs", "run", str(running.job(gate={"max_dead_share": 0.1})), "--json"])
-    assert again.exit_code == 0, "dead letters are no news; clips, questions and neighbours are as they were"
+    assert again.exit_code == 0, "clips, questions and neighbours are unchanged"
     assert json.loads(again.stdout)["outcome"] == "nothing to do"
 
 
-def test_what_the_gate_refused_serves_once_a_run_passes(running: Site) -> None:
+def test_refused_clips_are_published_once_a_run_passes(running: JobFolder) -> None:
     running.write("x", "other.mp4")
     refused = running.run(gate={"min_clips": 100})
     assert (refused.outcome, refused.why.partition(":")[0]) == (
@@ -211,12 +199,12 @@ def test_what_the_gate_refused_serves_once_a_run_passes(running: Site) -> None:
     )
     decoded = running.store.clips()["run_id"].to_pylist()
     passed = running.run()
-    assert (passed.outcome, passed.due) == ("published", ["what was written does not serve yet"])
+    assert (passed.outcome, passed.due) == ("published", ["changes are not published yet"])
     assert running.store.clips()["run_id"].to_pylist() == decoded, "nothing was extracted again"
     assert "x" in clips(running.store.at(SERVING))
 
 
-def test_a_disk_that_is_not_there_does_not_empty_the_store(running: Site) -> None:
+def test_an_unmounted_disk_does_not_empty_the_store(running: JobFolder) -> None:
     for name in ("a", "b", "c", "d"):
         running.remove(name)
     before = running.store.versions()
@@ -230,7 +218,7 @@ def test_a_disk_that_is_not_there_does_not_empty_the_store(running: Site) -> Non
     assert clips(running.store.at(SERVING)) == {"e", "f"}
 
 
-def test_rollback_and_a_reader_across_it(running: Site) -> None:
+def test_rollback_and_a_reader_across_it(running: JobFolder) -> None:
     def call(*words: str) -> Result:
         return CliRunner().invoke(app, ["jobs", *words, "--store", str(running.folder / "store"), "--json"])
 
@@ -242,7 +230,7 @@ def test_rollback_and_a_reader_across_it(running: Site) -> None:
     assert "x" not in clips(running.store.at(SERVING))
     assert "x" in clips(reader)
     idle = running.run()
-    assert idle.outcome == "nothing to do", "it is not put back by itself"
+    assert idle.outcome == "nothing to do", "it is not published again by itself"
     assert second.run_id in idle.why
     assert call("rollback").exit_code == 1
     running.write("y", "other.mp4")
@@ -262,7 +250,7 @@ def test_rollback_and_a_reader_across_it(running: Site) -> None:
     assert "storage_options" not in shown["config"]
 
 
-def test_a_second_job_says_who_holds_the_store_or_waits(running: Site) -> None:
+def test_a_second_job_waits_or_names_the_writer(running: JobFolder) -> None:
     running.write("x", "other.mp4")
     first = running.store.lease("jobs run other")
     with first.hold():
@@ -271,42 +259,42 @@ def test_a_second_job_says_who_holds_the_store_or_waits(running: Site) -> None:
         ):
             running.run()
         assert clips(running.store) == set(NAMES)
-        timer = threading.Thread(target=lambda: _until(lambda: bool(running.said)) or released.set())
+        timer = threading.Thread(target=lambda: _until(lambda: bool(running.log)) or released.set())
         released = threading.Event()
         timer.start()
         outcome: list[ReindexReport] = []
         waiting = threading.Thread(target=lambda: outcome.append(running.run(wait_s=LEASE_SECONDS)))
         waiting.start()
         assert released.wait(LEASE_SECONDS)
-        assert running.said[0].startswith("waiting up to 60 s: another writer holds this store")
+        assert running.log[0].startswith("waiting up to 60 s: another writer holds this store")
     waiting.join(120)
     timer.join()
     assert outcome[0].outcome == "published"
 
 
-def _until(true: Callable[[], bool]) -> None:
-    while not true():
+def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
         time.sleep(0.01)
 
 
-def test_readers_see_one_moment_throughout(running: Site) -> None:
-    """Read `serving` again and again while clips and questions change: each time all of one moment."""
-    moments: list[tuple[set[str], set[str], set[str]]] = []
-    wrong: list[str] = []
+def test_readers_always_see_one_snapshot(running: JobFolder) -> None:
+    """Read `serving` repeatedly while clips and questions change."""
+    snapshots: list[tuple[set[str], set[str], set[str]]] = []
+    errors: list[str] = []
     stop = threading.Event()
 
     def read() -> None:
         while not stop.is_set():
             serving = running.store.at(SERVING)
-            there = clips(serving)
-            asked = {row.removeprefix("folder/") for row in serving.questions()["clip_id"].to_pylist()}
+            stored = clips(serving)
+            about = {row.removeprefix("folder/") for row in serving.questions()["clip_id"].to_pylist()}
             rows = serving.neighbours(["clip_id", "nearest_ids"]).to_pylist()
-            named = {each for row in rows for each in [row["clip_id"], *row["nearest_ids"]]}
-            named = {each.removeprefix("folder/").removesuffix(".mp4") for each in named}
-            if not named <= there:
-                wrong.append(f"neighbours name {named - there}")
-            if (there, asked, named) not in moments:
-                moments.append((there, asked, named))
+            named = {clip_id for row in rows for clip_id in [row["clip_id"], *row["nearest_ids"]]}
+            named = {clip_id.removeprefix("folder/").removesuffix(".mp4") for clip_id in named}
+            if not named <= stored:
+                errors.append(f"neighbours refer to {named - stored}")
+            if (stored, about, named) not in snapshots:
+                snapshots.append((stored, about, named))
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -319,13 +307,13 @@ def test_readers_see_one_moment_throughout(running: Site) -> None:
     finally:
         stop.set()
         reader.join()
-    assert wrong == []
-    assert len(moments) <= 3
-    assert moments[0][0] == set(NAMES)
-    assert moments[-1][0] == (set(NAMES) | {"x", "y"}) - {"a", "b"}
+    assert errors == []
+    assert len(snapshots) <= 3
+    assert snapshots[0][0] == set(NAMES)
+    assert snapshots[-1][0] == (set(NAMES) | {"x", "y"}) - {"a", "b"}
 
 
-def test_two_folders_under_names_of_their_own(running: Site) -> None:
+def test_two_folders_with_names_of_their_own(running: JobFolder) -> None:
     """The same relative path in two folders is two clips."""
     shutil.copytree(running.folder / "media", running.folder / "porch")
     corpora = [

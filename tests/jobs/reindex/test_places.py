@@ -1,4 +1,4 @@
-"""The same job where it is used: a store on S3 (a server on loopback), a Ray cluster that loses a node."""
+"""The job on S3 (a server on loopback), and on a Ray cluster that loses a node."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
-from r2scp.jobs.reindex.config import read_config
+from r2scp.jobs.reindex.config import read_job_file
 from r2scp.jobs.reindex.job import run_reindex
 from r2scp.pipelines.ray_session import RAY_ENVIRONMENT
 from r2scp.store.errors import LeaseHeld
@@ -22,7 +22,7 @@ from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 from r2scp.store.snapshots import PREVIOUS, SERVING
 
-PATIENCE_S = 180.0
+TIMEOUT_S = 180.0
 OBJECT_STORE_BYTES = 100 << 20  # of one node
 
 
@@ -30,8 +30,8 @@ OBJECT_STORE_BYTES = 100 << 20  # of one node
 def job(tmp_path: Path, tiny_weights: Path, media_folder: Path) -> Callable[..., Path]:
     """`job(**changes)`: the file of a job on `media_folder`."""
 
-    def written(**changes: Any) -> Path:
-        said: dict[str, Any] = {
+    def write(**changes: Any) -> Path:
+        values: dict[str, Any] = {
             "name": "nightly",
             "store": "store",
             "encoder": "imagebind-demo",
@@ -41,10 +41,10 @@ def job(tmp_path: Path, tiny_weights: Path, media_folder: Path) -> Callable[...,
             "gate": {"max_dead_share": 0.5, "max_lost_share": 0.5},
         }
         path = tmp_path / "job.yaml"
-        path.write_text(yaml.safe_dump(said | changes))
+        path.write_text(yaml.safe_dump(values | changes))
         return path
 
-    return written
+    return write
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -53,18 +53,17 @@ def test_the_whole_path_on_s3(
 ) -> None:
     place = object_store("reindex")
     path = job(store=place.uri, storage_options=place.options)
-    said: list[str] = []
-    first = run_reindex(read_config(path), said.append)
+    first = run_reindex(read_job_file(path), print)
     assert (first.outcome, first.corpora["folder"]["stored"]) == ("published", 4)
     before = _objects(place)
-    assert run_reindex(read_config(path), said.append).outcome == "nothing to do"
+    assert run_reindex(read_job_file(path), print).outcome == "nothing to do"
     assert _objects(place) == before, "a run with nothing to do writes nothing"
     (media_folder / "copy.mp4").write_bytes((media_folder / "both.mp4").read_bytes())
     (media_folder / "silent.mp4").unlink()
     store = FeatureStore.open(place.uri, storage_options=place.options)
     with store.lease("another").hold(), pytest.raises(LeaseHeld, match="another on "):
-        run_reindex(read_config(path), said.append)
-    assert run_reindex(read_config(path), said.append).outcome == "published"
+        run_reindex(read_job_file(path), print)
+    assert run_reindex(read_job_file(path), print).outcome == "published"
     names = {name: set(store.at(name).clips()["clip_id"].to_pylist()) for name in (SERVING, PREVIOUS)}
     assert names[SERVING] ^ names[PREVIOUS] == {"folder/copy.mp4", "folder/silent.mp4"}
     store.rollback()
@@ -72,7 +71,7 @@ def test_the_whole_path_on_s3(
 
 
 def _objects(place: Any) -> dict[str, str]:
-    """Key -> content's hash, of all that is in the bucket."""
+    """Key -> content hash of everything in the bucket."""
     options = place.options
     client = boto3.client(
         "s3",
@@ -82,9 +81,9 @@ def _objects(place: Any) -> dict[str, str]:
         aws_secret_access_key=options["aws_secret_access_key"],
     )
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=place.uri.split("/")[2])
-    found = {one["Key"]: one["ETag"] for page in pages for one in page.get("Contents", ())}
+    objects = {item["Key"]: item["ETag"] for page in pages for item in page.get("Contents", ())}
     client.close()
-    return found
+    return objects
 
 
 @pytest.fixture
@@ -99,11 +98,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-@pytest.mark.slow  # the whole path on two nodes, one of which is killed
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_node(
     job: Callable[..., Path], cluster: Cluster, rendered_media: Mapping[str, bytes], tmp_path: Path
 ) -> None:
-    """Once the first clips are stored a node dies; the job ends well, with every clip, each once."""
+    """A node dies once the first clips are stored; the job still stores every clip once."""
     names = {f"{number:03}.mp4" for number in range(60)}
     (tmp_path / "many").mkdir()
     for name in names:
@@ -120,14 +119,14 @@ def test_a_cluster_that_loses_a_node(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     try:
-        until = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while not _rows(str(tmp_path / "store")):
             assert driver.poll() is None, driver.stderr.read().decode()  # pyright: ignore
-            assert time.monotonic() < until, "nothing was ever stored"
+            assert time.monotonic() < deadline, "nothing was ever stored"
             time.sleep(0.05)
         [worker] = cluster.worker_nodes
         cluster.remove_node(worker, allow_graceful=False)
-        out, err = driver.communicate(timeout=PATIENCE_S)
+        out, err = driver.communicate(timeout=TIMEOUT_S)
     finally:
         driver.kill()
         driver.wait()

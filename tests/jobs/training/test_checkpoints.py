@@ -18,10 +18,10 @@ from r2scp.jobs.training.checkpoints import (
     LAST,
     Checkpoint,
     code_version,
-    read_last,
     load_optimiser,
     optimiser_tensors,
     read_checkpoint,
+    read_last,
     write_checkpoint,
 )
 from r2scp.jobs.training.config import StageConfig, TrainConfig
@@ -152,7 +152,9 @@ def test_a_kill_while_writing_leaves_the_checkpoints_of_before(
         for name in (LAST, BEST, EXPERTS):
             found = read_checkpoint(folder, name)
             steps[name] = found.step
-            assert same(found.read_tensors(found.tensors, found.sha256), kept["old" if found.step == 1 else "new"])
+            assert same(
+                found.read_tensors(found.tensors, found.sha256), kept["old" if found.step == 1 else "new"]
+            )
         read_checkpoint(folder, LAST).optimiser_state()
         assert steps[LAST] <= steps[BEST], "`last` must not speak of a best one that is not there"
         assert steps[EXPERTS] == 1

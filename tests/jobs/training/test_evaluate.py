@@ -29,9 +29,9 @@ from r2scp.jobs.training.evaluate import (
     MISSING_RATES,
     ConditionResult,
     EvaluateOptions,
-    missing_at_rate,
-    evaluate_model,
     data_for,
+    evaluate_model,
+    missing_at_rate,
     questions_of,
     run_evaluate,
 )
@@ -108,7 +108,9 @@ def check_all(said: dict[str, Any], hits: dict[str, bool], rows: dict[str, dict]
 def test_every_condition_is_a_count_by_hand(
     evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict], name: str
 ) -> None:
-    checkpoint = read_checkpoint(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
+    checkpoint = read_checkpoint(
+        evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name
+    )
     opened = data_for(checkpoint, evaluated_run[0])
     told = report if name == "r2scp" else report["baselines"][name]
     examples = opened.examples("test")
@@ -144,7 +146,9 @@ def test_the_model_has_learned_and_recovers(report: dict[str, Any]) -> None:
     assert all(one["recovered"] == 0 for one in report["baselines"]["no-recovery"]["conditions"].values())
 
 
-def test_majority_is_a_count_by_hand(evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict]) -> None:
+def test_majority_is_a_count_by_hand(
+    evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict]
+) -> None:
     """Per type of training; a type that training has not gets the most frequent answer of all."""
     columns = ["type", "answer", "corpus"]
     trained = evaluated_run[0].questions(columns, "split = 'train' AND corpus = 'music-avqa'").to_pylist()
@@ -179,7 +183,9 @@ def test_what_is_missing_never_enters(
     evaluated_run: Judged, copy: Callable, write: Callable, condition: str, gone: str, name: str
 ) -> None:
     """Features of the clips asked about are NaN in the missing modality; their keys are as they were."""
-    checkpoint = read_checkpoint(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name)
+    checkpoint = read_checkpoint(
+        evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name
+    )
     clean = data_for(checkpoint, evaluated_run[0])
     store = copy(evaluated_run[0])
     # those of the train split may stand in for what is missing
@@ -217,7 +223,9 @@ def test_who_loses_what_is_drawn_once() -> None:
         gone = {rate: found[f"{modality} {rate:.0%}"] == number for rate, found in lost.items()}
         for rate, found in gone.items():
             assert np.mean(found) == pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / count))
-            assert set(lost[rate][f"{modality} {rate:.0%}"]) <= {number, NO_MODALITY}, "one modality at a time"
+            assert set(lost[rate][f"{modality} {rate:.0%}"]) <= {number, NO_MODALITY}, (
+                "one modality at a time"
+            )
         assert (gone[0.3] <= gone[0.5]).all()
         assert (gone[0.5] <= gone[0.7]).all()
     both = (lost[0.5]["audio 50%"] == AUDIO) & (lost[0.5]["visual 50%"] == VISUAL)
@@ -265,7 +273,9 @@ def test_validation_is_what_training_told(evaluated_run: Judged) -> None:
     report = run_evaluate(*evaluated_run, EvaluateOptions(split="val"))
     for name, told in {"r2scp": report, **report["baselines"]}.items():
         if name != "majority":
-            metrics = read_checkpoint(evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name).metrics
+            metrics = read_checkpoint(
+                evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name
+            ).metrics
             accuracies = {condition: told["conditions"][condition]["accuracy"] for condition in Condition}
             assert metrics.pop("mean") == (accuracies["AV"] if name == "question-only" else told["average"])
             assert metrics == {condition: accuracies[condition] for condition in metrics}
@@ -328,7 +338,10 @@ def test_a_store_may_move_and_a_training_may_go_on(
 def test_without_the_leak_guard_it_is_said(
     evaluated_run: Judged, quick_plan: Callable[..., TrainPlan], tmp_path: Path, copy: Callable
 ) -> None:
-    store, unguarded = copy(evaluated_run[0]), IndexSettings(retrieval=(Retrieval.PAIRED,), n=4, leak_guard=False)
+    store, unguarded = (
+        copy(evaluated_run[0]),
+        IndexSettings(retrieval=(Retrieval.PAIRED,), n=4, leak_guard=False),
+    )
     run_index(store, unguarded, lambda *_: None)
     once = StageConfig(epochs=1, lr=1e-3)
     plan = quick_plan(tmp_path / "run", store, index=unguarded, stage_one=once, stage_two=once)

@@ -46,7 +46,7 @@ def refused(plan: TrainPlan, error: type[R2SCPError], said: str, means: TrainOpt
 
 
 def reading() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_questions_whose_answer_training_does_not_know_are_not_learned(
     known = [answer for answer in plan.answers if answer != "kind 3"]
     store = FeatureStore.open(plan.uri)
     config = replace(plan.config, model=replace(MODEL, classes=5))
-    learning, choosing = TrainingData.read(store, Pins.latest(store), config, known).learning()
+    learning, choosing = TrainingData.read(store, Pins.latest(store), config, known).train_and_validation()
     assert len(learning) == 34 - 4
     assert learning.left_out == {"answer not known": 4}
     assert len(choosing) == 16

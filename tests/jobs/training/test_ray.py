@@ -141,7 +141,10 @@ def test_a_worker_may_die_and_the_training_be_stopped(
         run_training(plan, TWO, stop)
     assert signal.getsignal(signal.SIGINT) is handler
     assert heard == [("experts", 1)]
-    assert (read_checkpoint(plan.folder, LAST).stage.value, read_checkpoint(plan.folder, LAST).epoch) == ("experts", 1)
+    assert (read_checkpoint(plan.folder, LAST).stage.value, read_checkpoint(plan.folder, LAST).epoch) == (
+        "experts",
+        1,
+    )
 
     monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "killed", "mixing", 6, "kill"))
     run_training(plan, TWO, lambda values: None)

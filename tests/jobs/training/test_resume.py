@@ -112,7 +112,9 @@ def undisturbed(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.T
         train(plan)
     steps = [line["step"] for line in said(plan.folder) if line["kind"] == "step"]
     assert steps == list(range(2, 28, 2)), "3 epochs of 5 steps, 3 of 4"
-    assert (read_checkpoint(plan.folder, EXPERTS).epoch, read_checkpoint(plan.folder).epoch) == (2, 1), "the last is not the best"
+    assert (read_checkpoint(plan.folder, EXPERTS).epoch, read_checkpoint(plan.folder).epoch) == (2, 1), (
+        "the last is not the best"
+    )
     return plan
 
 

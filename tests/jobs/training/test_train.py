@@ -18,7 +18,7 @@ from r2scp.jobs.training.checkpoints import BEST, EXPERTS, LAST, Checkpoint, rea
 from r2scp.jobs.training.config import StageConfig
 from r2scp.jobs.training.data import TrainingData
 from r2scp.jobs.training.log import read_metrics
-from r2scp.jobs.training.loop import Training, Where
+from r2scp.jobs.training.loop import RunContext, Training
 from r2scp.jobs.training.run import TrainOptions, TrainPlan, run_training
 from r2scp.jobs.training.stages import ExpertsStage, Worker
 from r2scp.model.batch import AUDIO, VISUAL, Batch
@@ -94,7 +94,7 @@ def learned(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempP
 
 def test_the_model_learns_32_questions_by_heart(learned: TrainPlan) -> None:
     seen = opened(learned)
-    examples = seen.learning()[0]
+    examples = seen.train_and_validation()[0]
     whole = seen.dataset(examples.keep(np.logical_and.reduce(examples.present_BM, axis=1), "lacks one"))
     assert len(whole.examples) == 32
     for name, conditions in ((EXPERTS, [Condition.AV]), (LAST, list(Condition))):
@@ -122,7 +122,7 @@ def test_nothing_but_the_store_and_the_run_is_opened(learned: TrainPlan) -> None
 
 def test_validation_is_counted_right_and_chooses(learned: TrainPlan) -> None:
     seen = opened(learned)
-    validation = seen.dataset(seen.learning()[1])
+    validation = seen.dataset(seen.train_and_validation()[1])
     for name in (BEST, LAST):
         found = read_checkpoint(learned.folder, name)
         accuracies = {
@@ -223,7 +223,7 @@ def test_choices_are_learned(quick_plan: Callable[..., TrainPlan], tmp_path: Pat
     plan = quick_plan(tmp_path, **lengths, **choices)
     assert plan.answers is None
     best = train(plan)
-    learning, choosing = opened(plan).learning()
+    learning, choosing = opened(plan).train_and_validation()
     assert len(learning) + len(choosing) == 24
     assert 2 <= len(choosing) <= 12
     assert not set(learning.clip_row_B) & set(choosing.clip_row_B)
@@ -302,9 +302,11 @@ def test_expert_dropout_takes_one_modality_at_its_rate(
 ) -> None:
     plan = quick_plan(tmp_path, expert_dropout=rate)
     seen = opened(plan)
-    data = seen.dataset(seen.learning()[0])
+    data = seen.dataset(seen.train_and_validation()[0])
     stage = ExpertsStage(plan.config, R2SCP(plan.config.model), data, data, Worker())
-    batch = stage.prepare(np.flatnonzero(np.logical_and.reduce(data.examples.present_BM, axis=1)), NO_MODALITY)
+    batch = stage.prepare(
+        np.flatnonzero(np.logical_and.reduce(data.examples.present_BM, axis=1)), NO_MODALITY
+    )
     given: list[Batch] = []
 
     class Given(nn.Module):
@@ -340,7 +342,7 @@ def test_training_does_not_need_ray_or_a_worker_of_its_own(learned: TrainPlan, t
     config = replace(learned.config, **ONCE)
     told: list[dict[str, object]] = []
     training = Training(
-        opened(replace(learned, config=config)), Where(folder=tmp_path, told=told.append), Worker()
+        opened(replace(learned, config=config)), RunContext(folder=tmp_path, on_epoch=told.append), Worker()
     )
     best = training.run()
     assert [values["stage"] for values in told] == ["experts", "mixing"]

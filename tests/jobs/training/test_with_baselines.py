@@ -39,7 +39,11 @@ def hashes(run: Path) -> dict[str, tuple[str, ...]]:
     """Of all tensors of all checkpoints, by training."""
     found = {}
     for name, folder in folders(run).items():
-        there = [read_checkpoint(folder, kind) for kind in (LAST, BEST, EXPERTS) if (folder / f"{kind}.json").exists()]
+        there = [
+            read_checkpoint(folder, kind)
+            for kind in (LAST, BEST, EXPERTS)
+            if (folder / f"{kind}.json").exists()
+        ]
         found[name] = tuple(part for one in there for part in (one.sha256, one.optimiser_sha256))
     return found
 

@@ -165,12 +165,12 @@ def test_nothing_to_ask_is_said(own_store: FeatureStore, write: Write) -> None:
     for split, corpora in (("dev", ()), ("train", ("vggsound",))):
         with pytest.raises(StoreError, match=r"has no question \(.*(dev|vggsound).*status"):
             examples(own_store, split, corpora, ["yes"])
-    with pytest.raises(StoreError, match=r"can be asked: \d+ no choices"):
+    with pytest.raises(StoreError, match=r"can be used: \d+ no choices"):
         examples(own_store, "train", ("music-avqa",))
     with pytest.raises(StoreError, match=r"two different answers.*has 0"):
         heard(own_store, ("vggsound",))
     own_store.commit(Table.CLIPS, [], {}, also_delete=own_store.clips(["clip_id"])["clip_id"].to_pylist())
-    with pytest.raises(StoreError, match=r"can be asked: \d+ clip not in the store"):
+    with pytest.raises(StoreError, match=r"can be used: \d+ clip not in the store"):
         examples(own_store, "train", (), ["yes"])
 
 

@@ -1,15 +1,14 @@
-"""Proves that decoding puts every frame and every sound at its own second.
+"""Decoding puts every frame and every sound at its own second.
 
-The media are made here with ffmpeg. Each video frame carries its own number in its brightness (the
-left half the low digit to base 16, the right half the high one), so that a token tells exactly
-which frame it shows; sounds are tones whose pitch and place are known. Colours and corners prove
-geometry. Real stills are held against reference tensors, real clips against an independent probe.
+The media are generated with ffmpeg. Each video frame shows its own number by its brightness (the left
+half the low hexadecimal digit, the right half the high one), so that a token reveals which frame it
+shows; sounds are tones of known pitch and time. Colours and corners show the geometry. Real stills are
+compared with reference tensors, real clips with an independent probe.
 """
 
 import csv
 import math
 import pickle
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from r2scp.pipelines.decoding import decode as decode_module
 from r2scp.pipelines.decoding.decode import Clip, DecodeLimits, decode, decode_fingerprint, token_count
 from r2scp.pipelines.decoding.ffmpeg_command import find_program
 from r2scp.store.errors import FailureReason, MediaError, UsageError
@@ -31,20 +29,6 @@ PRESENT, ABSENT = ModalityStatus.PRESENT, ModalityStatus.ABSENT
 LOSSLESS = ["-c:v", "libx264", "-qp", "0", "-pix_fmt", "yuv420p", "-bf", "3"]
 
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """make(name, *ffmpeg arguments) -> path of the file that ffmpeg wrote."""
-    folder = tmp_path_factory.mktemp("media")
-
-    def run(name: str, *arguments: object) -> Path:
-        path = folder / name
-        command = [find_program(None).path, "-v", "error", "-nostdin", "-y", *map(str, arguments), str(path)]
-        subprocess.run(command, check=True, timeout=60)
-        return path
-
-    return run
 
 
 def counted(fps: object, seconds: float, size: str = "64x64") -> list[str]:
@@ -86,9 +70,11 @@ def loudness(waveform: np.ndarray) -> float:
 # --- which frame ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fps", ["25", "30", "30000/1001", "25/2", "24", "10", "1"])
-@pytest.mark.parametrize("extension", ["mp4", "mkv"])
-def test_each_token_shows_the_frame_of_its_middle(make: Make, fps: str, extension: str) -> None:
+@pytest.mark.parametrize(
+    ("fps", "extension"),
+    [("25", "mp4"), ("30000/1001", "mp4"), ("24", "mkv"), ("25/2", "mkv"), ("10", "mp4"), ("1", "mkv")],
+)
+def test_each_token_shows_the_frame_at_its_middle(make: Make, fps: str, extension: str) -> None:
     path = make(f"cfr{fps.replace('/', '_')}.{extension}", *counted(fps, 6), *LOSSLESS)
     rate = Fraction(fps)
     count = math.ceil(6 * rate)
@@ -108,11 +94,11 @@ def test_variable_frame_rate(make: Make) -> None:
     kept = [n for n in range(150) if not 20 <= n <= 70 and not 90 <= n <= 93]
     clip = decode(path)
     assert numbers(clip) == [kept[i] for i in shown([n / 25 for n in kept], 6.0)]
-    assert clip.visual.status is PRESENT  # a frame that is long on show is no damage
+    assert clip.visual.status is PRESENT  # a frame that is shown for long is no damage
 
 
 @pytest.mark.parametrize("extension", ["ts", "mkv", "mp4"])
-def test_non_zero_start(make: Make, extension: str) -> None:
+def test_a_non_zero_start(make: Make, extension: str) -> None:
     args = ["-output_ts_offset", "3.72", *LOSSLESS]
     clip = decode(make(f"late.{extension}", *counted(25, 4), *args))
     assert numbers(clip) == shown([n / 25 for n in range(100)], 4.0)
@@ -128,25 +114,25 @@ def test_edit_list_hides_the_beginning(make: Make) -> None:
     assert clip.duration_s == pytest.approx(3.8, abs=0.06)
 
 
-def test_picture_later_than_sound_is_held_back_to_the_start(make: Make) -> None:
+def test_a_picture_later_than_the_sound_is_repeated_back_to_the_start(make: Make) -> None:
     path = make("vlate.mkv", "-itsoffset", "2", *counted(25, 4), *tone(440, 6), *LOSSLESS, "-c:a", "flac")
     clip = decode(path)
     assert numbers(clip) == [0, 0, 12, 37, 62, 87]
     assert len(clip.waveform) == pytest.approx(6 * RATE, abs=RATE // 50)
 
 
-def test_sound_later_than_picture_is_preceded_by_silence(make: Make) -> None:
+def test_sound_later_than_the_picture_is_preceded_by_silence(make: Make) -> None:
     path = make("alate.mkv", *counted(25, 4), "-itsoffset", "1.5", *tone(440, 2), *LOSSLESS, "-c:a", "flac")
     clip = decode(path)
     start = int(1.5 * RATE)
     assert loudness(clip.waveform[: start - 200]) == 0.0
-    heard = loudness(clip.waveform[start + 200 : start + 4000])
-    assert heard == pytest.approx(0.125 / math.sqrt(2), rel=0.05)
+    level = loudness(clip.waveform[start + 200 : start + 4000])
+    assert level == pytest.approx(0.125 / math.sqrt(2), rel=0.05)
     assert clip.audio.status is PRESENT
     assert clip.audio.decoded == pytest.approx(2.0, abs=0.01)
 
 
-def test_second_video_track_and_sound_keep_their_own_lengths(make: Make) -> None:
+def test_picture_and_sound_keep_their_own_lengths(make: Make) -> None:
     path = make("lengths.mp4", *counted(25, 2), *tone(440, 5), *LOSSLESS, "-c:a", "aac")
     clip = decode(path)
     assert len(clip.frames) == 2
@@ -157,16 +143,7 @@ def test_second_video_track_and_sound_keep_their_own_lengths(make: Make) -> None
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [
-        (0.04, [0]),
-        (0.2, [2]),
-        (0.4, [5]),
-        (0.48, [6]),
-        (0.6, [12]),
-        (1.0, [12]),
-        (1.4, [12]),
-        (2.48, [12, 37]),
-    ],
+    [(0.04, [0]), (0.2, [2]), (0.48, [6]), (0.6, [12]), (1.0, [12]), (1.4, [12]), (2.48, [12, 37])],
 )
 def test_short_clips(make: Make, seconds: float, expected: list[int]) -> None:
     clip = decode(make(f"short{seconds}.mp4", *counted(25, seconds), *LOSSLESS))
@@ -180,20 +157,9 @@ def test_a_second_whose_middle_is_the_end_still_has_its_frame(make: Make) -> Non
     assert clip.visual.decoded == token_count(2.5) == 3
 
 
-def test_tokens_of_a_duration() -> None:
-    cases = {
-        0.0: 1,
-        0.3: 1,
-        1.49: 1,
-        1.5: 2,
-        2.5: 3,
-        9.999999999: 10,
-        10.0: 10,
-        10.4: 10,
-        10.5: 11,
-        362.767: 363,
-    }
-    assert {d: token_count(d) for d in cases} == cases
+def test_token_count() -> None:
+    counts = {0.0: 1, 0.3: 1, 1.49: 1, 1.5: 2, 2.5: 3, 9.999999999: 10, 10.0: 10, 10.5: 11, 362.767: 363}
+    assert {duration_s: token_count(duration_s) for duration_s in counts} == counts
 
 
 def test_no_duration_in_the_header(make: Make) -> None:
@@ -205,8 +171,8 @@ def test_no_duration_in_the_header(make: Make) -> None:
     assert clip.duration_s == pytest.approx(5, abs=0.05)
 
 
-def test_bit_rate_is_no_promise_of_a_duration(make: Make) -> None:
-    """An MP3 of varying bit rate without a header says nothing true about its length."""
+def test_a_bit_rate_is_no_duration(make: Make) -> None:
+    """The bit rate of a VBR MP3 without a header gives a wrong length."""
     quiet_then_loud = "aevalsrc='if(lt(t,2),0,random(0)-0.5)':s=44100:d=8"
     encoding = ["-c:a", "libmp3lame", "-q:a", "2", "-write_xing", "0"]
     clip = decode(make("vbr.mp3", "-f", "lavfi", "-i", quiet_then_loud, *encoding))
@@ -214,7 +180,7 @@ def test_bit_rate_is_no_promise_of_a_duration(make: Make) -> None:
     assert clip.duration_s == pytest.approx(8, abs=0.1)
 
 
-def test_change_of_size_and_sound_in_mid_stream(make: Make) -> None:
+def test_size_and_sample_rate_change_in_mid_stream(make: Make) -> None:
     encoding = [*LOSSLESS, "-c:a", "mp2"]
     first = make("first.ts", *counted(25, 3), *tone(440, 3), *encoding)
     more = ["-vf", "scale=96:96:flags=neighbor", "-ar", "48000", "-ac", "2", "-output_ts_offset", "3"]
@@ -254,8 +220,8 @@ def test_rotation_and_reflection(make: Make, option: list[str], top_bottom_left_
     name = "-".join(option).strip("-") + ".mp4"
     frame = decode(make(name, *option, "-i", plain, "-c", "copy")).frames[0]
     places = [(40, 112), (184, 112), (112, 40), (112, 184)]
-    for (row, column), want in zip(places, top_bottom_left_right.split(), strict=True):
-        assert want in ("-", colour(frame, row, column))
+    for (row, column), expected in zip(places, top_bottom_left_right.split(), strict=True):
+        assert expected in ("-", colour(frame, row, column))
 
 
 def test_pixels_are_made_square(make: Make) -> None:
@@ -265,8 +231,13 @@ def test_pixels_are_made_square(make: Make) -> None:
     assert {colour(frame, 112, column) for column in range(8, 216)} == {"green"}
 
 
-@pytest.mark.parametrize("size", ["64x64", "321x241", "33x99", "2x2", "1x1", "640x8", "8x640", "2000x16"])
-@pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p10le", "gbrp"])
+@pytest.mark.parametrize(
+    ("size", "pixels"),
+    [
+        *(("64x64", "yuv420p"), ("321x241", "yuv444p10le"), ("33x99", "gbrp"), ("2x2", "yuv420p")),
+        *(("1x1", "gbrp"), ("640x8", "yuv420p"), ("8x640", "yuv444p10le"), ("2000x16", "gbrp")),
+    ],
+)
 def test_any_size_and_depth_comes_out_at_224(make: Make, size: str, pixels: str) -> None:
     source = f"color=0x4080C0:s={size}:r=5:d=1"
     args = ["-f", "lavfi", "-i", source, "-pix_fmt", pixels, "-c:v", "ffv1"]
@@ -277,7 +248,7 @@ def test_any_size_and_depth_comes_out_at_224(make: Make, size: str, pixels: str)
 
 
 def test_hdr_is_shown_as_sdr(make: Make) -> None:
-    """A PQ signal of reference white (203 cd/m2, code 0.58) is bright grey, not the middling 0.58."""
+    """A PQ signal of reference white (203 cd/m2, code 0.58) is bright grey, not the 0.58 of SDR."""
     if not find_program(None).has_zscale:
         pytest.skip("this ffmpeg has no zscale")
     white = "color=black:s=64x64:r=5:d=1,format=yuv420p10le,geq=lum=572:cb=512:cr=512"
@@ -320,8 +291,9 @@ def test_cover_art_is_no_video(make: Make) -> None:
 # --- sound ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 96000, 192000])
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(
+    ("rate", "channels"), [(8000, 1), (11025, 2), (16000, 1), (44100, 2), (48000, 1), (192000, 2)]
+)
 def test_tones_keep_pitch_length_and_level(make: Make, rate: int, channels: int) -> None:
     source = f"sine=1000:r={rate}:d=3,volume=4"  # ffmpeg's sine has amplitude 1/8
     path = make(f"tone{rate}-{channels}.wav", "-f", "lavfi", "-i", source, "-ac", channels)
@@ -329,17 +301,22 @@ def test_tones_keep_pitch_length_and_level(make: Make, rate: int, channels: int)
     assert clip.waveform.dtype == np.float32
     assert len(clip.waveform) == pytest.approx(3 * RATE, abs=32)
     assert pitch(clip.waveform) == pytest.approx(1000, abs=0.5)
-    level = 0.5 if channels == 1 else 0.5 * math.sqrt(0.5)  # ffmpeg's -ac 2 shares the power out
+    level = 0.5 if channels == 1 else 0.5 * math.sqrt(0.5)  # ffmpeg's -ac 2 keeps the power
     assert np.abs(clip.waveform[800:-800]).max() == pytest.approx(level, rel=0.03)
 
 
-def test_what_16_khz_cannot_hold_is_gone(make: Make) -> None:
+def test_frequencies_above_8_khz_are_removed(make: Make) -> None:
     clip = decode(make("high.wav", *tone(11_000, 2), "-af", "volume=4"))
     assert loudness(clip.waveform[800:-800]) < 0.35 * 10 ** (-60 / 20)
 
 
-@pytest.mark.parametrize(("left", "right", "mono"), [(0.5, 0.5, 0.5), (0.5, -0.5, 0.0), (0.5, 0.0, 0.25)])
-@pytest.mark.parametrize("extension", ["flac", "wav"])  # a WAV of two channels does not call them stereo
+@pytest.mark.parametrize(
+    ("left", "right", "mono", "extension"),
+    [
+        *((0.5, 0.5, 0.5, "flac"), (0.5, -0.5, 0.0, "flac"), (0.5, 0.0, 0.25, "flac")),
+        (0.5, 0.0, 0.25, "wav"),  # a WAV of two channels does not name them left and right
+    ],
+)
 def test_stereo_becomes_its_mean(make: Make, left: float, right: float, mono: float, extension: str) -> None:
     source = f"aevalsrc='{left}*sin(2*PI*440*t)|{right}*sin(2*PI*440*t)':s=16000:d=1:c=stereo"
     clip = decode(make(f"stereo{left}{right}.{extension}", "-f", "lavfi", "-i", source))
@@ -349,7 +326,7 @@ def test_stereo_becomes_its_mean(make: Make, left: float, right: float, mono: fl
 @pytest.mark.parametrize(
     ("layout", "channels"), [("5.1", 6), ("7.1", 8), ("quad", 4), ("octagonal", 8), ("16 channels", 16)]
 )
-def test_every_channel_is_heard_and_none_clips(make: Make, layout: str, channels: int) -> None:
+def test_every_channel_is_mixed_in_and_none_clips(make: Make, layout: str, channels: int) -> None:
     def render(name: str, live: set[int]) -> float:
         lines = "|".join("0.9*sin(2*PI*440*t)" if i in live else "0" for i in range(channels))
         named = "" if " " in layout else f":c={layout}"
@@ -359,10 +336,10 @@ def test_every_channel_is_heard_and_none_clips(make: Make, layout: str, channels
 
     assert 0.85 < render("all", set(range(channels))) <= 1.0 or layout == "5.1"
     silent = [i for i in range(channels) if render(f"only{i}", {i}) < 0.9 / channels / 2]
-    assert silent in ([], [3])  # the subwoofer's channel of 5.1 and 7.1 stays out of a mono mix
+    assert silent in ([], [3])  # the mono mix leaves out the subwoofer of 5.1 and 7.1
 
 
-def test_the_default_sound_track_is_taken(make: Make) -> None:
+def test_the_default_sound_track_is_chosen(make: Make) -> None:
     tracks = ["-map", "0", "-map", "1", "-map", "2", "-c:a", "aac", *LOSSLESS]
     flags = ["-disposition:a:0", "0", "-disposition:a:1", "default"]
     path = make("tracks.mkv", *counted(25, 2), *tone(440, 2), *tone(1000, 2), *tracks, *flags)
@@ -386,45 +363,44 @@ def test_a_gap_in_the_sound_keeps_the_time_of_what_follows(make: Make) -> None:
 # --- the interface ----------------------------------------------------------------------------------
 
 
-def test_threads_agree_with_one_another_and_a_clip_can_be_shipped(make: Make) -> None:
+def test_threads_give_the_same_clip_and_it_can_be_pickled(make: Make) -> None:
     path = make("same.mp4", *counted(25, 3), *tone(440, 3), *LOSSLESS, "-c:a", "aac")
-    one = decode(path)
+    clip = decode(path)
     with ThreadPoolExecutor(4) as threads:
         others = list(threads.map(decode, [path] * 8))
-    for other in [*others, pickle.loads(pickle.dumps(one))]:  # noqa: S301  our own bytes
-        assert np.array_equal(one.frames, other.frames)
-        assert np.array_equal(one.waveform, other.waveform)
-        assert (one.visual, one.audio, one.duration_s) == (other.visual, other.audio, other.duration_s)
+    for other in [*others, pickle.loads(pickle.dumps(clip))]:  # noqa: S301  our own bytes
+        assert np.array_equal(clip.frames, other.frames)
+        assert np.array_equal(clip.waveform, other.waveform)
+        assert (clip.visual, clip.audio, clip.duration_s) == (other.visual, other.audio, other.duration_s)
 
 
-def test_limits_are_refused_before_decoding(make: Make) -> None:
+def test_limits_are_checked_before_decoding(make: Make) -> None:
     path = make("limits.mp4", *counted(25, 4, size="128x64"), *LOSSLESS)
-    with pytest.raises(MediaError, match="at most 8000 pixels; got 128x64") as fault:
+    with pytest.raises(MediaError, match="at most 8000 pixels; got 128x64") as error:
         decode(path, DecodeLimits(max_pixels=8000))
-    assert fault.value.reason is FailureReason.TOO_LARGE
-    with pytest.raises(MediaError, match="at most 3 s; got 4 s") as fault:
+    assert error.value.reason is FailureReason.TOO_LARGE
+    with pytest.raises(MediaError, match="at most 3 s; got 4 s") as error:
         decode(path, DecodeLimits(max_duration_s=3))
-    assert fault.value.reason is FailureReason.TOO_LARGE
+    assert error.value.reason is FailureReason.TOO_LARGE
 
 
 def test_fingerprint_names_grid_sizes_and_program() -> None:
-    mark = decode_fingerprint()
-    assert mark == decode_module.DECODE_FINGERPRINT == decode_fingerprint(find_program(None).path)
-    assert find_program(None).version in mark
-    assert "224px" in mark
-    assert "16000hz" in mark
+    fingerprint = decode_fingerprint()
+    assert fingerprint == decode_fingerprint(find_program(None).path)
+    for part in (find_program(None).version, "224px", "16000hz"):
+        assert part in fingerprint
 
 
-def test_a_program_that_is_no_ffmpeg_is_refused(tmp_path: Path) -> None:
+def test_a_program_that_is_no_usable_ffmpeg_is_rejected(tmp_path: Path) -> None:
     old = tmp_path / "old"
     old.write_text("#!/bin/sh\necho ffmpeg version 4.4.2-0ubuntu\n")
     old.chmod(0o755)
-    for path, words in [
+    for path, message in [
         (str(old), r"5\.1 or newer"),
         (str(tmp_path / "none"), "no usable ffmpeg"),
         ("/bin/true", "must be ffmpeg"),
     ]:
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UsageError, match=message):
             decode("whatever.mp4", ffmpeg=path)
 
 

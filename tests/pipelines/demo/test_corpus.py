@@ -1,4 +1,4 @@
-"""The generated corpus: what is drawn and played is what the scene says, on disk too.
+"""The generated corpus: picture and sound match the scene, also on disk.
 
 Sound is checked with Fourier spectra against the designed partials, pictures against the colours of the
 shapes, files by decoding them with ffmpeg and reading them with the corpus adapter.
@@ -17,11 +17,11 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from r2scp.pipelines.corpora.formats import open_corpus
 from r2scp.pipelines.demo.captions import AUDIO_GROUPS, VISION_GROUPS, audio_labels, caption, vision_labels
 from r2scp.pipelines.demo.corpus import generate, split_of
-from r2scp.pipelines.demo.questions import questions
+from r2scp.pipelines.demo.questions import make_questions
 from r2scp.pipelines.demo.render import FPS, LOOKS, PLAYER_H, PLAYER_W, render_frame
-from r2scp.pipelines.demo.scene import Part, Scene, scene
+from r2scp.pipelines.demo.scene import Part, Scene, make_scene
 from r2scp.pipelines.demo.sound import SAMPLE_RATE, TIMBRES, render_audio, tone
-from r2scp.pipelines.demo.world import ENSEMBLES, INSTRUMENTS, OFFSTAGE, PLACES, SECONDS, Room, world
+from r2scp.pipelines.demo.world import ENSEMBLES, INSTRUMENTS, OFFSTAGE, PLACES, SECONDS, Room, make_world
 from r2scp.store.errors import CorpusError
 
 SEED = 11
@@ -53,7 +53,7 @@ def part(
 
 
 def stage(*parts: Part) -> Scene:
-    return replace(scene(SEED, 0), parts=parts, room=QUIET_ROOM, voice_start=0, voice_end=0)
+    return replace(make_scene(SEED, 0), parts=parts, room=QUIET_ROOM, voice_start=0, voice_end=0)
 
 
 def band_energy(wave: np.ndarray, low_hz: float, high_hz: float) -> float:
@@ -63,38 +63,37 @@ def band_energy(wave: np.ndarray, low_hz: float, high_hz: float) -> float:
 
 
 def test_a_scene_depends_on_seed_and_index_alone() -> None:
-    forward = [scene(SEED, index) for index in range(20)]
-    world.cache_clear()
-    assert [scene(SEED, index) for index in reversed(range(20))] == forward[::-1]
-    assert scene(SEED + 1, 0) != scene(SEED, 0)
-    assert questions(forward[3]) == questions(scene(SEED, 3))
-    assert np.array_equal(render_audio(forward[3]), render_audio(scene(SEED, 3)))
-    assert np.array_equal(render_frame(forward[3], 4.5), render_frame(scene(SEED, 3), 4.5))
+    forward = [make_scene(SEED, index) for index in range(20)]
+    make_world.cache_clear()
+    assert [make_scene(SEED, index) for index in reversed(range(20))] == forward[::-1]
+    assert make_scene(SEED + 1, 0) != make_scene(SEED, 0)
+    assert make_questions(forward[3]) == make_questions(make_scene(SEED, 3))
+    assert np.array_equal(render_audio(forward[3]), render_audio(make_scene(SEED, 3)))
+    assert np.array_equal(render_frame(forward[3], 4.5), render_frame(make_scene(SEED, 3), 4.5))
 
 
 def test_ensembles_have_a_long_tail_and_share_line_ups() -> None:
-    drawn = Counter(scene(SEED, index).ensemble for index in range(3000))
+    drawn = Counter(make_scene(SEED, index).ensemble for index in range(3000))
     counts = sorted((drawn[i] for i in range(ENSEMBLES)), reverse=True)
     assert counts[0] > 100
     assert 2 <= np.median(counts) <= 8
     visible = defaultdict(list)
-    for ensemble in world(SEED).ensembles:
+    for ensemble in make_world(SEED).ensembles:
         visible[tuple((m.instrument, m.place) for m in ensemble.members)].append(ensemble)
     shared = [group for group in visible.values() if len(group) > 1]
     assert sum(len(group) for group in shared) > 0.9 * ENSEMBLES
     differ = [len({(*(m.sounds for m in e.members), e.has_guest) for e in group}) > 1 for group in shared]
-    assert np.mean(differ) > 0.8  # what is seen does not tell what is heard
+    assert np.mean(differ) > 0.8  # what is seen does not determine what is heard
 
 
 def test_shows_keep_their_habits_most_of_the_time() -> None:
     kept = []
     for index in range(2000):
-        one = scene(SEED, index)
-        ensemble = world(SEED).ensembles[one.ensemble]
-        kept.append((one.voice_end > one.voice_start) == ensemble.voiceover)
+        scene = make_scene(SEED, index)
+        ensemble = make_world(SEED).ensembles[scene.ensemble]
+        kept.append((scene.voice_end > scene.voice_start) == ensemble.voiceover)
     assert 0.82 < np.mean(kept) < 0.88
-    at_home = np.mean([scene(SEED, index).at_home for index in range(2000)])
-    assert 0.90 < at_home < 0.94
+    assert 0.90 < np.mean([make_scene(SEED, index).at_home for index in range(2000)]) < 0.94
 
 
 @pytest.mark.parametrize("instrument", INSTRUMENTS)
@@ -133,8 +132,7 @@ def test_all_timbres_differ_from_each_other() -> None:
 def test_a_part_sounds_in_its_seconds_and_is_silent_in_the_others(instrument: str) -> None:
     wave = render_audio(stage(part(instrument, start=3, end=7)))
     rms = np.sqrt(np.square(wave.reshape(SECONDS, SAMPLE_RATE)).mean(axis=1))
-    heard = np.arange(SECONDS)[rms > 0.02]
-    assert heard.tolist() == [3, 4, 5, 6]
+    assert np.flatnonzero(rms > 0.02).tolist() == [3, 4, 5, 6]
     assert rms[[0, 1, 2, 7, 8, 9]].max() < 0.006  # the ambience
 
 
@@ -150,8 +148,7 @@ def test_an_off_stage_part_is_heard_and_not_seen() -> None:
     assert np.std(render_audio(hidden)) > 10 * np.std(render_audio(stage()))
 
 
-@pytest.mark.parametrize("instrument", INSTRUMENTS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("instrument", "place"), zip(INSTRUMENTS, 4 * PLACES, strict=True))
 def test_a_player_is_drawn_at_its_place_in_the_colours_of_its_instrument(instrument: str, place: str) -> None:
     lit = replace(stage(part(instrument, place=place)), light=1.0)
     empty = replace(stage(), light=1.0)
@@ -166,7 +163,7 @@ def test_a_player_is_drawn_at_its_place_in_the_colours_of_its_instrument(instrum
     assert near.sum() > 60
 
 
-def test_only_who_moves_is_drawn_differently_from_second_to_second() -> None:
+def test_only_a_player_who_moves_changes_from_second_to_second() -> None:
     still = replace(part("accordion", place="left"), move_start=0, move_end=0)
     mover = part("violin", place="right", start=2, end=9)
     frames = [render_frame(stage(still, mover), second + 0.5).astype(int) for second in (0, 1, 3, 4)]
@@ -175,32 +172,31 @@ def test_only_who_moves_is_drawn_differently_from_second_to_second() -> None:
     assert np.array_equal(frames[2][:, :76], frames[0][:, :76])
 
 
-def test_labels_and_captions_say_what_is_true_of_a_second() -> None:
+def test_labels_and_captions_are_true_of_their_second() -> None:
     parts = (
         part("violin", place="left", start=2, end=9),
         replace(part("drum", place="right"), start=0, end=0, loudness=-1, move_start=0, move_end=0),
         part("flute", place=OFFSTAGE, start=4, loudness=1),
     )
-    one = stage(*parts)
-    seen = caption(VISION_GROUPS, vision_labels(one, 5), range(len(VISION_GROUPS)))
-    heard = caption(AUDIO_GROUPS, audio_labels(one, 5), range(len(AUDIO_GROUPS)))
+    scene = stage(*parts)
+    seen = caption(VISION_GROUPS, vision_labels(scene, 5), range(len(VISION_GROUPS)))
+    heard = caption(AUDIO_GROUPS, audio_labels(scene, 5), range(len(AUDIO_GROUPS)))
+    for phrase in ("violin on the left", "nothing in the middle", "drum on the right"):
+        assert phrase in seen
     for phrase in (
-        "violin on the left",
-        "nothing in the middle",
-        "drum on the right",
         "two instruments on stage",
+        "player on the left is moving",
+        "player on the right is still",
     ):
         assert phrase in seen
-    assert "the player on the left is moving" in seen
-    assert "the player on the right is still" in seen
     for phrase in ("loud violin sound", "medium flute sound", "no drum sound", "the violin is the loudest"):
         assert phrase in heard
-    assert "silence" in caption(AUDIO_GROUPS, audio_labels(one, 1), range(len(AUDIO_GROUPS)))
+    assert "silence" in caption(AUDIO_GROUPS, audio_labels(scene, 1), range(len(AUDIO_GROUPS)))
 
 
 def test_clips_decode_to_ten_seconds_of_what_was_rendered(corpus: Path) -> None:
-    one = scene(SEED, 4)
-    path = str(corpus / "videos" / f"{one.video_id}.mp4")
+    scene = make_scene(SEED, 4)
+    path = str(corpus / "videos" / f"{scene.video_id}.mp4")
     ffmpeg = [get_ffmpeg_exe(), "-v", "error", "-i", path]
 
     def decoded(*options: str) -> bytes:
@@ -210,39 +206,39 @@ def test_clips_decode_to_ten_seconds_of_what_was_rendered(corpus: Path) -> None:
     assert len(frames) == SECONDS * FPS
     for second in (0, 5, 9):
         middle = frames[second * FPS + FPS // 2].astype(int)
-        assert np.abs(middle - render_frame(one, second + 0.5)).mean() < 8
+        assert np.abs(middle - render_frame(scene, second + 0.5)).mean() < 8
     wave = np.frombuffer(decoded("-f", "f32le", "-ac", "1"), np.float32)
     assert len(wave) == pytest.approx(SECONDS * SAMPLE_RATE, abs=1100)
-    rendered = render_audio(one)
+    rendered = render_audio(scene)
     assert np.corrcoef(wave[: len(rendered)], rendered[: len(wave)])[0, 1] > 0.99
 
 
 def test_the_corpus_adapter_reads_it(corpus: Path) -> None:
     opened = open_corpus("demo", corpus)
-    clips, asked = list(opened.clips()), list(opened.questions())
-    assert sorted(clip.video_id for clip in clips) == [scene(SEED, i).video_id for i in range(CLIPS)]
+    clips, read = list(opened.clips()), list(opened.questions())
+    assert sorted(clip.video_id for clip in clips) == [make_scene(SEED, i).video_id for i in range(CLIPS)]
     assert all(clip.uri and Path(clip.uri).is_file() for clip in clips)
     assert {clip.video_id: clip.split for clip in clips} == {
-        scene(SEED, i).video_id: split_of(i) for i in range(CLIPS)
+        make_scene(SEED, i).video_id: split_of(i) for i in range(CLIPS)
     }
-    rows = [row for index in range(CLIPS) for row in questions(scene(SEED, index))]
-    assert len(asked) == len({question.question_id for question in asked}) == len(rows)
-    assert Counter(question.answer for question in asked) == Counter(row["anser"] for row in rows)
-    assert all("<" not in question.question for question in asked)
+    rows = [row for index in range(CLIPS) for row in make_questions(make_scene(SEED, index))]
+    assert len(read) == len({question.question_id for question in read}) == len(rows)
+    assert Counter(question.answer for question in read) == Counter(row["anser"] for row in rows)
+    assert all("<" not in question.question for question in read)
 
 
-def test_a_second_call_writes_nothing_and_a_torn_one_is_completed(corpus: Path) -> None:
+def test_a_second_call_writes_only_what_is_missing(corpus: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     assert generate(corpus, clips=CLIPS, seed=SEED).written == 0
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
-    lost = corpus / "videos" / f"{scene(SEED, 2).video_id}.mp4"
+    lost = corpus / "videos" / f"{make_scene(SEED, 2).video_id}.mp4"
     content = lost.read_bytes()
     lost.unlink()
     assert generate(corpus, clips=CLIPS, seed=SEED).written == 1
     assert lost.read_bytes() == content
 
 
-def test_a_used_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_used_folder_is_rejected(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="another demo corpus"):
         generate(corpus, clips=CLIPS + 1, seed=SEED)
     (tmp_path / "note.txt").write_text("mine")

@@ -1,6 +1,6 @@
 """The generated questions: MUSIC-AVQA's wordings, balanced, and true.
 
-Answers are derived a second time, naively, from what `truth.jsonl` holds and the published slots.
+Answers are derived a second time, naively, from `truth.jsonl` and the published slots.
 """
 
 import json
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from r2scp.pipelines.demo.corpus import generate
-from r2scp.pipelines.demo.questions import TEMPLATES, TYPES, fill, questions
-from r2scp.pipelines.demo.scene import scene
+from r2scp.pipelines.demo.questions import TEMPLATES, TYPES, fill_template, make_questions
+from r2scp.pipelines.demo.scene import make_scene
 
 SEED = 11
 
 
-def test_there_are_all_nine_types_and_thirty_three_wordings() -> None:
+def test_there_are_nine_types_and_thirty_three_wordings() -> None:
     assert len(TYPES) == 9
     assert len(TEMPLATES) == len({template.text for template in TEMPLATES}) == 33
 
@@ -35,25 +35,25 @@ def test_wordings_slots_and_answers_are_music_avqa_s(shared_dir: Path) -> None:
     for template in TEMPLATES:
         kind = json.dumps([template.modality, template.kind])
         assert (kind, len(template.slots)) in published[template.text], template.text
-    given = {row["anser"] for index in range(1500) for row in questions(scene(SEED, index))}
+    given = {row["anser"] for index in range(1500) for row in make_questions(make_scene(SEED, index))}
     assert given <= answers | {"zero"}
 
 
-def test_no_wording_is_answered_by_its_majority() -> None:
+def test_no_answer_to_a_wording_is_too_frequent() -> None:
     answers = defaultdict(Counter)
     for index in range(3000):
-        for row in questions(scene(SEED, index)):
+        for row in make_questions(make_scene(SEED, index)):
             answers[row["question_content"]][row["anser"]] += 1
     for text, counted in answers.items():
         chance = 1 / min(len([n for n in counted.values() if n > 3]), 4)
-        asked = counted.total()
-        allowed = chance + 0.17 + 2 * np.sqrt(0.25 / asked)
-        assert counted.most_common(1)[0][1] / asked < allowed, (text, counted)
+        total = counted.total()
+        limit = chance + 0.17 + 2 * np.sqrt(0.25 / total)
+        assert counted.most_common(1)[0][1] / total < limit, (text, counted)
     assert {template.text for template in TEMPLATES} == answers.keys()
 
 
 def answer_from(truth: dict, text: str, slots: list[str]) -> str:
-    """A second derivation, from the file alone: deliberately naive, by looking at each of the ten seconds."""
+    """A second derivation, from the file alone: deliberately naive, second by second."""
     parts = truth["parts"]
     on = {p["place"]: p for p in parts if p["place"] != "offstage"}
     lit = {id(p): [s for s in range(10) if p["start"] <= s < p["end"]] for p in parts}
@@ -71,14 +71,14 @@ def answer_from(truth: dict, text: str, slots: list[str]) -> str:
         return any(p["instrument"] == name for p in staged)
 
     def named(name: str) -> dict:
-        (found,) = [p for p in parts if p["instrument"] == name and (lit[id(p)] or p in staged)]
-        return found
+        (part,) = [p for p in parts if p["instrument"] == name and (lit[id(p)] or p in staged)]
+        return part
 
     def extreme(which: str) -> dict:
         first = min if which == "first" else max
-        moment = first(lit[id(p)][0] for p in sounding)
-        (found,) = [p for p in sounding if lit[id(p)][0] == moment]
-        return found
+        second = first(lit[id(p)][0] for p in sounding)
+        (part,) = [p for p in sounding if lit[id(p)][0] == second]
+        return part
 
     def next_to(p: dict, side: str) -> str:
         order = [q["place"] for q in staged]
@@ -132,18 +132,18 @@ def answer_from(truth: dict, text: str, slots: list[str]) -> str:
             return number[sum(p["instrument"] == a for p in playing)]
         case "How many types of musical instruments sound in the video?", []:
             return number[len({p["instrument"] for p in playing})]
-        case "Is the <Object> on the <LR> louder than the <Object> on the <LR>?", [a, at, b, where]:
-            assert (on[at]["instrument"], on[where]["instrument"]) == (a, b)
-            return yes(power(on[at]) > power(on[where]))
-        case "Is the <Object> on the <LR> more rhythmic than the <Object> on the <LR>?", [a, at, b, where]:
-            assert (on[at]["instrument"], on[where]["instrument"]) == (a, b)
-            return yes(on[at]["rate"] > on[where]["rate"])
-        case "Is the instrument on the <LR> louder than the instrument on the <LR>?", [at, where]:
-            return yes(power(on[at]) > power(on[where]))
-        case "Is the instrument on the <LR> more rhythmic than the instrument on the <LR>?", [at, where]:
-            return yes(on[at]["rate"] > on[where]["rate"])
-        case "Is the <FL> sound coming from the <LR> instrument?", [which, where]:
-            return yes(extreme(which) is on[where])
+        case "Is the <Object> on the <LR> louder than the <Object> on the <LR>?", [a, place, b, other]:
+            assert (on[place]["instrument"], on[other]["instrument"]) == (a, b)
+            return yes(power(on[place]) > power(on[other]))
+        case "Is the <Object> on the <LR> more rhythmic than the <Object> on the <LR>?", [a, place, b, other]:
+            assert (on[place]["instrument"], on[other]["instrument"]) == (a, b)
+            return yes(on[place]["rate"] > on[other]["rate"])
+        case "Is the instrument on the <LR> louder than the instrument on the <LR>?", [place, other]:
+            return yes(power(on[place]) > power(on[other]))
+        case "Is the instrument on the <LR> more rhythmic than the instrument on the <LR>?", [place, other]:
+            return yes(on[place]["rate"] > on[other]["rate"])
+        case "Is the <FL> sound coming from the <LR> instrument?", [which, other]:
+            return yes(extreme(which) is on[other])
         case "What is the <LR> instrument of the <FL> sounding instrument?", [side, which]:
             return next_to(extreme(which), side)
         case "Where is the <LL> instrument?", [which]:
@@ -172,9 +172,9 @@ def answer_from(truth: dict, text: str, slots: list[str]) -> str:
 def test_every_wording_is_answered_truly_on_many_scenes() -> None:
     wordings = set()
     for index in range(1200):
-        one = scene(SEED + 1, index)
-        truth = json.loads(json.dumps(asdict(one)))
-        for row in questions(one):
+        scene = make_scene(SEED + 1, index)
+        truth = json.loads(json.dumps(asdict(scene)))
+        for row in make_questions(scene):
             slots = json.loads(str(row["templ_values"]))
             assert answer_from(truth, str(row["question_content"]), slots) == row["anser"], (row, truth)
             wordings.add(row["question_content"])
@@ -184,22 +184,22 @@ def test_every_wording_is_answered_truly_on_many_scenes() -> None:
 def test_slots_fill_the_wording() -> None:
     template = next(t for t in TEMPLATES if t.key == "louder by place")
     assert template.slots == ("<Object>", "<LR>", "<Object>", "<LR>")
-    text = fill(template, ("acoustic_guitar", "left", "drum", "right"))
+    text = fill_template(template, ("acoustic_guitar", "left", "drum", "right"))
     assert text == "Is the acoustic guitar on the left louder than the drum on the right?"
-    assert all("<" not in fill(t, ("x",) * len(t.slots)) for t in TEMPLATES)
+    assert all("<" not in fill_template(t, ("x",) * len(t.slots)) for t in TEMPLATES)
 
 
 def test_every_answer_in_the_files_is_true_of_its_clip(tmp_path: Path) -> None:
     generate(tmp_path / "demo", clips=10, seed=3, workers=2)
     lines = (tmp_path / "demo" / "truth.jsonl").read_text().splitlines()
     truths = {truth["video_id"]: truth for truth in map(json.loads, lines)}
-    asked = Counter()
+    counts = Counter()
     for split in ("train", "val", "test"):
         for row in json.loads((tmp_path / "demo" / "json" / f"avqa-{split}.json").read_text()):
             truth = truths[row["video_id"]]
             assert truth["split"] == split
             slots = json.loads(row["templ_values"])
             assert answer_from(truth, row["question_content"], slots) == row["anser"], row
-            asked[row["video_id"]] += 1
-    assert asked.keys() == truths.keys()
-    assert set(asked.values()) <= {4, 5, 6}
+            counts[row["video_id"]] += 1
+    assert counts.keys() == truths.keys()
+    assert set(counts.values()) <= {4, 5, 6}

@@ -9,7 +9,8 @@ import pytest
 
 from r2scp.pipelines.corpora.formats import Corpus, open_corpus
 from r2scp.pipelines.extraction.plan import PlanOptions, plan_clips
-from r2scp.store.feature_store import METADATA_COLUMNS, InputRecord, metadata_of
+from r2scp.store.feature_store import InputRecord, metadata_of
+from r2scp.store.schema import METADATA_COLUMNS
 
 FINGERPRINT = "grid1"
 SCOPE = PlanOptions(decode_fingerprint=FINGERPRINT)

@@ -23,9 +23,9 @@ from r2scp.store.lease import now
 from r2scp.store.maintenance import clean
 from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.search import bank
-from r2scp.store.search import exact as nearest
+from r2scp.store.search import exact
 from r2scp.store.search.bank import BankScope
-from r2scp.store.search.exact import Best, KeyBlock, Wanted
+from r2scp.store.search.exact import BestHits, KeyBlock, QueryBlock
 
 DIM = 16
 WHEN = {"run_id", "at", "bank_version", "bank_fingerprint"}  # columns that say when, not what
@@ -240,12 +240,12 @@ def test_clips_that_only_came_cost_no_look_at_the_others(
     write(store, new)
     products: list[tuple[int, int]] = []
 
-    def counted(blocks: Iterable[KeyBlock], wanted: Wanted, *more: Any) -> tuple[Best, Best]:
+    def counted(blocks: Iterable[KeyBlock], wanted: QueryBlock, *more: Any) -> tuple[BestHits, BestHits]:
         held = list(blocks)
         products.append((len(wanted.queries_QD), sum(len(block.keys_KD) for block in held)))
-        return nearest.search(held, wanted, *more)
+        return exact.search_blocks(held, wanted, *more)
 
-    monkeypatch.setattr(bank, "search", counted)
+    monkeypatch.setattr(bank, "search_blocks", counted)
     counts = index(store, settings).modes["paired"]
     asked_anew = sum((row.audio is not None) + (row.visual is not None) for row in new)
     assert counts["searched"] - counts["extended"] == asked_anew
@@ -283,7 +283,7 @@ def test_a_version_that_was_cleaned_away_costs_a_search(
     store = make_store(old)
     index(store)
     write(store, new)
-    clean(store, timedelta(0), alone=True)
+    clean(store, timedelta(0), exclusive=True)
     counts = index(store).modes["cross"]
     assert counts["searched"] == counts["queries"]
     fresh = make_store([*old, *new])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from r2scp.pipelines.decoding.decode import DEFAULT_LIMITS, decode
-from r2scp.pipelines.extraction.stages import file_facts
+from r2scp.pipelines.media_file import file_digest
 from r2scp.pipelines.recordings import recording as module
 from r2scp.pipelines.recordings.recording import Recording
 from r2scp.store.errors import FailureReason, MediaError
@@ -27,12 +27,12 @@ def test_the_digest_is_the_files(own: Path) -> None:
     assert read.content_sha256 == hashlib.sha256(own.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("step", ["decode", "file_facts"])
+@pytest.mark.parametrize("step", ["decode", "file_digest"])
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_a_file_that_is_replaced_while_it_is_read_is_refused(
     own: Path, rendered_media: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch, step: str, when: str
 ) -> None:
-    real: Callable = {"decode": decode, "file_facts": file_facts}[step]
+    real: Callable = {"decode": decode, "file_digest": file_digest}[step]
 
     def replace() -> None:
         other = own.with_suffix(".new")

@@ -12,7 +12,7 @@ from r2scp.pipelines.extraction.embed import key_of
 from r2scp.pipelines.recordings.retriever import RetrievalQuery, Retriever
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.search.bank import KEY_COLUMNS, OTHER, BankScope, Search
+from r2scp.store.search.bank import KEY_COLUMNS, BankScope, Search
 from r2scp.store.sources import source_of
 
 EVERYTHING = BankScope(splits=())
@@ -21,7 +21,7 @@ DIGEST = "a" * 64
 
 def brute(store: FeatureStore, key_D: np.ndarray, how: Search, barred: set[str]) -> list[str]:
     """Ids of the best clips of other sources, by plain numpy."""
-    column = KEY_COLUMNS[how.missing if how.retrieval is Retrieval.CROSS else OTHER[how.missing]]
+    column = KEY_COLUMNS[how.missing if how.retrieval is Retrieval.CROSS else how.missing.other]
     scored = [
         (-float(np.dot(np.array(row[column], np.float32), key_D)), row["clip_id"])
         for row in store.clips().to_pylist()

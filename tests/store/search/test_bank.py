@@ -177,7 +177,7 @@ def test_agrees_with_all_pairs(
     serving = [row for row in rows if row.split == "train"]
     how = Search(missing=missing, retrieval=retrieval, leak_guard=guard, cross_weight=0.3)
     queries = has(rows, VISUAL if missing is AUDIO else AUDIO)[:70]
-    assert bank.serving(missing) == len(has(serving, missing))
+    assert bank.count_with(missing) == len(has(serving, missing))
     agree(bank, serving, queries, how)
 
 
@@ -302,7 +302,7 @@ def test_a_disjoint_scope_goes_by_source(make_store: Callable[[Sequence[Sample]]
             row for row in rows if disjoint_split(bank_module.source_of(row.clip_id, row.source_id)) == split
         ]
         assert bank.clip_ids == sorted(row.clip_id for row in wanted)
-        assert bank.serving(AUDIO) == len(has(wanted, AUDIO))
+        assert bank.count_with(AUDIO) == len(has(wanted, AUDIO))
     assert sum(map(len, banks.values())) == len(rows)
 
 

@@ -19,11 +19,10 @@ from r2scp.store.errors import StoreError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.maintenance import clean, compact
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.search import vector_index as serving_index
-from r2scp.store.search import vector_search as serving_search
+from r2scp.store.search import vector_index, vector_search
 from r2scp.store.search.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
-from r2scp.store.search.recall import Sampling, measure_recall
-from r2scp.store.search.vector_index import ServingSettings, index_due, refresh_index
+from r2scp.store.search.recall import Recall, Sampling, measure_recalls
+from r2scp.store.search.vector_index import ServingSettings, refresh_index, refresh_reasons
 from r2scp.store.search.vector_search import ServingIndex
 
 DIM = 32
@@ -103,8 +102,8 @@ class World:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows make many partitions and segments."""
-    monkeypatch.setattr(serving_index, "PARTITION_KEYS", 64)
-    monkeypatch.setattr(serving_index, "UNINDEXED_ROWS", FEW_UNINDEXED)
+    monkeypatch.setattr(vector_index, "PARTITION_KEYS", 64)
+    monkeypatch.setattr(vector_index, "UNINDEXED_ROWS", FEW_UNINDEXED)
 
 
 @pytest.fixture
@@ -139,6 +138,14 @@ def recall(world: World, queries: list[np.ndarray], settings: ServingSettings = 
     return float(np.mean(shares))
 
 
+def measure(store: FeatureStore, settings: ServingSettings, sampling: Sampling | None = None) -> Recall:
+    return measure_recalls(store, settings, {"": sampling or Sampling()})[""]
+
+
+def lowest(measured: Recall) -> float:
+    return min(min(pair.at_3, pair.at_10) for pair in measured.pairs)
+
+
 @pytest.mark.parametrize("kind", ["ivf_rq", "ivf_sq"])
 def test_random_commits_hide_nothing_and_show_nothing_gone(world: World, kind: str) -> None:
     settings = replace(ALWAYS, kind=kind)
@@ -167,24 +174,29 @@ def test_random_commits_hide_nothing_and_show_nothing_gone(world: World, kind: s
     assert done == {False, True}
     refresh_index(world.store, settings)
     assert recall(world, world.queries(40), settings) >= 0.99
-    assert index_due(world.store, settings) == []
+    assert refresh_reasons(world.store, settings) == []
 
 
 def test_nothing_due_writes_nothing(world: World) -> None:
     world.put(ids(200), parts=2)
-    assert [why.partition(":")[0] for why in index_due(world.store, ALWAYS)] == ["audio_key", "visual_key"]
+    assert [why.partition(":")[0] for why in refresh_reasons(world.store, ALWAYS)] == [
+        "audio_key",
+        "visual_key",
+    ]
     first = refresh_index(world.store, ALWAYS)
     assert [(column.rows, column.unindexed_before) for column in first.columns] == [(200, 200)] * 2
-    assert index_due(world.store, ALWAYS) == []
+    assert refresh_reasons(world.store, ALWAYS) == []
     again = refresh_index(world.store, ALWAYS)
     assert again.columns == ()
     assert again.version == first.version == world.store.dataset(Table.CLIPS).version
     world.put(ids(FEW_UNINDEXED, "b"))
-    assert index_due(world.store, ALWAYS) == []
+    assert refresh_reasons(world.store, ALWAYS) == []
     assert recall(world, world.queries(5, "b/")) == 1.0, "rows that are not indexed are compared one by one"
     world.put(ids(1, "c"))
-    assert len(index_due(world.store, ALWAYS)) == 2
-    assert index_due(world.store, replace(ALWAYS, kind="ivf_rq")) == index_due(world.store, ALWAYS)
+    assert len(refresh_reasons(world.store, ALWAYS)) == 2
+    assert refresh_reasons(world.store, replace(ALWAYS, kind="ivf_rq")) == refresh_reasons(
+        world.store, ALWAYS
+    )
 
 
 def test_kinds(world: World) -> None:
@@ -205,7 +217,7 @@ def test_kinds(world: World) -> None:
         0,
     ]
     assert world.segments() == {}
-    assert index_due(world.store, ServingSettings(kind="exact")) == []
+    assert refresh_reasons(world.store, ServingSettings(kind="exact")) == []
     sees_all(world)
 
 
@@ -253,7 +265,7 @@ def test_a_condition_costs_no_hits(world: World) -> None:
 
 def test_clips_without_the_modality(world: World) -> None:
     world.put(ids(100, "mute"), null=1.0)
-    assert index_due(world.store, ALWAYS) == [], "no key, no index"
+    assert refresh_reasons(world.store, ALWAYS) == [], "no key, no index"
     assert ServingIndex(world.store, ALWAYS).nearest(np.ones(DIM), AUDIO, 3) == []
     world.put(ids(1, "one"), null=0.0)
     refresh_index(world.store, ALWAYS)
@@ -261,7 +273,7 @@ def test_clips_without_the_modality(world: World) -> None:
     world.put(ids(200, "a"), null=0.0)
     refresh_index(world.store, ALWAYS)
     world.put(ids(100, "mute", start=100), null=1.0)
-    assert index_due(world.store, ALWAYS) == []
+    assert refresh_reasons(world.store, ALWAYS) == []
     assert refresh_index(world.store, ALWAYS).columns == ()
     sees_all(world)
     world.put(ids(30, "b"), null=0.0)
@@ -317,15 +329,15 @@ def test_the_cost_of_a_refresh_grows_with_the_change(world: World) -> None:
 
 
 def test_an_index_of_rows_that_are_gone_is_built_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_index, "FILE_OVERHEAD", 0)
+    monkeypatch.setattr(vector_index, "FILE_OVERHEAD", 0)
     world.put(ids(3_000), parts=3)
     refresh_index(world.store, ALWAYS)
-    assert index_due(world.store, ALWAYS) == [], "an index just built is no waste"
+    assert refresh_reasons(world.store, ALWAYS) == [], "an index just built is no waste"
     world.delete(ids(2_600))
     sees_all(world)
-    assert all("mostly of rows that are gone" in why for why in index_due(world.store, ALWAYS))
+    assert all("mostly of rows that are gone" in why for why in refresh_reasons(world.store, ALWAYS))
     assert [column.rows for column in refresh_index(world.store, ALWAYS).columns] == [400, 400]
-    assert index_due(world.store, ALWAYS) == []
+    assert refresh_reasons(world.store, ALWAYS) == []
     sees_all(world)
     world.delete(ids(400, start=2_600))
     assert refresh_index(world.store, ALWAYS).columns == ()
@@ -361,7 +373,7 @@ def test_a_crash_before_the_commit_leaves_only_files(world: World, monkeypatch: 
     folder = Path(world.store.address(Table.CLIPS).uri) / "_indices"
     assert len(list(folder.iterdir())) == 3
     sees_all(world)
-    clean(world.store, timedelta(days=1), alone=True)
+    clean(world.store, timedelta(days=1), exclusive=True)
     assert len(list(folder.iterdir())) == 2
     assert len(refresh_index(world.store, ALWAYS).columns) == 2
     sees_all(world)
@@ -375,22 +387,21 @@ def test_a_new_domain_is_found_before_and_after_a_refresh(world: World) -> None:
         world.put(ids(count, prefix), domain=domain)
         sampling = Sampling(where=f"corpus = '{prefix}'", queries=40, seed=3)
         for _ in range(2):
-            measured = measure_recall(world.store, ALWAYS, sampling)
+            measured = measure(world.store, ALWAYS, sampling)
             assert len(measured.pairs) == 4
-            assert measured.lowest_at_3 >= 0.99
-            assert measured.lowest_at_10 >= 0.99
+            assert lowest(measured) >= 0.99
             refresh_index(world.store, ALWAYS)
     sees_all(world)
 
 
 def test_measured_recall_is_the_oracles(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_search, "ESTIMATED", 2)  # fewer than a partition has
+    monkeypatch.setattr(vector_search, "MAX_CANDIDATES", 2)  # fewer than in a partition; no second search
     world.put(ids(600, "later"), null=0.3)  # rows are not in the order of their ids
     world.put(ids(1_200, "earlier"), parts=2)
     world.rng = np.random.default_rng(9)
     refresh_index(world.store, ALWAYS)
     careless = replace(ALWAYS, effort=0.0)
-    measured = measure_recall(world.store, careless, Sampling(queries=60, seed=1))
+    measured = measure(world.store, careless, Sampling(queries=60, seed=1))
     assert measured.version == world.store.dataset(Table.CLIPS).version
     assert {(pair.query, pair.among) for pair in measured.pairs} == {
         (q, a) for q in KEY_COLUMNS for a in KEY_COLUMNS
@@ -412,21 +423,20 @@ def test_measured_recall_is_the_oracles(world: World, monkeypatch: pytest.Monkey
                 hits = [hit for hit in index.nearest(query, pair.among, 11) if hit.clip_id != clip_id][:n]
                 shares.append(sum(hit.score >= bar - 1e-7 for hit in hits) / n)
             assert told == pytest.approx(np.mean(shares), abs=1e-9)
-    assert measured.lowest_at_10 == min(pair.at_10 for pair in measured.pairs)
-    assert measured.lowest_at_10 < 0.99, "one partition is too few"
-    exact = measure_recall(world.store, replace(careless, kind="exact"), Sampling(queries=50))
-    assert exact.lowest_at_10 == 1.0
+    assert lowest(measured) < 0.99, "one partition is too few"
+    exact = measure(world.store, replace(careless, kind="exact"), Sampling(queries=50))
+    assert lowest(exact) == 1.0
 
 
 def test_recall_where_there_is_little_to_ask(world: World) -> None:
-    nothing = measure_recall(world.store, ALWAYS)
-    assert (nothing.pairs, nothing.lowest_at_3, nothing.lowest_at_10) == ((), 1.0, 1.0)
+    nothing = measure(world.store, ALWAYS)
+    assert nothing.pairs == ()
     world.put(ids(2), null=0.0)
-    assert measure_recall(world.store, ALWAYS).lowest_at_10 == 1.0, "one other clip, and it is found"
+    assert lowest(measure(world.store, ALWAYS)) == 1.0, "one other clip, and it is found"
     world.put(ids(5, "mute"), null=1.0)
-    assert measure_recall(world.store, ALWAYS, Sampling(where="corpus = 'mute'")).pairs == ()
+    assert measure(world.store, ALWAYS, Sampling(where="corpus = 'mute'")).pairs == ()
     with pytest.raises(StoreError):
-        measure_recall(world.store, ALWAYS, Sampling(where="nonsense = 3"))
+        measure(world.store, ALWAYS, Sampling(where="nonsense = 3"))
     with pytest.raises(ValueError, match="queries must be at least 1"):
         Sampling(queries=0)
 
@@ -440,9 +450,9 @@ def test_on_an_object_store(object_store: Callable, small: None) -> None:
     world.delete(ids(20))
     sees_all(world)
     assert len(refresh_index(world.store, ALWAYS).columns) == 2
-    assert index_due(world.store, ALWAYS) == []
+    assert refresh_reasons(world.store, ALWAYS) == []
     sees_all(world)
-    assert measure_recall(world.store, ALWAYS, Sampling(queries=20)).lowest_at_10 >= 0.99
+    assert lowest(measure(world.store, ALWAYS, Sampling(queries=20))) >= 0.99
 
 
 @pytest.mark.slow
@@ -455,13 +465,13 @@ def test_two_hundred_thousand_clips(tmp_path: Path) -> None:
     settings = ServingSettings()
     whole = refresh_index(world.store, settings)
     assert whole.kind == "ivf_rq"
-    assert measure_recall(world.store, settings, Sampling(queries=64)).lowest_at_10 >= 0.99
+    assert lowest(measure(world.store, settings, Sampling(queries=64))) >= 0.99
     world.put(ids(1_000, "new"), domain=9)
     started = time.perf_counter()
-    assert len(index_due(world.store, settings)) == 2
+    assert len(refresh_reasons(world.store, settings)) == 2
     assert time.perf_counter() - started < 2.0
     part = refresh_index(world.store, settings)
     assert [column.rows for column in part.columns] == [1_000, 1_000]
     assert sum(c.seconds for c in part.columns) < sum(c.seconds for c in whole.columns) / 10
-    of_new = measure_recall(world.store, settings, Sampling(where="corpus = 'new'", queries=64))
-    assert of_new.lowest_at_10 >= 0.99
+    of_new = measure(world.store, settings, Sampling(where="corpus = 'new'", queries=64))
+    assert lowest(of_new) >= 0.99

@@ -1,6 +1,6 @@
-"""What runs a job elsewhere says the same as the schedule: crontab, systemd, Ray, Kubernetes.
+"""Exports to crontab, systemd, Ray and Kubernetes mean the same as the schedule.
 
-Times are held against systemd's own calendar and a slow reading of cron, commands against the shell and the
+Times are compared with systemd's own calendar and a slow reading of cron, commands with the shell and the
 programs that will read them.
 """
 
@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 from datetime import datetime, timedelta
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 import yaml
 from cron_oracle import (
     BERLIN,
-    meant,
+    matches,
     moment,
     random_cron,
     random_settings,
@@ -41,13 +41,17 @@ from r2scp.jobs.reindex.schedule.kubernetes import Pods, cronjob, kubernetes_cro
 from r2scp.jobs.reindex.schedule.loop import ScheduledJob
 from r2scp.store.errors import UsageError
 
-HOSTILE = 'it\'s 100% $HOME `id` "q" ;#&!*'  # a folder that every format must carry as it is
+HOSTILE = 'it\'s 100% $HOME `id` "q" ;#&!*'  # a folder that every format must keep as it is
 TEXT = "name: nightly\nschedule:\n  cron: '0 3 * * *'\nnote: \"{{ $(id) }} %n ---\"\n---\nyes: no\n"
+
+
+def first_runs(settings: ScheduleSettings, start: datetime, count: int) -> list[datetime]:
+    return list(islice(runs_after(settings, start), count))
 
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> ScheduledJob:
-    """A job whose paths are named to break out of any quotes; its interpreter notes where it ran, and how."""
+    """A job whose paths try to break out of quotes; its interpreter writes down where and how it ran."""
     folder = tmp_path / HOSTILE
     folder.mkdir()
     python = tmp_path / "100% $HOME `id` ;#&" / "python"  # no quotes: systemd takes no such program
@@ -57,7 +61,7 @@ def hostile(tmp_path: Path) -> ScheduledJob:
     return ScheduledJob(name="nightly", file=folder / "job.yaml", folder=folder, python=python)
 
 
-def test_the_crontab_line_runs_the_job_where_and_as_it_says(hostile: ScheduledJob) -> None:
+def test_the_crontab_line_runs_the_job(hostile: ScheduledJob) -> None:
     settings = ScheduleSettings("*/15 9-17 * JAN,jun MON-FRI,7", BERLIN)
     *comments, zone, line, rest = crontab(hostile, settings).split("\n")
     assert rest == ""
@@ -65,19 +69,16 @@ def test_the_crontab_line_runs_the_job_where_and_as_it_says(hostile: ScheduledJo
     assert zone == f"CRON_TZ={BERLIN}"
     *fields, command = line.split(" ", 5)
     assert " ".join(fields) == "*/15 9-17 * 1,6 1-5,7"
-    start = moment("2027-01-01T00:00")
-    again = runs_after(ScheduleSettings(" ".join(fields), BERLIN), start)
-    assert [at for at, _ in zip(again, range(50), strict=False)] == [
-        at for at, _ in zip(runs_after(settings, start), range(50), strict=False)
-    ]
+    start, numeric = moment("2027-01-01T00:00"), ScheduleSettings(" ".join(fields), BERLIN)
+    assert first_runs(numeric, start, 50) == first_runs(settings, start, 50)
     assert not re.search(r"(?<!\\)%", command)  # cron would end the command there
     subprocess.run(["/bin/sh", "-c", command.replace("\\%", "%")], check=True, env={}, cwd="/")
-    noted = (hostile.folder / "ran").read_text().splitlines()
-    assert noted == [str(hostile.folder), "-m", "r2scp.jobs", "jobs", "run", str(hostile.file)]
+    lines = (hostile.folder / "ran").read_text().splitlines()
+    assert lines == [str(hostile.folder), "-m", "r2scp.jobs", "jobs", "run", str(hostile.file)]
 
 
-@pytest.mark.parametrize("broken", ["a\nb", "a\\b", "a\x1b[2J", "a\u202eb", "a "])
-def test_a_path_that_a_line_cannot_hold_is_refused(broken: str) -> None:
+@pytest.mark.parametrize("broken", ["a\nb", "a\\b", "a\u202eb", "a "])
+def test_paths_that_a_line_cannot_contain_are_refused(broken: str) -> None:
     job = ScheduledJob(name="nightly", file=Path("/srv") / broken)
     settings = ScheduleSettings("0 3 * * *")
     for export in (crontab, systemd, lambda *both: ray_submit(*both, moment("2027-01-01T00:00"))):
@@ -90,18 +91,18 @@ def test_a_path_that_a_line_cannot_hold_is_refused(broken: str) -> None:
         crontab(long, settings)
 
 
-def test_systemd_units_read_as_units(hostile: ScheduledJob) -> None:
+def test_systemd_units_parse(hostile: ScheduledJob) -> None:
     units = systemd_units(hostile, ScheduleSettings("0 0 1 * 1", BERLIN))
     assert list(units) == ["r2scp-nightly.service", "r2scp-nightly.timer"]
-    read = {}
+    parsed = {}
     for name, text in units.items():
-        read[name] = configparser.ConfigParser(interpolation=None, strict=False, comment_prefixes=("#",))
-        read[name].optionxform = str
-        read[name].read_string(text)
+        parsed[name] = configparser.ConfigParser(interpolation=None, strict=False, comment_prefixes=("#",))
+        parsed[name].optionxform = str
+        parsed[name].read_string(text)
         assert f"# ~/.config/systemd/user/{name}\n{text}" in systemd(
             hostile, ScheduleSettings("0 0 1 * 1", BERLIN)
         )
-    service, timer = read["r2scp-nightly.service"]["Service"], read["r2scp-nightly.timer"]["Timer"]
+    service, timer = parsed["r2scp-nightly.service"]["Service"], parsed["r2scp-nightly.timer"]["Timer"]
     assert service["Type"] == "oneshot"
     assert service["WorkingDirectory"].replace("%%", "%") == str(hostile.folder)
     assert service["ExecStart"].startswith(":")
@@ -119,7 +120,7 @@ def systemd_analyze() -> str:
     return program
 
 
-def test_systemd_itself_takes_the_units(hostile: ScheduledJob, tmp_path: Path) -> None:
+def test_systemd_accepts_the_units(hostile: ScheduledJob, tmp_path: Path) -> None:
     files = []
     for name, text in systemd_units(hostile, ScheduleSettings("*/7 3 1 * mon", BERLIN)).items():
         (tmp_path / name).write_text(text)
@@ -129,14 +130,14 @@ def test_systemd_itself_takes_the_units(hostile: ScheduledJob, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("zone", ["UTC", BERLIN])
-def test_systemd_counts_the_same_times(zone: str) -> None:
-    """Away from the nights when clocks change, where systemd goes its own way and the timer says so."""
+def test_systemd_has_the_same_times(zone: str) -> None:
+    """Except where clocks change, where systemd differs and the timer says so."""
     program, start = systemd_analyze(), moment("2027-11-02T00:00")
     before_spring = moment("2028-03-20T00:00")
     settings = [ScheduleSettings("0 0 1 * 1", zone), ScheduleSettings("0 3 * * 7", zone)]
-    for one in [*settings, *random_settings(16, zone, seed=9)]:
-        found = set()
-        for event in on_calendar(one):
+    for each in [*settings, *random_settings(16, zone, seed=9)]:
+        stamps = set()
+        for event in on_calendar(each):
             words = [
                 program,
                 "calendar",
@@ -147,32 +148,26 @@ def test_systemd_counts_the_same_times(zone: str) -> None:
             shown = subprocess.run(
                 words, capture_output=True, text=True, check=True, env={"TZ": "UTC", "LC_ALL": "C"}
             )
-            stamps = re.findall(r"(?:Next elapse|Iter\. #\d+): \w+ (\S+ \S+) UTC", shown.stdout)
-            found |= {moment(stamp) for stamp in stamps}
-        expected = [at for at, _ in zip(runs_after(one, start), range(12), strict=False)]
-        both = [
-            (left, right)
-            for left, right in zip(sorted(found), expected, strict=False)
-            if right < before_spring
-        ]
-        assert both or expected[0] >= before_spring
-        assert all(left == right for left, right in both), one
+            texts = re.findall(r"(?:Next elapse|Iter\. #\d+): \w+ (\S+ \S+) UTC", shown.stdout)
+            stamps |= {moment(text) for text in texts}
+        expected = [run for run in first_runs(each, start, 12) if run < before_spring]
+        assert sorted(stamps)[: len(expected)] == expected, each
 
 
-def test_a_program_that_systemd_cannot_name_is_refused() -> None:
+def test_programs_that_systemd_cannot_name_are_refused() -> None:
     job = ScheduledJob(name="nightly", file=Path("job.yaml"), python=Path("/it's/python"))
     with pytest.raises(UsageError, match="the path of python must have no quotes for systemd"):
         systemd_units(job, ScheduleSettings("0 3 * * *"))
 
 
-def test_the_timer_says_where_clocks_make_a_difference() -> None:
+def test_the_timer_notes_differences_where_clocks_change() -> None:
     job = ScheduledJob(name="nightly", file=Path("/srv/job.yaml"))
-    note = "Where clocks change, systemd is not cron"
+    note = "Where clocks change, systemd differs from cron"
     assert note in systemd(job, ScheduleSettings("30 2 * * *", BERLIN))
     assert note not in systemd(job, ScheduleSettings("30 2 * * *"))
 
 
-def test_rays_own_parser_takes_the_line(hostile: ScheduledJob) -> None:
+def test_rays_own_parser_accepts_the_line(hostile: ScheduledJob) -> None:
     settings, at = ScheduleSettings("0 3 * * *", BERLIN), moment("2027-01-10T12:00")
     line = ray_submit(hostile, settings, at, "http://head:8265", upload=True)
     assert line.count("\n") == 1
@@ -189,7 +184,7 @@ def test_rays_own_parser_takes_the_line(hostile: ScheduledJob) -> None:
     assert given["entrypoint"][-1] == str(hostile.file)
 
 
-def test_a_submission_has_one_name_from_one_run_to_the_next() -> None:
+def test_a_submission_keeps_its_name_until_the_next_run() -> None:
     settings = ScheduleSettings("0 3 * * *", BERLIN)
     job, other = (ScheduledJob(name=name, file=Path("job.yaml")) for name in ("nightly", "weekly"))
     tonight = [
@@ -203,10 +198,10 @@ def test_a_submission_has_one_name_from_one_run_to_the_next() -> None:
 # --- Kubernetes ---
 
 
-def thing(needed: dict[str, Any], more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A schema of an object that has `needed`, may have `more`, and nothing else."""
-    known = {**needed, **(more or {})}
-    return {"type": "object", "properties": known, "required": list(needed), "additionalProperties": False}
+def thing(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A schema of an object with these properties and no others."""
+    known = {**required, **(optional or {})}
+    return {"type": "object", "properties": known, "required": list(required), "additionalProperties": False}
 
 
 def some(of: dict[str, Any]) -> dict[str, Any]:
@@ -257,23 +252,23 @@ CRON_JOB = thing(
 
 
 def manifest(text: str, version: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """The object beside the ConfigMap, both checked."""
-    config, found = yaml.safe_load_all(text)
+    """The spec of the object beside the ConfigMap, both validated."""
+    config, document = yaml.safe_load_all(text)
     parts = {"apiVersion": {"const": "v1"}, "kind": {"const": "ConfigMap"}, "metadata": METADATA}
     jsonschema.validate(config, thing({**parts, "data": thing({"job.yaml": STRING})}))
     assert config["data"]["job.yaml"] == TEXT
     parts = {"apiVersion": {"const": version}, "kind": {"const": kind}, "metadata": METADATA, "spec": spec}
-    jsonschema.validate(found, thing(parts))
+    jsonschema.validate(document, thing(parts))
     volumes = re.findall(r"configMap:\s+name: (\S+)", text)
     assert set(volumes) == {config["metadata"]["name"]}
-    return found["spec"]
+    return document["spec"]
 
 
 NIGHTLY = ScheduledJob(name="nightly", file=Path("job.yaml"))
 PODS = Pods(image="registry:5000/r2scp-pipe:0.1.0", workers=2, gpus=1)
 
 
-def test_the_ray_job_is_what_kuberay_takes() -> None:
+def test_the_ray_job_has_kuberays_schema() -> None:
     spec = manifest(rayjob(NIGHTLY, TEXT, PODS), "ray.io/v1", "RayJob", RAY_JOB)
     cluster = spec["rayClusterSpec"]
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
@@ -284,7 +279,7 @@ def test_the_ray_job_is_what_kuberay_takes() -> None:
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
 
 
-def test_the_ray_cron_job_is_what_kuberay_takes() -> None:
+def test_the_ray_cron_job_has_kuberays_schema() -> None:
     settings = ScheduleSettings("0 3 * * 7", BERLIN)
     text = raycronjob(NIGHTLY, settings, TEXT, PODS)
     spec = manifest(text, "ray.io/v1", "RayCronJob", RAY_CRON_JOB)
@@ -293,7 +288,7 @@ def test_the_ray_cron_job_is_what_kuberay_takes() -> None:
     assert spec["jobTemplate"] == once
 
 
-def test_the_cron_job_forbids_overlap_and_names_each_period_once() -> None:
+def test_the_cron_job_forbids_overlap_and_names_each_run() -> None:
     text = cronjob(NIGHTLY, ScheduleSettings("0 3 * * *", BERLIN), TEXT, PODS.image, "http://head:8265")
     spec = manifest(text, "batch/v1", "CronJob", CRON_JOB)
     job = spec["jobTemplate"]["spec"]
@@ -301,26 +296,26 @@ def test_the_cron_job_forbids_overlap_and_names_each_period_once() -> None:
     assert job["backoffLimit"] == 0
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     given = ray_job_submit.make_context("submit", container["command"][3:]).params
-    assert given["submission_id"] == "$(RUN)"  # filled in by Kubernetes with the name of the period's Job
+    assert given["submission_id"] == "$(RUN)"  # substituted by Kubernetes with the name of the Job
     assert container["env"][0]["name"] == "RUN"
     assert container["volumeMounts"][0]["mountPath"] == f"{given['working_dir']}/{given['entrypoint'][-1]}"
     assert not given["no_wait"]  # the pod lives as long as the job, or Forbid would forbid nothing
 
 
-def kubernetes_meant(cron: str, day: datetime) -> bool:
-    """How Kubernetes' reader takes the days of a schedule: a star counts unless it has a step."""
+def kubernetes_matches(cron: str, day: datetime) -> bool:
+    """How Kubernetes' parser reads the days of a schedule: a star counts unless it has a step."""
     fields = cron.split()
     stars = any(term in ("*", "*/1") for text in (fields[2], fields[4]) for term in text.split(","))
     assert all(number < 7 for number in values(fields[4], 0, 6))
-    return meant(["*", "*", *fields[2:]], day, day_and=stars)
+    return matches(["*", "*", *fields[2:]], day, day_and=stars)
 
 
-def test_kubernetes_reads_the_same_days_or_is_not_asked() -> None:
+def test_kubernetes_reads_the_same_days_or_the_schedule_is_refused() -> None:
     chance, refused, kept = random.Random(3), 0, 0
     for _ in range(150):
         try:
             settings = ScheduleSettings("0 0 " + random_cron(chance, stars=True).split(" ", 2)[2])
-            told = kubernetes_cron(settings)
+            exported = kubernetes_cron(settings)
         except UsageError as error:
             refused += "in Kubernetes" in str(error)
             continue
@@ -329,12 +324,15 @@ def test_kubernetes_reads_the_same_days_or_is_not_asked() -> None:
         expected = list(
             takewhile(lambda at, last=days[-1]: at <= last, runs_after(settings, moment("2026-12-31T23:59")))
         )
-        assert [day for day in days if kubernetes_meant(told, day)] == expected, (settings.cron, told)
+        assert [day for day in days if kubernetes_matches(exported, day)] == expected, (
+            settings.cron,
+            exported,
+        )
     assert refused > 5
     assert kept > 50
 
 
-def test_names_that_kubernetes_cannot_take_are_refused() -> None:
+def test_what_kubernetes_refuses_is_refused() -> None:
     settings = ScheduleSettings("0 3 * * *")
     long = ScheduledJob(name="a" * 31, file=Path("job.yaml"))
     rayjob(long, TEXT, PODS)

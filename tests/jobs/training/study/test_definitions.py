@@ -142,7 +142,7 @@ def first_steps(quick_plan: Callable[..., TrainPlan], learnable_store: FeatureSt
         opened = TrainingData.read(
             learnable_store, plan.pins, replace(plan.config, model=config.model), plan.answers
         )
-        examples = opened.learning()[0]
+        examples = opened.train_and_validation()[0]
         data = opened.dataset(examples)
         torch.manual_seed(config.seed)
         model = R2SCP(config.model)
@@ -187,9 +187,9 @@ def test_stage_one_is_the_same_whatever_comes_later(first_steps: Callable) -> No
 @pytest.mark.parametrize("name", NAMES)
 def test_every_study_is_sound(name: str) -> None:
     study = study_of(name, BASE, CORPORA)
-    assert study.against in study.variants
+    assert study.reference in study.variants
     assert study.title
-    assert study.asks.endswith("?")
+    assert study.question.endswith("?")
     configs = list(study.variants.values())
     assert all(one != other for at, one in enumerate(configs) for other in configs[:at]), (
         "no two are the same"
@@ -262,8 +262,8 @@ def test_variants_of_one_setting_vary_that_one() -> None:
     few = replace(BASE, index=IndexSettings(n=4))
     assert list(study_of("n", few, ()).variants) == ["n = 1", "n = 3"], "no further than the index goes"
     many = replace(BASE, model=replace(BASE.model, neighbours=8, k=9))
-    assert study_of("n", many, ()).against == "n = 8"
-    assert study_of("k", many, ()).against == "k = 9"
+    assert study_of("n", many, ()).reference == "n = 8"
+    assert study_of("k", many, ()).reference == "k = 9"
 
 
 def test_banks_of_each_corpus_and_of_none() -> None:

@@ -30,7 +30,7 @@ from r2scp.jobs.training.study import run as study_module
 from r2scp.jobs.training.study.definitions import FULL, Study, study_of
 from r2scp.jobs.training.study.run import MEASURES, StudyOptions, run_study
 from r2scp.jobs.training.study.table import markdown
-from r2scp.jobs.training.study.trainings import StoreContents, Job
+from r2scp.jobs.training.study.trainings import StoreContents, TrainingTask
 from r2scp.pipelines.batches.examples import Pins
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import R2SCPError, StoreError
@@ -84,9 +84,14 @@ def test_stage_one_is_trained_once_for_each_seed(studied: Studied) -> None:
     assert len(experts) == len(SEEDS)
     assert len(runs) == 3 * len(SEEDS), "stage I alone is a run of experts"
     for run in runs:
-        config, stages = read_checkpoint(run).config, {line["stage"] for line in read_metrics(run / "metrics.jsonl")}
+        config, stages = (
+            read_checkpoint(run).config,
+            {line["stage"] for line in read_metrics(run / "metrics.jsonl")},
+        )
         assert stages == {"mixing"}
-        begun = [one for one in experts if read_checkpoint(one, "experts").sha256 == read_checkpoint(run).experts]
+        begun = [
+            one for one in experts if read_checkpoint(one, "experts").sha256 == read_checkpoint(run).experts
+        ]
         assert len(begun) == (config.stage_one.epochs > 0)
         assert all(read_checkpoint(one).config.seed == config.seed for one in begun)
     named = {run for row in report["variants"].values() for run in row["runs"]}
@@ -159,7 +164,9 @@ def test_another_study_trains_nothing_that_is_there(
     }
     for run, said in zip(report["variants"][FULL]["runs"], report["variants"][FULL]["loads"], strict=True):
         epochs = [
-            line["train"] for line in read_metrics(means.folder / run / "metrics.jsonl") if line["kind"] == "epoch"
+            line["train"]
+            for line in read_metrics(means.folder / run / "metrics.jsonl")
+            if line["kind"] == "epoch"
         ]
         assert len(epochs) == len(said) == 2
         for train, weights in zip(epochs, said, strict=True):
@@ -173,13 +180,16 @@ def test_another_study_trains_nothing_that_is_there(
 def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, evaluated_run: Judged) -> None:
     means = studied[0]
     before = files(means.folder)
-    study = Study(title="Rates", asks="?", variants={FULL: means.plan.config}, against=FULL, rates=True)
+    study = Study(title="Rates", question="?", variants={FULL: means.plan.config}, reference=FULL, rates=True)
     report = run_study("rates", study, means)
     new = {path for path, at in files(means.folder).items() if before.get(path) != at}
     runs = [means.folder / run for run in report["variants"][FULL]["runs"]]
     kept = {run / "evaluation-test-rates.json" for run in runs}
     assert {path for path in new if path.name not in ("rates.json", "lock")} == kept
-    said = [run_evaluate(evaluated_run[0], run, EvaluateOptions(rates=MISSING_RATES))["missing_rates"] for run in runs]
+    said = [
+        run_evaluate(evaluated_run[0], run, EvaluateOptions(rates=MISSING_RATES))["missing_rates"]
+        for run in runs
+    ]
     told = report["variants"][FULL]["accuracy"]
     assert list(told) == [*MEASURES, *said[0]]
     assert len(said[0]) == 6
@@ -254,7 +264,7 @@ def test_one_training_that_fails_leaves_the_others(evaluated_run: Judged, tmp_pa
     means = means_of(evaluated_run[0], tmp_path, seeds=(4,))
     base = means.plan.config
     broken = replace(base, stage_two=replace(base.stage_two, lr=1e30, warmup_steps=0))
-    study = Study(title="One breaks", asks="?", variants={"broken": broken, FULL: base}, against=FULL)
+    study = Study(title="One breaks", question="?", variants={"broken": broken, FULL: base}, reference=FULL)
     with pytest.raises(
         R2SCPError, match=r"1 of 2 trainings failed: broken, seed 4: the loss became"
     ) as failed:
@@ -269,7 +279,9 @@ def test_one_training_that_fails_leaves_the_others(evaluated_run: Judged, tmp_pa
     assert files(done[0]) == before
 
 
-def test_what_the_store_lacks_is_said_before_anything_is_trained(evaluated_run: Judged, tmp_path: Path) -> None:
+def test_what_the_store_lacks_is_said_before_anything_is_trained(
+    evaluated_run: Judged, tmp_path: Path
+) -> None:
     means = means_of(evaluated_run[0], tmp_path / "studies")
     strategy = study_of("strategy", means.plan.config, ())
     with pytest.raises(StoreError, match=r"no question .*weather"):
@@ -304,7 +316,9 @@ def test_the_index_that_is_asked_for_is_the_one_that_helps(
     assert StoreContents(store=store, pins=Pins.latest(store)).key(config)
 
 
-def test_trainings_are_named_by_settings_and_data(evaluated_run: Judged, copy: Callable, write: Callable) -> None:
+def test_trainings_are_named_by_settings_and_data(
+    evaluated_run: Judged, copy: Callable, write: Callable
+) -> None:
     def key(store: FeatureStore, config: TrainConfig) -> str:
         return StoreContents(store=store, pins=Pins.latest(store)).key(config)
 
@@ -340,15 +354,15 @@ def test_a_run_is_done_when_it_is_trained_and_evaluated_as_it_is(studied: Studie
     for path in source.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    job = Job(name="x", plan=replace(means.plan, folder=tmp_path), split="test")
-    assert job.done
-    assert not replace(job, split="val").done
-    assert replace(job, split="").done
+    job = TrainingTask(name="x", plan=replace(means.plan, folder=tmp_path), split="test")
+    assert job.finished
+    assert not replace(job, split="val").finished
+    assert replace(job, split="").finished
     assert "/" not in replace(job, split="../../up").evaluation.name
     kept = job.evaluation.read_text()
     job.evaluation.write_text(kept.replace(read_checkpoint(tmp_path).sha256, "0" * 64))
-    assert not job.done, "evaluated when another checkpoint was the best"
+    assert not job.finished, "evaluated when another checkpoint was the best"
     job.evaluation.write_text(kept)
     last = json.loads((tmp_path / "last.json").read_text())
     (tmp_path / "last.json").write_text(json.dumps(last | {"epoch": 1}))
-    assert not job.done, "evaluated in the middle of the training"
+    assert not job.finished, "evaluated in the middle of the training"
