@@ -57,6 +57,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
         os.environ.setdefault(name, value)
     # Ray's own programs are started by fork and exec; nothing of Lance runs between the two.
     warnings.filterwarnings("ignore", message="lance is not fork-safe", category=UserWarning)
+    warnings.filterwarnings("ignore", message="lancedb fork support", category=RuntimeWarning)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     with _quiet_stderr():
         if resources.ray_address:

@@ -1,1 +1,1 @@
-"""What a datum is, where it rests, and who may write: tables in Lance, snapshots, search."""
+"""The feature store: tables in Lance, commits, snapshots, the writer's lease, search."""

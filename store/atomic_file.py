@@ -7,7 +7,7 @@ from r2scp.store.errors import R2SCPError
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also if the machine goes down. Raises `R2SCPError`."""
+    """Write a file whole or not at all, even if the machine crashes. Raises `R2SCPError`."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -17,4 +17,4 @@ def replace_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise R2SCPError(f"cannot write {path}: {error.strerror}; nothing there has changed") from error
+        raise R2SCPError(f"cannot write {path}: {error.strerror}; it is unchanged") from error

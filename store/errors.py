@@ -1,47 +1,46 @@
-"""Every error a user of r2scp-pipe can meet, in one tree.
+"""All errors that r2scp-pipe raises for a user.
 
 ::
 
-    R2SCPError                     one clear line; the command line prints it and exits with 1
-    ├── UsageError                 an option or setting that cannot be (exit 2)
-    ├── CorpusError                an annotation file or media folder that is not what it should be
-    ├── MediaError                 one media file that cannot be used; carries a `FailureReason`
-    ├── EncoderError               weights that are missing, foreign or damaged
+    R2SCPError                     one clear line, printed by the command line (exit 1)
+    ├── UsageError                 an invalid option or setting (exit 2)
+    ├── CorpusError                an invalid annotation file or media folder
+    ├── MediaError                 one media file that cannot be used; has a `FailureReason`
+    ├── EncoderError               weights that are missing, damaged or of another model
     ├── CheckpointError            a trained model that is missing, damaged or of another program
-    ├── GateFailed                 a re-index did well, but what it made is not fit to serve
+    ├── GateFailed                 a re-index finished, but its result must not be published
     └── StoreError                 the store cannot be opened, read or written
         ├── FingerprintMismatch    features of another encoder or decoder
-        └── LeaseHeld              another writer is at work
+        └── LeaseHeld              another writer is active
 
-A message says what is wrong, what must be, what came, and what to do next.
-Faults of *data* (one bad file, one bad row) are not raised through a job: they
-become a counted row with a `FailureReason`.
+A message says what is wrong, what is expected, what was given, and what to do next. Faults of *data* (a bad
+file, a bad row) are not raised through a job: they are counted, with a `FailureReason`.
 """
 
 from enum import StrEnum
 
 
 class FailureReason(StrEnum):
-    """Why one input could not be stored: the fixed vocabulary of the `failures` table."""
+    """Why an input could not be stored; the values are those of the table `failures`."""
 
     EMPTY_FILE = "empty_file"  # zero bytes
     NOT_MEDIA = "not_media"  # no demuxer recognises it
     NO_STREAMS = "no_streams"  # a container with neither picture nor sound
-    TRUNCATED = "truncated"  # recognised, but the part that tells how to decode it is lost
+    TRUNCATED = "truncated"  # recognised, but the part needed for decoding is missing
     ENCRYPTED = "encrypted"  # protected content
     UNSUPPORTED_CODEC = "unsupported_codec"  # this ffmpeg has no decoder for it
-    CORRUPT = "corrupt"  # streams are there, nothing could be decoded
-    FORBIDDEN_REFERENCE = "forbidden_reference"  # playlist or concat file that points elsewhere
+    CORRUPT = "corrupt"  # has streams, but nothing could be decoded
+    FORBIDDEN_REFERENCE = "forbidden_reference"  # a playlist or concat file that points elsewhere
     TOO_LARGE = "too_large"  # more pixels, seconds or bytes than the limits allow
     TIMEOUT = "timeout"  # decoding took longer than allowed
     OUT_OF_MEMORY = "out_of_memory"  # decoding needed more memory than allowed
     UNREADABLE = "unreadable"  # the operating system refused to read it
-    DECODER_CRASHED = "decoder_crashed"  # ffmpeg died of a signal
-    EMBED_FAILED = "embed_failed"  # decoded, but the encoder gave no finite embedding
-    NOTHING_RECORDED = "nothing_recorded"  # silence and a blank picture: stored, but no question is about it
+    DECODER_CRASHED = "decoder_crashed"  # ffmpeg was ended by a signal
+    EMBED_FAILED = "embed_failed"  # decoded, but the embedding is not finite
+    NOTHING_RECORDED = "nothing_recorded"  # silence and a blank picture: stored, but cannot be asked about
 
 
-#: Reasons that may go away by themselves; a re-index job tries these again.
+#: Failures that may not occur again; a re-index job retries them.
 TRANSIENT_REASONS = frozenset(
     {
         FailureReason.TIMEOUT,
@@ -57,18 +56,15 @@ class R2SCPError(Exception):
 
 
 class UsageError(R2SCPError):
-    """An option or setting that cannot be."""
+    """An invalid option or setting."""
 
 
 class CorpusError(R2SCPError):
-    """An annotation file or media folder that is not what it should be."""
+    """An invalid annotation file or media folder."""
 
 
 class MediaError(R2SCPError):
-    """One media file that cannot be used.
-
-    `reason` is one of `FailureReason`; `detail` the last lines of the tool's own words.
-    """
+    """A media file that cannot be used. `detail`: the last lines of the tool's own message."""
 
     def __init__(self, reason: FailureReason, detail: str) -> None:
         super().__init__(f"{reason.value}: {detail}")
@@ -80,7 +76,7 @@ class MediaError(R2SCPError):
 
 
 class EncoderError(R2SCPError):
-    """Weights that are missing, foreign or damaged."""
+    """Weights that are missing, damaged or of another model."""
 
 
 class CheckpointError(R2SCPError):
@@ -88,7 +84,7 @@ class CheckpointError(R2SCPError):
 
 
 class GateFailed(R2SCPError):
-    """What a re-index made is not fit to serve; what served before still does."""
+    """The result of a re-index must not be published; the previous snapshot still serves."""
 
 
 class StoreError(R2SCPError):
@@ -96,8 +92,8 @@ class StoreError(R2SCPError):
 
 
 class FingerprintMismatch(StoreError):
-    """Features of another encoder or decoder were found where ours should be."""
+    """Features of another encoder or decoder."""
 
 
 class LeaseHeld(StoreError):
-    """Another writer is at work on this store."""
+    """Another writer is active on this store."""

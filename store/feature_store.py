@@ -16,13 +16,12 @@ The folder of an encoder is an ordinary LanceDB database: `lancedb.connect(store
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import lance
 import pyarrow as pa
 
-from r2scp.store.commits import Staged, TableAddress, commit, lance_errors, sql_in, sql_literal, stage
+from r2scp.store.commits import Staged, TableAddress, commit, lance_errors, sql_in, stage
 from r2scp.store.errors import FingerprintMismatch, StoreError
 from r2scp.store.lease import LEASE_SCHEMA, Lease, put_row
 from r2scp.store.schema import (
@@ -37,19 +36,6 @@ from r2scp.store.schema import (
 from r2scp.store.snapshots import Snapshot, name_versions, protect, publish, read_snapshots, rollback
 
 UPDATE_ROWS = 512  # held in memory at a time, features included
-
-
-@dataclass(frozen=True, slots=True)
-class InputRecord:
-    """What the store knows of one input file: enough to decide whether it must be read again."""
-
-    bytes: int
-    mtime_ns: int
-    content_sha256: str
-    decode_fingerprint: str
-    failure: str = ""  # a FailureReason; "" if the clip was stored
-    attempts: int = 0
-    metadata: tuple[object, ...] | None = None  # see `metadata_of`; None if the clip was not stored
 
 
 class FeatureStore:
@@ -166,22 +152,6 @@ class FeatureStore:
     def failures(self, where: str | None = None) -> pa.Table:
         """Rows of `failures`: inputs that could not be stored, and why."""
         return self._read(Table.FAILURES, None, where, None)
-
-    def input_records(self, corpus: str) -> dict[str, InputRecord]:
-        """clip_id -> what the store knows, for one corpus: from the clip's row or its failure, the newer."""
-        columns = ["clip_id", "bytes", "mtime_ns", "content_sha256", "decode_fingerprint"]
-        where = f"corpus = {sql_literal(corpus)}"
-        records, stored_at = {}, {}
-        for row in read_rows(self.dataset(Table.CLIPS), [*columns, *METADATA_COLUMNS, "ingested_at"], where):
-            clip_id = row.pop("clip_id")
-            stored_at[clip_id] = row.pop("ingested_at")
-            metadata = metadata_of({name: row.pop(name) for name in METADATA_COLUMNS})
-            records[clip_id] = InputRecord(metadata=metadata, **row)
-        for row in read_rows(self.dataset(Table.FAILURES), [*columns, "reason", "attempts", "at"], where):
-            clip_id, at = row.pop("clip_id"), row.pop("at")
-            if clip_id not in stored_at or at > stored_at[clip_id]:
-                records[clip_id] = InputRecord(failure=row.pop("reason"), **row)
-        return records
 
     def missing(self, clip_ids: Iterable[str]) -> list[str]:
         """Those of `clip_ids` that have no row in `clips`, in their order."""
@@ -328,12 +298,6 @@ class FeatureStore:
             raise StoreError(
                 f"cannot read {table.value} of {self.uri}: {error}; its columns: {names}"
             ) from error
-
-
-def metadata_of(row: Mapping[str, object]) -> tuple[object, ...]:
-    """The values of METADATA_COLUMNS in one row, as values that compare."""
-    values = (row[name] for name in METADATA_COLUMNS)
-    return tuple(tuple(value) if isinstance(value, list | tuple) else value for value in values)
 
 
 def read_rows(

@@ -122,9 +122,7 @@ COLUMNS: dict[Table, tuple[Column, ...]] = {
         Column("clip_id", TEXT, "key: {corpus}/{video_id}"),
         Column("corpus", TEXT, "corpus"),
         Column("video_id", TEXT, "name in the corpus"),
-        Column(
-            "source_id", TEXT, "video it was cut from; no clip is retrieved for one of its own source"
-        ),
+        Column("source_id", TEXT, "video it was cut from; no clip is retrieved for one of its own source"),
         Column("split", TEXT, "split, as the corpus has it"),
         Column("labels", TEXTS, "labels, as the corpus has them"),
         Column("uri", TEXT, "where the file was when it was stored; a path on that machine"),
@@ -133,9 +131,7 @@ COLUMNS: dict[Table, tuple[Column, ...]] = {
         Column("mtime_ns", LONG, "last change of the file, nanoseconds since 1970"),
         Column("duration_s", DOUBLE, "duration, seconds"),
         Column("visual", sequence, "(T, D) float16, a unit-norm embedding per second; null if there is none"),
-        Column(
-            "audio", sequence, "(T, D) float16, of the two seconds of sound around each second's middle"
-        ),
+        Column("audio", sequence, "(T, D) float16, of the two seconds of sound around each second's middle"),
         Column("visual_key", vector, "(D,) float32, the unit-norm mean of `visual`"),
         Column("audio_key", vector, "(D,) float32, the unit-norm mean of `audio`"),
         Column("visual_status", TEXT, "present, absent, partial or corrupt"),
@@ -175,9 +171,7 @@ COLUMNS: dict[Table, tuple[Column, ...]] = {
         Column("neighbour_id", TEXT, "key: {clip_id}|{missing}|{retrieval}|{index}"),
         Column("clip_id", TEXT, "clip whose neighbours these are"),
         Column("missing", TEXT, "modality that is searched for, audio or visual; the other is the query"),
-        Column(
-            "retrieval", TEXT, "keys compared: cross (of what is missing), paired (of the query), hybrid"
-        ),
+        Column("retrieval", TEXT, "keys compared: cross (of what is missing), paired (of the query), hybrid"),
         Column("leak_guard", FLAG, "false: hits may be of the clip's own source"),
         Column("nearest_ids", TEXTS, "clips, nearest first; fewer than asked if the bank has fewer"),
         Column("nearest_scores", SCORES, "cosines"),
@@ -187,9 +181,7 @@ COLUMNS: dict[Table, tuple[Column, ...]] = {
         Column("nearest_own_source", INT, "same-source hits among the best, excluded by the leak guard"),
         Column("farthest_own_source", INT, "same-source hits among the best, excluded by the leak guard"),
         Column("settings", TEXT, "JSON: bank, number of hits, weight, guard"),
-        Column(
-            "index", TEXT, "row of `indexes`: up to which version of `clips` this row is valid"
-        ),
+        Column("index", TEXT, "row of `indexes`: up to which version of `clips` this row is valid"),
         Column("bank_fingerprint", TEXT, "identifies the clips that were searched: ids, sources and keys"),
         Column("bank_version", LONG, "version of `clips` that was searched"),
         Column("query_fingerprint", TEXT, "identifies the clip's source and key"),

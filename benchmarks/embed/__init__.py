@@ -1,1 +1,1 @@
-"""The towers beside the machine's limit and others."""
+"""The towers compared with the limit of the machine and with others."""

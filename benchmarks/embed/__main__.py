@@ -1,6 +1,6 @@
-"""How fast the towers are, beside the machine's own limit and others: `python -m benchmarks.embed --help`.
+"""The towers' speed, compared with the machine's limit and with others: `python -m benchmarks.embed --help`.
 
-At imagebind-huge's size, with random weights, on tensors made before. A clip is 10 s: ten frames and ten
+At imagebind-huge's size, with random weights, on given tensors. A clip is 10 s: ten frames and ten
 windows of sound of 2 s. In turn, round after round:
 
 - *2048^3*: the machine's rate for one square matrix product, `a @ b`; the shares are of its best round, in
@@ -16,7 +16,7 @@ The encoder lets the process keep freed memory; all others profit from that, too
 times are CUDA's own and the limit is 8192^3.
 
 Other processes on the same cores hit the contenders unevenly and make every share and ratio worthless: how
-much of its cores the process got is told (*cores got*, of 1), and below 0.9 speed is not judged.
+much of its cores the process got is reported (*cores got*, of 1), and below 0.9 speed is not judged.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def our_entries(exact: ImageBind, inputs: Inputs, options: argparse.Namespace) -
 
 
 def peer_entries(upstream: torch.nn.Module | None, inputs: Inputs, short: bool) -> dict[str, Entry]:
-    """transformers, and upstream where there is a checkout."""
+    """transformers, and upstream if there is a checkout."""
     entries = {}
     for dtype in (torch.bfloat16,) if short else DTYPES:
         name, embed = f"transformers CLIP ViT-H, {DTYPES[dtype]}", None
@@ -181,13 +181,13 @@ def cosines(exact: ImageBind, laid: ImageBind, inputs: Inputs) -> float:
 
 def rows(sheet: str, entries: Mapping[str, Entry], seconds: Mapping[str, Sequence[float] | str]) -> list[Row]:
     """One table: seconds of a frame or a clip, the rate, its share of the machine's, times upstream."""
-    rows = []
+    table = []
     for name, entry in entries.items():
         taken, peaks = seconds[name], seconds[_peak(entry.dtype)]
         if entry.sheet != sheet:
             continue
         if isinstance(taken, str):
-            rows.append(Row(name=name, unable=taken))
+            table.append(Row(name=name, unable=taken))
             continue
         rates = [entry.units * entry.flops / second / 1e12 for second in taken]
         assert not isinstance(peaks, str)
@@ -200,10 +200,10 @@ def rows(sheet: str, entries: Mapping[str, Entry], seconds: Mapping[str, Sequenc
         shipped = seconds.get(UPSTREAM)
         if sheet == "clip" and shipped is not None and not isinstance(shipped, str):
             figures["x upstream"] = ratios(shipped, taken)
-        rows.append(Row(name=name, figures=figures))
+        table.append(Row(name=name, figures=figures))
     if sheet == "clip" and UPSTREAM not in entries:
-        rows.append(Row(name=UPSTREAM, unable="name a checkout with --upstream"))
-    return rows
+        table.append(Row(name=UPSTREAM, unable="give a checkout with --upstream"))
+    return table
 
 
 def _peak(dtype: torch.dtype) -> str:
@@ -258,7 +258,7 @@ def on_cpu(options: argparse.Namespace) -> tuple[list[Sheet], list[Grade], float
 
 
 def _speed_grades(tables: Mapping[str, Sequence[Row]]) -> list[Grade]:
-    """The vision tower at its best batch size, and a clip beside upstream where there is one."""
+    """The vision tower at its best batch size, and a clip compared with upstream if there is a checkout."""
     shares = [
         figure.median
         for row in tables["vision"]

@@ -1,4 +1,4 @@
-"""The towers on a GPU: CUDA's own times, and the share of one large square product's rate there (MFU)."""
+"""The towers on a GPU: CUDA's own times, and the share of the rate of one large square product (MFU)."""
 
 import argparse
 import statistics
@@ -18,7 +18,7 @@ TITLE = "On a GPU"
 
 
 def gpu_sheet(options: argparse.Namespace) -> tuple[Sheet, list[Grade]]:
-    """One table; a line that says so where there is no GPU."""
+    """One table; a single line if there is no GPU."""
     if not torch.cuda.is_available():
         return Sheet(title=TITLE, rows=[Row(name="towers", unable="no GPU")]), []
     rows, best = [], 0.0

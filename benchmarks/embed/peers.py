@@ -1,6 +1,6 @@
 """Who embeds in `benchmarks.embed`: our towers, transformers' vision encoder at their size, upstream itself.
 
-Each is a function that embeds tensors made before, without gradients, as its documentation runs it.
+Each is a function that embeds given tensors, without gradients, as its documentation runs it.
 """
 
 import copy
@@ -95,5 +95,5 @@ def upstream_embed(model: nn.Module, modality: str, dtype: torch.dtype) -> Embed
 
 
 def compiled(embed: nn.Module) -> Embed:
-    """The tower through `torch.compile`, its weights frozen in: the compiler may lay them out anew."""
+    """The tower through `torch.compile`, its weights frozen, so that their layout may change."""
     return torch.compile(embed, options={"freezing": True})

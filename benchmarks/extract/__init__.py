@@ -1,1 +1,1 @@
-"""Whole extractions beside a loop, Daft and Pixeltable."""
+"""Whole extractions compared with a loop, Daft and Pixeltable."""

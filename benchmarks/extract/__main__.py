@@ -1,20 +1,20 @@
-"""How fast extraction is, beside what it could be and what a user would take instead.
+"""How fast extraction is, compared with its upper limit and with the alternatives.
 
-All contenders do the same clips, in turn, round after round, so that noise hits all alike:
+All contenders extract the same clips, in turn, round after round, so that noise affects all equally:
 
 - *decode alone*: every clip through `decode`, on a pool of as many threads as there are cores.
 - *embed alone*: the decoded clips through the encoder, in batches, on all cores, with threads that do not
   spin while they wait (on a busy machine spinning can cost more than the arithmetic).
 - *plain loop*: decode one, embed one, write one, in one process with PyTorch's defaults.
-- *Daft*, *Pixeltable*: see `extract/peers.py`; in processes that live from round to round, encoder loaded.
+- *Daft*, *Pixeltable*: see `extract/peers.py`; in processes kept between rounds, with the encoder loaded.
 - *flow*: the whole of `run_extract` into a fresh store: plan, hash, decode, embed, stage, commit. Its worker
-  processes start and load the encoder anew each time. They run at the priority of the others; as Ray comes,
-  they give way to whatever else runs on the machine.
+  processes start and load the encoder again each time. They run at the priority of the others; by default
+  Ray lowers it.
 
-What each costs before its first clip and after its last is timed as a run of a single clip (starting Ray is
-timed apart from both); *started* is the rate of the other clips in the time beyond that: what a long corpus
-sees. Ceilings, from decode and embed of the same round: where both compete for the same cores, a clip costs
-the sum of its two times (*shared cores*); where a GPU embeds, only the slower counts (*GPU*).
+What each costs before its first clip and after its last is measured by a run on a single clip (the start of
+Ray is timed separately); *started* is the rate of the other clips in the remaining time, as in a long corpus.
+Ceilings, from decode and embed of the same round: if both compete for the same cores, a clip costs the sum of
+its two times (*shared cores*); if a GPU embeds, only the slower counts (*GPU*).
 """
 
 import argparse
@@ -63,7 +63,7 @@ FLAT_GOAL = 1.1  # seconds for a clip more in the largest corpus over a small on
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What all contenders do, and with what."""
+    """The clips that all contenders extract, and the settings."""
 
     root: Path
     files: tuple[Path, ...]
@@ -74,12 +74,12 @@ class Work:
     scratch: Path  # for what they write
 
     def first(self, clips: int) -> "Work":
-        """On the first so many files."""
+        """The same on the first `clips` files."""
         return replace(self, files=self.files[:clips], decodes=self.decodes[:clips])
 
 
 def decode_alone(work: Work) -> int:
-    """All files, one a core at a time; how many could be decoded."""
+    """Decodes all files, one per core at a time; returns how many could be decoded."""
     with ThreadPoolExecutor(work.cores) as pool:
         return sum(clip is not None for clip in pool.map(_decoded, work.files))
 
@@ -113,7 +113,7 @@ def _clips(files: tuple[Path, ...]) -> tuple[Clip, ...]:
 
 
 def peer(name: str, work: Work) -> int:
-    """The whole extraction by one that is not ours; how many clips it kept."""
+    """The whole extraction by one of the others; returns how many clips it kept."""
     with tempfile.TemporaryDirectory(dir=work.scratch) as folder:
         return _peer(name, work.spec, work.resources.clips_per_batch)(work.files, Path(folder))
 
@@ -181,7 +181,7 @@ def _start_ray(resources: Resources) -> float:
 
 
 def _same(name: str, kept: int, work: Work) -> None:
-    """All must do the same. Raises `R2SCPError`."""
+    """Raises `R2SCPError` unless all clips that decode were kept."""
     decodable = sum(work.decodes)
     if kept != decodable:
         raise R2SCPError(f"{name} must keep the {decodable} clips that decode; it kept {kept}")
@@ -189,7 +189,7 @@ def _same(name: str, kept: int, work: Work) -> None:
 
 @contextmanager
 def processes(scratch: Path) -> Iterator[dict[str, ProcessPoolExecutor]]:
-    """One for each contender beside the flow, kept from round to round."""
+    """A process for each contender but the flow, kept between rounds."""
     home = scratch / "pixeltable"
     environments = {LOOP: {}, EMBED: PATIENT, DAFT: PATIENT, PIXELTABLE: PATIENT}
     environments[DAFT] = PATIENT | {"DAFT_PROGRESS_BAR": "0"}
@@ -207,7 +207,7 @@ def _stop_database(pid_file: Path) -> None:
 
 @contextmanager
 def _process(environment: Mapping[str, str]) -> Iterator[ProcessPoolExecutor]:
-    """A process that starts with `environment` beside ours, and ends with the block."""
+    """A process with `environment` added to ours, which ends with the block."""
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -262,9 +262,9 @@ def _rates(values: Sequence[float]) -> dict[str, Spread | float | str]:
 
 
 def growth(work: Work, sizes: Sequence[int]) -> tuple[Sheet, list[Grade]]:
-    """What a clip more costs, from one size of corpus to the next, each run once.
+    """The cost of one more clip, from one size of corpus to the next, each run once.
 
-    The clips are cut to one second, so that what is not decoding or embedding weighs more than it ever would.
+    The clips are cut to one second, so that all but decoding and embedding weighs more than in practice.
     Decoding begins while the encoder loads: the step to the first size is not comparable with the others.
     """
     rows, costs = [], []
@@ -310,7 +310,7 @@ def _linked(work: Work, clips: int) -> Work:
 
 
 def benchmark(options: argparse.Namespace) -> Report:
-    """Everything: make or find the clips, run the rounds."""
+    """Generates or finds the clips and runs the rounds."""
     with tempfile.TemporaryDirectory(prefix="r2scp-bench-") as folder:
         scratch = Path(folder)
         if options.cores:

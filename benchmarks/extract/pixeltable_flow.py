@@ -19,7 +19,7 @@ from benchmarks.extract.peers import Extraction, decoded, embedded
 from benchmarks.machine import cores
 from r2scp.pipelines.extraction.embed import EncoderSpec
 
-CLIPS_A_BATCH = 8  # as the flow's
+CLIPS_PER_BATCH = 8  # as the flow's
 
 
 @cache
@@ -32,7 +32,7 @@ async def decode_file(path: str) -> bytes:
     return await asyncio.get_running_loop().run_in_executor(threads(), decoded, path)
 
 
-@pxt.udf(batch_size=CLIPS_A_BATCH)
+@pxt.udf(batch_size=CLIPS_PER_BATCH)
 def features(clips: Batch[bytes], spec: str) -> Batch[bytes]:
     return embedded(EncoderSpec(**json.loads(spec)), clips)
 

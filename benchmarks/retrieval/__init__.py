@@ -1,1 +1,1 @@
-"""Searches beside faiss, hnswlib and LanceDB's defaults."""
+"""Searches compared with faiss, hnswlib and LanceDB's defaults."""

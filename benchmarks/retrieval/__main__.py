@@ -1,23 +1,23 @@
-"""Neighbours: for all clips at once, exactly, and for one query at a time, quickly: `python -m
+"""Neighbours: exact search for all clips at once, and fast search for one query at a time: `python -m
 benchmarks.retrieval --help`.
 
-Keys are generated, see `benchmarks.retrieval.data`, and lie in a real store. Two questions:
+Keys are generated, see `benchmarks.retrieval.data`, and stored in a real store. There are two parts:
 
-*Exact*: what `index` does for a chunk of clips, `MemoryBank.search`: for each the 15 nearest and the 15
-farthest keys of other sources. Its measure is the bare product of the same matrices by numpy, in the same
-tiles into the same room, since no exact search that uses a product can be quicker; the same product by torch;
-and what one would write instead: the product and `argpartition`, and faiss's flat index, both of which find
-the nearest only and leave nobody out.
+*Exact*: `MemoryBank.search`, as `index` uses it for a chunk of clips: the 15 nearest and the 15 farthest keys
+of other sources for each. It is compared with the bare matrix product by numpy, in the same tiles into the
+same buffers, since no exact search by a product can be faster; with the same product by torch; and with the
+alternatives, the product and `argpartition`, and faiss's flat index, both of which find only the nearest and
+exclude nothing.
 
-*Serving*: ten neighbours of one query at a time, of queries that are in no store, one after another in one
-process: `ServingIndex` as shipped, LanceDB's default index, faiss and hnswlib. One that is approximate is
-swept from its quickest setting on, with queries of their own, to the first that reaches a recall@10 of
-0.99, and runs with it. Contenders take turns in every round, a slice of the queries each; those that read all
-keys for a query get a few queries only. faiss, hnswlib and numpy hold all keys in memory; ours does as long
-as both keys of all clips fit in 2 GiB, and is shown without, too; LanceDB reads them from the store. Each
-hands back the same: numbers of clips, best first.
+*Serving*: ten neighbours of one query at a time, for queries that are not in the store, in one process: our
+index as shipped, LanceDB's default index, faiss and hnswlib. Approximate contenders are swept from their
+fastest setting, with separate queries, to the first with a recall@10 of 0.99, and run with it. Contenders
+take turns in every round, with a slice of the queries each; those that read all keys per query get only a few
+queries. faiss, hnswlib and numpy keep all keys in memory; ours does if both keys of all clips fit in 2 GiB,
+and is also measured without; LanceDB reads them from the store. All return the same: indices of clips, best
+first.
 
-Indexes are built alone, one after another, with all threads. `--folder` keeps what was built for another run.
+Indexes are built one after another, with all threads. `--folder` keeps them for another run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.contest import Grade, Report, Row, Sheet, Spread, contest, ratios, reason, run
-from benchmarks.retrieval.data import AMONG, CLIPS_A_SOURCE, DIM, Bank, Mixture, fill
+from benchmarks.retrieval.data import AMONG, CLIPS_PER_SOURCE, DIM, Bank, Mixture, fill
 from benchmarks.retrieval.peers import CONTENDERS, HITS, OURS, Ask, Contender, Index
 from r2scp.store.schema import Retrieval
 from r2scp.store.search.bank import BLOCK_KEYS, MemoryBank, Queries, Search
@@ -54,9 +54,9 @@ def exact_sheet(bank: Bank, rounds: int) -> tuple[Sheet, list[Grade]]:
     clips = len(bank.keys_KD)
     chosen = np.sort(np.random.default_rng(5).choice(clips, min(CHUNK, clips), replace=False))
     queries_QD = np.ascontiguousarray(bank.keys_KD[chosen])
-    sources = [f"source{at // CLIPS_A_SOURCE}" for at in chosen]
+    sources = [f"source{at // CLIPS_PER_SOURCE}" for at in chosen]
     memory_bank = MemoryBank.open(bank.store, in_memory_bytes=1 << 62)
-    room = np.empty(QUERY_ROWS * TILE_KEYS, np.float32)
+    buffer = np.empty(QUERY_ROWS * TILE_KEYS, np.float32)
 
     def ours() -> object:
         how = Search(missing=AMONG, retrieval=Retrieval.CROSS)
@@ -69,12 +69,12 @@ def exact_sheet(bank: Bank, rounds: int) -> tuple[Sheet, list[Grade]]:
                 some = queries_QD[at : at + QUERY_ROWS]
                 for first in range(0, len(block), TILE_KEYS):
                     tile = block[first : first + TILE_KEYS]
-                    np.matmul(some, tile.T, out=room[: len(some) * len(tile)].reshape(len(some), -1))
+                    np.matmul(some, tile.T, out=buffer[: len(some) * len(tile)].reshape(len(some), -1))
 
     def product() -> None:
-        asked = torch.from_numpy(queries_QD)
+        queries = torch.from_numpy(queries_QD)
         for start in range(0, clips, TILE_KEYS):
-            torch.mm(asked, torch.from_numpy(np.asarray(bank.keys_KD[start : start + TILE_KEYS])).T)
+            torch.mm(queries, torch.from_numpy(np.asarray(bank.keys_KD[start : start + TILE_KEYS])).T)
 
     contenders = {
         "ours, nearest and farthest": ours,
@@ -122,11 +122,11 @@ def _faiss_flat(bank: Bank, queries_QD: np.ndarray):
 def serving_sheet(
     bank: Bank, queries: int, rounds: int, memory: float, only: Sequence[str] = ()
 ) -> tuple[Sheet, list[Grade]]:
-    """One query at a time; `memory`: bytes that the contenders together may hold; `only`: parts of names."""
+    """One query at a time; `memory`: bytes for all contenders together; `only`: parts of names."""
     clips, mixture = len(bank.keys_KD), Mixture()
-    chosen = [one for one in CONTENDERS if one.name == OURS or any(part in one.name for part in only or [""])]
-    tuning, asked = mixture.draw(TUNING, FOR_TUNING), mixture.draw(queries, HELD_OUT)
-    best_tuning, best = bank.truth(tuning, HITS), bank.truth(asked, HITS)
+    chosen = [c for c in CONTENDERS if c.name == OURS or any(part in c.name for part in only or [""])]
+    tuning, held_out = mixture.draw(TUNING, FOR_TUNING), mixture.draw(queries, HELD_OUT)
+    best_tuning, best = bank.truth(tuning, HITS), bank.truth(held_out, HITS)
     rows: dict[str, Row] = {}
     able: dict[str, tuple[Contender, Ask]] = {}
     about: dict[str, dict[str, Spread | float | str]] = {}
@@ -142,7 +142,7 @@ def serving_sheet(
         try:
             index, built = _built(contender, bank)
             setting, ask, recall = _swept(contender, index, tuning, best_tuning)
-        except Exception as error:  # a peer's own, of any kind
+        except Exception as error:  # a peer may raise anything
             rows[contender.name] = Row(name=contender.name, unable=reason(error))
             continue
         memory -= needs
@@ -153,10 +153,10 @@ def serving_sheet(
             "MB on disk": index.disk / 1e6,
             "MB in memory": index.memory / 1e6,
         }
-        _tell(f"{contender.name}: built in {built:.1f} s; {_shown(setting)}: {recall:.4f}")
-    found, taken = _ask_all(able, asked, rounds)
+        _log(f"{contender.name}: built in {built:.1f} s; {_shown(setting)}: {recall:.4f}")
+    hits, taken = _ask_all(able, held_out, rounds)
     for name in able:
-        rows[name] = Row(name=name, figures=about[name] | _figures(found[name], taken[name], best))
+        rows[name] = Row(name=name, figures=about[name] | _figures(hits[name], taken[name], best))
     title = f"Serving: {HITS} neighbours of one query among {clips:,} x {DIM}, {queries} queries"
     ordered = [rows[contender.name] for contender in chosen]
     ours = rows[OURS].figures
@@ -168,7 +168,7 @@ def serving_sheet(
 
 
 def _built(contender: Contender, bank: Bank) -> tuple[Index, float]:
-    """The index and the seconds that it took to build, now or when it was."""
+    """The index, and the seconds it took to build now or in an earlier run."""
     path = bank.folder / "built.json"
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     started = time.perf_counter()
@@ -180,7 +180,7 @@ def _built(contender: Contender, bank: Bank) -> tuple[Index, float]:
 
 
 def _swept(contender: Contender, index: Index, queries_QD: np.ndarray, best: np.ndarray):
-    """(setting, search, recall): the first setting that reaches the goal, or the one that comes nearest."""
+    """(setting, search, recall): the first setting that reaches the goal, or else the best one."""
     reached: list[tuple[float, object]] = []
     for setting in index.settings:
         ask = index.at(setting)
@@ -189,34 +189,34 @@ def _swept(contender: Contender, index: Index, queries_QD: np.ndarray, best: np.
         reached.append((recall, setting))
         if recall >= RECALL_GOAL:
             break
-    recall, setting = reached[-1] if reached[-1][0] >= RECALL_GOAL else max(reached, key=lambda one: one[0])
+    recall, setting = reached[-1] if reached[-1][0] >= RECALL_GOAL else max(reached, key=lambda pair: pair[0])
     return setting, index.at(setting), recall
 
 
 def _ask_all(able: Mapping[str, tuple[Contender, Ask]], queries_QD: np.ndarray, rounds: int):
-    """(hits, seconds) of each query by contender, and query by query."""
-    found: dict[str, dict[int, Sequence[int]]] = {name: {} for name in able}
+    """(hits, seconds) by contender and query."""
+    hits: dict[str, dict[int, Sequence[int]]] = {name: {} for name in able}
     taken: dict[str, dict[int, float]] = {name: {} for name in able}
     names = list(able)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             contender, ask = able[name]
-            asked = list(range(turn, len(queries_QD), rounds))
+            turn_queries = list(range(turn, len(queries_QD), rounds))
             if contender.slow:
-                asked = asked[: SLOW_QUERIES // rounds]
-            ask(queries_QD[asked[0] - 1])  # what another one's round drove out of the caches
-            for at in asked:
+                turn_queries = turn_queries[: SLOW_QUERIES // rounds]
+            ask(queries_QD[turn_queries[0] - 1])  # refills the caches after another contender
+            for at in turn_queries:
                 started = time.perf_counter()
-                found[name][at] = ask(queries_QD[at])
+                hits[name][at] = ask(queries_QD[at])
                 taken[name][at] = time.perf_counter() - started
-    return found, taken
+    return hits, taken
 
 
-def _figures(found: Mapping[int, Sequence[int]], taken: Mapping[int, float], best: np.ndarray):
+def _figures(hits_by_query: Mapping[int, Sequence[int]], taken: Mapping[int, float], best: np.ndarray):
     milliseconds = 1e3 * np.array(list(taken.values()))
     figures = {
-        f"recall@{n}": float(np.mean([_recall(hits, best[at], n) for at, hits in found.items()]))
+        f"recall@{n}": float(np.mean([_recall(hits, best[at], n) for at, hits in hits_by_query.items()]))
         for n in (3, HITS)
     }
     many = milliseconds.size > 100
@@ -235,7 +235,7 @@ def _shown(setting: object) -> str:
     return f"nprobes={setting[0]}, refine={setting[1]}" if isinstance(setting, tuple) else str(setting)
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
@@ -244,7 +244,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, nargs="+", help=f"sizes of store (default: {CLIPS}; see --full)")
     parser.add_argument("--full", action="store_true", help=f"{FULL_CLIPS:,} clips, too")
     parser.add_argument("--part", choices=("exact", "serving", "both"), default="both")
-    parser.add_argument("--folder", type=Path, help="keep the store and indexes here, and use what is there")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the store and the indexes here, and use them if they exist"
+    )
     parser.add_argument("--only", nargs="+", default=[], help="contenders whose name has one of these in it")
     parser.add_argument("--memory-gib", type=float, default=6.0, help="for indexes in memory (default: 6)")
 

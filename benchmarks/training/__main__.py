@@ -7,11 +7,11 @@ The store is generated at MUSIC-AVQA's size (9,288 clips of 60 s, two modalities
   experts (also the 3 nearest and 3 farthest neighbours of the missing modality). Against the same sequences
   as torch tensors in memory, in np.memmap's files, and from Ray Data. Caches are warm; each contender's
   first batches are compared with ours, tensor by tensor.
-- *first*: the first pass, for which ours has nothing in memory yet, with files in the system's page cache
-  and not.
+- *first*: the first pass, for which ours has nothing in memory yet, with the files in the page cache of the
+  system and without.
 - *step*: a whole training step at the default sizes on the CPU: from the store, from tensors in memory, and
   with batches that were made beforehand (no feed at all). Stage II also without its frozen experts' states.
-- *memory*: of a process that reads a whole epoch, at three sizes of store, and with a small cache.
+- *memory*: of a process that reads a whole epoch, for three sizes of store, and with a small cache.
 
 Fair: all contenders hold the words and the sentence of each distinct question once, and masks are made by
 each. Ray Data is given the sequences in its object store (*gather*), or a table joined beforehand
@@ -52,7 +52,7 @@ SHORT_CLIPS = 400
 
 
 def ask(rows: np.ndarray, missing: int) -> BatchRequest:
-    """As stage I does, where `missing` is NOTHING, or as stage II with experts that learn."""
+    """As stage I does, where `missing` is NO_MODALITY, or as stage II with experts that learn."""
     return BatchRequest.uniform(len(rows), missing, hide=False, farthest=missing != NO_MODALITY)
 
 
@@ -129,12 +129,12 @@ def feed(site: Site, stage: str, missing: int, options: argparse.Namespace) -> t
 
 
 def _tensors(batch: Batch) -> Sequence[Tensor]:
-    beside = [part.tokens_BNLC for part in (batch.retrieved, batch.farthest) if part is not None]
-    return [batch.audio_BLC, batch.visual_BLC, batch.words_BWC, *beside]
+    neighbour_parts = [part.tokens_BNLC for part in (batch.retrieved, batch.farthest) if part is not None]
+    return [batch.audio_BLC, batch.visual_BLC, batch.words_BWC, *neighbour_parts]
 
 
 def _ray_rows(site: Site, batches: Sequence[np.ndarray], rounds: int) -> list[Row]:
-    """Both ways of Ray Data, their content checked. The time includes the start of tasks, not of the session."""
+    """Both ways of Ray Data, their content checked. Times include the start of tasks, not of the session."""
     data = RayData(site.arrays, site.opened.config.batch_size, site.folder)
     try:
         rows = np.concatenate(batches)[:RAY_QUESTIONS]
@@ -225,7 +225,7 @@ def steps(site: Site, options: argparse.Namespace) -> tuple[list[Sheet], list[Gr
 
 
 def benchmark(options: argparse.Namespace) -> Report:
-    """All parts that are options."""
+    """Runs the selected parts."""
     scale = Scale.of(options.clips or (SHORT_CLIPS if options.short else Scale().clips))
     if options.short:
         options.batches, options.steps = min(options.batches, 20), 1

@@ -84,7 +84,7 @@ class Arrays:
         longest, clips = int(lengths.max()), self.clip_B[rows]
         words = torch.from_numpy(self.words_TWC[self.text_B[rows], :longest])
         mask_BL = torch.ones(len(rows), SECONDS, dtype=torch.bool)
-        beside = [
+        neighbour_parts = [
             Neighbours(tokens, torch.ones(tokens.shape[:3], dtype=torch.bool), torch.from_numpy(table[clips]))
             for tokens, table in zip(sides[2:], (self.near_RN[missing], self.far_RN[missing]), strict=False)
         ]
@@ -97,8 +97,8 @@ class Arrays:
             words_mask_BW=torch.from_numpy(np.arange(longest) < lengths[:, None]),
             sentence_BC=torch.from_numpy(self.sentences_TC[self.text_B[rows]]),
             present_BM=torch.ones(len(rows), 2, dtype=torch.bool),
-            retrieved=beside[0] if beside else None,
-            farthest=beside[1] if beside else None,
+            retrieved=neighbour_parts[0] if neighbour_parts else None,
+            farthest=neighbour_parts[1] if neighbour_parts else None,
             target_B=torch.from_numpy(self.target_B[rows]),
         )
 
@@ -106,8 +106,8 @@ class Arrays:
         """(modality, rows of clips) of each of a batch's tensors."""
         clips = self.clip_B[rows]
         own = [(0, clips), (1, clips)]
-        beside = [(missing, self.near_RN[missing][clips]), (missing, self.far_RN[missing][clips])]
-        return own + beside if neighbours else own
+        neighbour_parts = [(missing, self.near_RN[missing][clips]), (missing, self.far_RN[missing][clips])]
+        return own + neighbour_parts if neighbours else own
 
 
 def mapped(arrays: Arrays, neighbours: bool) -> Make:

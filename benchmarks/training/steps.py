@@ -39,7 +39,7 @@ class Stepping:
 
     def learn(self, inputs: Inputs) -> None:
         """One step."""
-        step = self.stage.learn(self.stage.module, inputs, MISSING, chance=1)
+        step = self.stage.compute_loss(self.stage.module, inputs, MISSING, seed=1)
         self._optimiser.zero_grad(set_to_none=True)
         step.loss.total.backward()
         self._optimiser.step()

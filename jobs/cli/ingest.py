@@ -46,7 +46,7 @@ def extract(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Decode a corpus's videos, embed them with ImageBind, and store clips not already in the store."""
+    """Embed a corpus's videos with ImageBind. Decodes and stores the clips not already in the store."""
     with exit_on_error():
         from r2scp.jobs.ingest.encoders import encoder_spec, pick_device
         from r2scp.jobs.ingest.extract import Destination, Source
@@ -79,19 +79,15 @@ def index(
         list[str] | None,
         typer.Option(help="Corpora whose clips get neighbours (default: all). Repeatable."),
     ] = None,
-    neighbours: Annotated[
-        int, typer.Option(min=1, help="Number of nearest and of farthest neighbours per clip.")
-    ] = 15,
-    cross_weight: Annotated[
-        float, typer.Option(min=0, max=1, help="Weight of cross in hybrid retrieval.")
-    ] = 0.5,
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest and farthest neighbours per clip.")] = 15,
+    cross_weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of cross in hybrid.")] = 0.5,
     leak_guard: Annotated[bool, typer.Option(help="Never retrieve from the clip's own source video.")] = True,
     store: StoreOption = DEFAULT_STORE,
     fingerprint: FingerprintOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find each clip's neighbours in the memory bank, for each modality that may be missing."""
+    """Find each clip's neighbours in the memory bank. One list for each modality that may be missing."""
     with exit_on_error():
         from r2scp.jobs.ingest.index_command import index_with_progress
         from r2scp.pipelines.neighbours.settings import IndexSettings
@@ -123,7 +119,7 @@ def weights(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Download the published ImageBind checkpoint (4.8 GB), resuming and checking its hash."""
+    """Download the published ImageBind checkpoint (4.8 GB). Resumes, and checks its hash."""
     with exit_on_error():
         from r2scp.jobs.ingest.weights_command import fetch_with_progress
 

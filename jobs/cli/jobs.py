@@ -19,7 +19,7 @@ from r2scp.jobs.console import exit_on_error, parse_choice, print_result
 JobFile = Annotated[Path, typer.Argument(help="YAML file of the job.", show_default=False)]
 
 jobs_app = typer.Typer(
-    help="Re-indexing jobs: keep a store up to date on a schedule, and publish it only if it passes checks.",
+    help="Keep a store up to date. Re-indexes on a schedule and publishes only what passes the gate.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -31,7 +31,7 @@ def jobs_run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring a store up to date with its corpora and publish it; exits 1 if the gate refuses it."""
+    """Bring a store up to date and publish it. Exits 1 if the gate refuses it."""
     with exit_on_error():
         from r2scp.jobs.reindex.command import run_and_report
 
@@ -62,7 +62,7 @@ def jobs_show(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one run: settings, counts, recall, gate, versions."""
+    """Show one run. Settings, counts, recall, gate, versions."""
     with exit_on_error():
         from r2scp.jobs.reindex.history import run_details
 
@@ -96,7 +96,7 @@ def jobs_schedule(
     image: Annotated[str | None, typer.Option(help="Container image for KubeRay's pods.")] = None,
     address: Annotated[str | None, typer.Option(help="Dashboard address of the Ray cluster.")] = None,
 ) -> None:
-    """Run a job on its schedule until interrupted, or print the schedule for another scheduler."""
+    """Run a job on its schedule, or print it for another scheduler."""
     with exit_on_error():
         from r2scp.jobs.reindex.schedule.command import ScheduleFormat, run_or_print
 

@@ -68,7 +68,7 @@ def demo(
     change: SettingsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run everything on generated clips: extract, index, train, answer with a modality missing, report."""
+    """Run everything on generated clips. Extract, index, train, evaluate with a modality missing, report."""
     with exit_on_error():
         from r2scp.jobs.demo.run import DemoRequest, run_demo
 
@@ -89,7 +89,7 @@ def status(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in the store: clips, statuses, questions, failures, versions, snapshots."""
+    """Show what is in the store. Clips, statuses, questions, failures, versions, snapshots."""
     with exit_on_error():
         print_result(open_store(store, fingerprint, storage_option).status(), as_json)
 
@@ -115,7 +115,7 @@ def doctor(
     ffmpeg: FfmpegOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check packages, ffmpeg, devices, weights and the store; exits 1 if anything is missing."""
+    """Check what is installed; exits 1 if anything is missing. Packages, ffmpeg, devices, weights, store."""
     with exit_on_error():
         from r2scp.jobs.cli.doctor import examine
 

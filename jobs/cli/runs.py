@@ -46,7 +46,7 @@ def train(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train both stages from the store: experts first, then purification, router and heads."""
+    """Train both stages from the store. Experts first, then purification, router and heads."""
     with exit_on_error():
         from r2scp.jobs.training.command import TrainRequest, train_options, train_with_progress
 
@@ -73,7 +73,7 @@ def evaluate(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy with sound only, picture only and both, compared with the baselines."""
+    """Measure accuracy with sound only, picture only and both. Compares with the baselines."""
     with exit_on_error():
         from r2scp.jobs.ingest.encoders import pick_device
         from r2scp.jobs.training.command import evaluate_with_progress
@@ -114,7 +114,7 @@ def study(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train variants of the method with several seeds and compare them; run it again to resume."""
+    """Train variants with several seeds and compare them. Run the same command again to resume."""
     with exit_on_error():
         from r2scp.jobs.training.command import TrainRequest
         from r2scp.jobs.training.study.command import StudyResources, show, study_with_progress
@@ -158,7 +158,7 @@ def answer(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about a recording whose sound or picture may be missing, with evidence."""
+    """Answer a question about a recording. Its sound or picture may be missing."""
     with exit_on_error("finished answers are written; pending files are decoded to their end"):
         from r2scp.jobs.answer.answerer import AnswerOptions
         from r2scp.jobs.answer.command import Output, answer_batch, answer_one, open_answerer
@@ -188,7 +188,7 @@ def report(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a page about one or more runs: accuracy, training, retrieval, answered questions, the store."""
+    """Write a page about one or more runs. Accuracy, training, retrieval, answered questions, the store."""
     with exit_on_error():
         from r2scp.jobs.report.run import ReportRequest, report_with_progress, summary
 

@@ -73,7 +73,7 @@ def store_search(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search clips by a text, with the encoder's text tower, or by a clip in the store."""
+    """Search clips by a text or by a clip in the store. Texts go through the encoder's text tower."""
     with exit_on_error():
         from r2scp.jobs.ingest.encoders import encoder_of, pick_device
         from r2scp.jobs.inspect.search import Query, run_search, show
@@ -111,7 +111,7 @@ def store_export(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export clips, questions and neighbours of one snapshot as Parquet for `datasets`."""
+    """Export one snapshot as Parquet for `datasets`. Clips, questions and neighbours."""
     with exit_on_error():
         from r2scp.jobs.inspect.export import ExportOptions, export_with_progress
 

@@ -241,7 +241,7 @@ def _fail_at_random(order: FaultOrder) -> None:
     rng = random.Random(order.seed)
     FailingStage.order = order
     flow.StageRows = FailingStage
-    for owner, name in ((TableAddress, "_opened"), (commits, "_commit"), (feature_store, "put_row")):
+    for owner, name in ((TableAddress, "_open"), (commits, "_commit"), (feature_store, "put_row")):
         original = getattr(owner, name)
 
         def failing(*arguments: Any, original: Any = original, **named: Any) -> Any:

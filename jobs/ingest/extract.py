@@ -15,7 +15,7 @@ from r2scp.pipelines.corpora.formats import Corpus, open_corpus
 from r2scp.pipelines.decoding.decode import decode_fingerprint
 from r2scp.pipelines.extraction.embed import EncoderSpec
 from r2scp.pipelines.extraction.flow import extract
-from r2scp.pipelines.extraction.plan import ClipPlan, PlanOptions, plan_clips
+from r2scp.pipelines.extraction.plan import ClipPlan, PlanOptions, input_records, plan_clips
 from r2scp.pipelines.extraction.questions import QuestionPlan, plan_questions, write_questions
 from r2scp.pipelines.extraction.stages import Provenance
 from r2scp.pipelines.ray_session import Resources, ray_session
@@ -208,7 +208,7 @@ class Extraction:
         self.report = ExtractReport(
             corpus=self.corpus,
             encoder=self.encoder.fingerprint,
-            plan=plan_clips(self.corpus, self.store.input_records(self.corpus.name), options),
+            plan=plan_clips(self.corpus, input_records(self.store, self.corpus.name), options),
             questions=self._plan_questions(),
         )
 

@@ -65,10 +65,8 @@ def run_with_progress(
     for clip_id in report.plan.gone[:MAX_LISTED_GONE]:
         log(f"gone: {clip_id!a} is in the store, but its file or its annotation no longer exists")
     if not report.decoded:
-        failed = report.plan.already_failed
-        log(
-            f"nothing to decode: all clips are already in the store{f' or failed before ({failed})' * bool(failed)}"
-        )
+        failed = f" or failed before ({count})" if (count := report.plan.already_failed) else ""
+        log(f"nothing to decode: all clips are already in the store{failed}")
     return report
 
 

@@ -56,7 +56,10 @@ def fetch_weights(
 
 
 def resolve_encoder(name: str, weights: str | None = None) -> str:
-    """The source for `ImageBind.load`, from `--encoder NAME --weights FILE|random:SEED`. Raises `EncoderError`."""
+    """The source for `ImageBind.load`, from `--encoder NAME --weights FILE|random:SEED`.
+
+    Raises `EncoderError`.
+    """
     if name not in ENCODERS:
         raise EncoderError(f"the encoder must be one of {', '.join(ENCODERS)}; got {name!r}")
     if weights and weights.startswith("random:"):
@@ -93,7 +96,7 @@ def describe_encoder(
         raise EncoderError(str(error)) from error
     if Path(source) == default_weights_path() and description.sha256 != PUBLISHED.sha256:
         raise EncoderError(
-            f"{source} must be the published checkpoint, sha256 {PUBLISHED.sha256}; got {description.sha256}: "
-            f"remove it and download it again ({COMMAND}), or name it with --weights"
+            f"{source} must be the published checkpoint, sha256 {PUBLISHED.sha256}; got "
+            f"{description.sha256}: remove it and download it again ({COMMAND}), or name it with --weights"
         )
     return description

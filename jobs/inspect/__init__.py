@@ -1,1 +1,1 @@
-"""Looking into a store: one clip, a search, a table, an export, what failed."""
+"""Commands that read a store: one clip, search, export, failures."""

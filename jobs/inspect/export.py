@@ -265,9 +265,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
     except OSError as error:
-        raise R2SCPError(
-            f"cannot write {folder}: {error.strerror or error}; nothing there has changed"
-        ) from error
+        raise R2SCPError(f"cannot write {folder}: {error.strerror or error}; it is unchanged") from error
 
 
 def _lock(file: int, part: Path) -> None:

@@ -77,17 +77,17 @@ def run_search(store: FeatureStore, query: Query, encoder: Encoder | None = None
     else:
         keys = _keys_of(store, query, notes)
     index = ServingIndex(store, in_memory_bytes=0)  # one search is not worth reading all keys
-    found: dict[str, list[dict[str, Any]]] = {modality.value: [] for modality in query.modalities}
+    hits_of: dict[str, list[dict[str, Any]]] = {modality.value: [] for modality in query.modalities}
     for modality, key_D in keys.items():
         hits = _nearest(index, query, modality, key_D)
-        found[modality.value] = _hit_rows(store, index.version, modality, key_D, hits)
+        hits_of[modality.value] = _hit_rows(store, index.version, modality, key_D, hits)
     return {
         "store": store.uri,
         "encoder": store.fingerprint,
         "clips_version": index.version,
         "query": asdict(query),
         "matching": matching,
-        "found": found,
+        "found": hits_of,
         "notes": notes,
     }
 

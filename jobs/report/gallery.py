@@ -42,7 +42,7 @@ def gallery_section(
         f"and whose file still exists, drawn with seed {SEED}, with sound and picture removed in turn. As "
         f"far as possible, half are questions that the model answers correctly from the stored "
         f"features ({right} here) and half are not, so this is not a measure of accuracy. The files are "
-        f"decoded and embedded again. Run {run.name}."
+        f"decoded and embedded again. Run: {run.name}."
     )
     assert run.checkpoint is not None
     answerer = Answerer.open(store, run.checkpoint.folder, options)

@@ -83,7 +83,15 @@ def _add_precision_table(section: Section, precision: RetrievalPrecision) -> Non
             cells = interval_cell(share.share, *share.interval), share_cell(share.chance)
             rows.append([kind, MODALITY_NAMES[missing], side, *cells, share.pairs, share.clips])
     if rows:
-        columns = ["agree in", "missing", "side", f"first {precision.n}, %", "chance, %", "pairs", "clips"]
+        columns = [
+            "agreement in",
+            "missing",
+            "side",
+            f"first {precision.n}, %",
+            "chance, %",
+            "pairs",
+            "clips",
+        ]
         section.add_table("Retrieval precision", columns, rows, "In brackets: 95 % intervals over clips.")
 
 

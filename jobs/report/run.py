@@ -111,7 +111,11 @@ def _add_provenance(builder: ReportBuilder) -> None:
         section.blocks = provenance_section(builder.runs, builder.request.command_words).blocks
         if builder.missing:
             section.add_heading("Not included in this report")
-            rows = [[part.what, part.section, part.why, part.make or None] for part in builder.missing]
+            headings = {section.name: section.heading for section in builder.sections}
+            rows = [
+                [part.what, headings.get(part.section, part.section), part.why, part.make or None]
+                for part in builder.missing
+            ]
             section.add_table("Missing", ["what", "section", "why", "command that makes it"], rows)
 
 

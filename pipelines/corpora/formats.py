@@ -20,12 +20,8 @@ from pathlib import Path
 
 from r2scp.pipelines.corpora.corpus import (
     AnnotationFile,
-    ClipRow,
     Corpus,
-    CorpusTally,
     Format,
-    QuestionRow,
-    Reject,
 )
 from r2scp.pipelines.corpora.folder import FolderCorpus
 from r2scp.pipelines.corpora.media_tree import walk

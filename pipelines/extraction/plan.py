@@ -13,11 +13,48 @@ import pyarrow as pa
 
 from r2scp.pipelines.corpora.corpus import ClipRow, Corpus
 from r2scp.pipelines.extraction.stages import SOURCE_SCHEMA
+from r2scp.store.commits import sql_literal
 from r2scp.store.errors import TRANSIENT_REASONS
-from r2scp.store.feature_store import InputRecord, metadata_of
-from r2scp.store.schema import METADATA_COLUMNS
+from r2scp.store.feature_store import FeatureStore, read_rows
+from r2scp.store.schema import METADATA_COLUMNS, Table
 
 ROWS_PER_BLOCK = 1_024  # as Python objects at a time
+
+
+@dataclass(frozen=True, slots=True)
+class InputRecord:
+    """What the store knows of one input file: enough to decide whether it must be read again."""
+
+    bytes: int
+    mtime_ns: int
+    content_sha256: str
+    decode_fingerprint: str
+    failure: str = ""  # a FailureReason; "" if the clip was stored
+    attempts: int = 0
+    metadata: tuple[object, ...] | None = None  # see `metadata_of`; None if the clip was not stored
+
+
+def input_records(store: FeatureStore, corpus: str) -> dict[str, InputRecord]:
+    """clip_id -> what the store knows, for one corpus: from the clip's row or its failure, the newer."""
+    columns = ["clip_id", "bytes", "mtime_ns", "content_sha256", "decode_fingerprint"]
+    where = f"corpus = {sql_literal(corpus)}"
+    records, stored_at = {}, {}
+    for row in read_rows(store.dataset(Table.CLIPS), [*columns, *METADATA_COLUMNS, "ingested_at"], where):
+        clip_id = row.pop("clip_id")
+        stored_at[clip_id] = row.pop("ingested_at")
+        metadata = metadata_of({name: row.pop(name) for name in METADATA_COLUMNS})
+        records[clip_id] = InputRecord(metadata=metadata, **row)
+    for row in read_rows(store.dataset(Table.FAILURES), [*columns, "reason", "attempts", "at"], where):
+        clip_id, at = row.pop("clip_id"), row.pop("at")
+        if clip_id not in stored_at or at > stored_at[clip_id]:
+            records[clip_id] = InputRecord(failure=row.pop("reason"), **row)
+    return records
+
+
+def metadata_of(row: Mapping[str, object]) -> tuple[object, ...]:
+    """The values of METADATA_COLUMNS in one row, as values that compare."""
+    values = (row[name] for name in METADATA_COLUMNS)
+    return tuple(tuple(value) if isinstance(value, list | tuple) else value for value in values)
 
 
 @dataclass

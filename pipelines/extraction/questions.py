@@ -40,7 +40,7 @@ class QuestionPlan:
 
 
 def plan_questions(corpus: Corpus, store: FeatureStore, delete_missing: bool = False) -> QuestionPlan:
-    """Compare a corpus's questions with the store's. `delete_missing`: delete those that only the store has."""
+    """Compare a corpus's questions with the store's; `delete_missing`: delete those only in the store."""
     counts = {"inputs": 0, "stored": 0, "unchanged": 0, "without_clip": 0}
     where = f"corpus = {sql_literal(corpus.name)}"
     clips = set(store.clips(columns=["clip_id"], where=where)["clip_id"].to_pylist())

@@ -1,1 +1,1 @@
-"""The memory bank, and the searches over it."""
+"""The memory bank and its searches."""

@@ -166,13 +166,13 @@ def _best_scores(
             keys[clip_id, modality] = key_D
     row = {clip: at for at, clip in enumerate(keys)}
     number = {clip_id: at for at, clip_id in enumerate(dict.fromkeys(clip_id for clip_id, _ in keys))}
-    wanted = QueryBlock(
+    block = QueryBlock(
         queries_QD=np.stack(list(keys.values())).astype(np.float32),
         sources_Q=np.array([number[clip_id] for clip_id, _ in keys], dtype=np.int64),
         n=MANY,
         largest_source=1,
     )
-    nearest, _ = search_blocks(_blocks(store, version, among, number), wanted)
+    nearest, _ = search_blocks(_blocks(store, version, among, number), block)
     return {
         (name, modality): nearest.others.scores_QN[[row[clip_id, modality] for clip_id in sample.clip_ids]]
         for (name, modality), sample in queries.items()

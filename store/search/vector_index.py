@@ -11,7 +11,7 @@ crash before it leaves files that no version names, for `maintenance.clean` to r
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import lance
 import lancedb
@@ -248,6 +248,7 @@ def _refresh_column(store: FeatureStore, plan: _ColumnPlan, kind: str) -> int:
             config = IvfRq(distance_type="cosine", num_partitions=partitions, num_bits=RQ_BITS)
         _lancedb_table(store).create_index(plan.column, config=config, name=name, replace=True)
     else:
+        code: dict[str, Any] = {} if kind == "ivf_sq" else {"num_bits": RQ_BITS}
         segment = dataset.create_index_uncommitted(
             column=plan.column,
             index_type=INDEX_TYPES[kind],
@@ -256,7 +257,7 @@ def _refresh_column(store: FeatureStore, plan: _ColumnPlan, kind: str) -> int:
             replace=True,
             num_partitions=partitions,
             fragment_ids=list(plan.fragments),
-            **({} if kind == "ivf_sq" else {"num_bits": RQ_BITS}),
+            **code,
         )
         dataset.commit_existing_index_segments(name, plan.column, [segment])
     fragments = [dataset.get_fragment(fragment) for fragment in plan.fragments]

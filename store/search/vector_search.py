@@ -2,8 +2,8 @@
 
 Lance searches the vector indexes of the two key columns, and the rows that no index covers yet: a clip can be
 found as soon as it is committed. Its candidates are scored again exactly, so that a score is the cosine that
-`MemoryBank` gives; where more candidates may be among the best, the search is repeated with more of them. Keys
-come from memory if all of them fit in `IN_MEMORY_BYTES`, and from the table otherwise. (Batch jobs use
+`MemoryBank` gives; where more candidates may be among the best, the search is repeated with more of them.
+Keys come from memory if all of them fit in `IN_MEMORY_BYTES`, and from the table otherwise. (Batch jobs use
 `MemoryBank`, which is exact.)
 
     >>> refresh_index(store, ServingSettings())
@@ -109,8 +109,8 @@ class ServingIndex:
             "k": count,
             "metric": "cosine",
             "use_index": column in self._indexed,
-            # Lance stops early where it can; LanceDB's search has no such setting, and its fixed number of probes
-            # takes half as long again for the same recall
+            # Lance probes as many partitions as a query needs. LanceDB's search has no such setting: with a
+            # fixed number of probes it takes 1.5 times as long for the same recall.
             "search_effort": self.settings.effort if where is None else 1.0,
         }
         rows = self._dataset.scanner(

@@ -1,6 +1,6 @@
-"""What a search may cost, in counts: looks into an index, readings of keys, products, pairs scored exactly.
+"""The cost of a search in counts: scans of the index, reads of keys, products, pairs scored exactly.
 
-Each count is taken of the real thing by wrapping what does the work; nothing is replaced.
+The functions that do the work are wrapped and counted; nothing is replaced.
 """
 
 from collections import Counter
@@ -16,13 +16,11 @@ import pytest
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.search import exact as nearest
-from r2scp.store.search import recall as serving_recall
-from r2scp.store.search import vector_index as serving_index
-from r2scp.store.search import vector_search as serving_search
-from r2scp.store.search.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
+from r2scp.store.search import recall, vector_index, vector_search
+from r2scp.store.search.bank import IN_MEMORY_BYTES, KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
 from r2scp.store.search.recall import Sampling, measure_recalls
 from r2scp.store.search.vector_index import ServingSettings, refresh_index
-from r2scp.store.search.vector_search import MOST_CANDIDATES, ServingIndex
+from r2scp.store.search.vector_search import CANDIDATES, EXTRA_CANDIDATES, ServingIndex
 
 DIM, CLIPS, HITS = 32, 3_000, 10
 ALWAYS = ServingSettings(exact_below=0)
@@ -52,7 +50,7 @@ def put(store: FeatureStore, count: int, seed: int) -> None:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureStore:
     """Some thousand clips, all indexed."""
-    monkeypatch.setattr(serving_index, "PARTITION_KEYS", 64)
+    monkeypatch.setattr(vector_index, "PARTITION_KEYS", 64)
     made = FeatureStore.create(str(tmp_path / "store"), "tiny", DIM)
     put(made, CLIPS, seed=1)
     refresh_index(made, ALWAYS)
@@ -61,7 +59,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureStore:
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
-    """Counts calls from then on: name -> calls, and `name rows` -> what `size` says of their arguments."""
+    """Counts the calls of a function from then on, and as `rows` the sum of `size` of their arguments."""
 
     def wrap(owner: object, name: str, size: Callable[..., int] = lambda *_, **__: 0) -> Counter[str]:
         counts, real = Counter(), getattr(owner, name)
@@ -77,69 +75,55 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
     return wrap
 
 
-def test_keys_in_memory_are_not_read_again(store: FeatureStore, count: Callable[..., Counter[str]]) -> None:
-    index = ServingIndex(store, ALWAYS)
-    looks, readings = count(lance.LanceDataset, "scanner"), count(lance.LanceDataset, "take")
-    queries = keys(50, seed=77)
-    for query in queries:
-        index.nearest(query, VISUAL, HITS)
-    assert readings["calls"] == 0
-    assert len(queries) <= looks["calls"] <= 1.2 * len(queries), "one look, rarely a second"
-
-
-def test_keys_on_disk_are_read_together(store: FeatureStore, count: Callable[..., Counter[str]]) -> None:
-    index = ServingIndex(store, ALWAYS, in_memory_bytes=0)
-    looks = count(lance.LanceDataset, "scanner")
-    readings = count(lance.LanceDataset, "take", lambda _, places, **__: len(places))
-    queries = keys(50, seed=77)
-    for query in queries:
-        index.nearest(query, VISUAL, HITS)
-    assert looks["calls"] <= 1.2 * len(queries)
-    assert readings["calls"] <= 1.7 * len(queries), "one reading, sometimes a second"
-    assert readings["rows"] <= 0.25 * MOST_CANDIDATES * HITS * len(queries)
-
-
-def test_rows_that_no_index_holds_cost_no_look(
-    store: FeatureStore, count: Callable[..., Counter[str]]
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_search_is_one_scan_and_reads_keys_only_from_disk(
+    store: FeatureStore, count: Callable[..., Counter[str]], in_memory: bool
 ) -> None:
-    put(store, 200, seed=5)
-    new = keys(200, seed=2 * 5 + 1)
-    index = ServingIndex(store, ALWAYS, in_memory_bytes=0)
-    scans = count(lance.LanceDataset, "scanner")
-    for at, query in enumerate(new[:30]):
-        (hit,) = index.nearest(query, VISUAL, 1)
-        assert (hit.clip_id, hit.score) == (f"5/{at:05}", pytest.approx(1.0))
-    assert scans["calls"] <= 1.5 * 30
+    put(store, 200, seed=5)  # rows outside the index are found by the same scan
+    index = ServingIndex(store, ALWAYS, in_memory_bytes=IN_MEMORY_BYTES if in_memory else 0)
+    scans = count(lance.LanceDataset, "scanner", lambda *_, columns, **__: columns.count("visual_key"))
+    takes = count(lance.LanceDataset, "take")
+    scored = count(vector_search, "exact_scores", lambda *a: a[2].size)
+    queries = [*keys(30, seed=77), *keys(200, seed=2 * 5 + 1)[:20]]
+    for query in queries:
+        hits = index.nearest(query, VISUAL, HITS)
+    assert hits[0] == ("5/00019", pytest.approx(1.0))
+    assert len(queries) <= scans["calls"] <= 1.2 * len(queries), "rarely a second"
+    assert scans["rows"] == (0 if in_memory else scans["calls"])
+    assert takes["calls"] == 0
+    assert scored["rows"] <= 2 * (CANDIDATES * HITS + EXTRA_CANDIDATES) * len(queries)
 
 
-def test_a_store_without_an_index_is_searched_in_memory(
+def test_without_an_index_keys_in_memory_are_searched(
     tmp_path: Path, count: Callable[..., Counter[str]]
 ) -> None:
     store = FeatureStore.create(str(tmp_path / "small"), "tiny", DIM)
     put(store, 500, seed=1)
     index = ServingIndex(store)
     scans = count(lance.LanceDataset, "scanner")
-    scored = count(serving_search, "exact_scores", lambda *a: a[2].size)
+    scored = count(vector_search, "exact_scores", lambda *a: a[2].size)
     for query in keys(20, seed=77):
         assert len(index.nearest(query, AUDIO, HITS)) == HITS
     assert scans["calls"] == 0
-    assert scored["rows"] <= 2 * HITS * 20, "a product tells which few are worth an exact score"
+    assert scored["rows"] == (CANDIDATES * HITS + EXTRA_CANDIDATES) * 20, (
+        "the best products are scored exactly"
+    )
 
 
 def test_samples_of_recall_share_one_exact_search(
     store: FeatureStore, count: Callable[..., Counter[str]]
 ) -> None:
-    searches = count(serving_recall, "search_blocks", lambda _, wanted: len(wanted.queries_QD))
+    searches = count(recall, "search_blocks", lambda _, wanted: len(wanted.queries_QD))
     samplings = {"all": Sampling(queries=40), "again": Sampling(queries=40), "few": Sampling(queries=10)}
-    found = measure_recalls(store, ALWAYS, samplings)
-    assert found["all"].pairs[0].at_10 == found["again"].pairs[0].at_10 > 0.9
-    assert {who: recall.pairs[0].queries for who, recall in found.items()} == {
+    measured = measure_recalls(store, ALWAYS, samplings)
+    assert measured["all"].pairs[0].at_10 == measured["again"].pairs[0].at_10 > 0.9
+    assert {name: each.pairs[0].queries for name, each in measured.items()} == {
         "all": 40,
         "again": 40,
         "few": 10,
     }
-    assert searches["calls"] == len(KEY_COLUMNS), "all keys of a modality are gone through once"
-    assert searches["rows"] == len(KEY_COLUMNS) * len(KEY_COLUMNS) * 40, "nobody is searched for twice"
+    assert searches["calls"] == len(KEY_COLUMNS), "one pass over the keys of a modality"
+    assert searches["rows"] == len(KEY_COLUMNS) * len(KEY_COLUMNS) * 40, "no clip is searched for twice"
 
 
 def test_an_exact_search_is_little_more_than_its_product(
@@ -161,9 +145,9 @@ def test_an_exact_search_is_little_more_than_its_product(
     assert 2 * HITS * 600 <= scored["rows"] <= 2.5 * HITS * 600, "of the others hardly any is scored again"
 
 
-def test_keys_that_all_serve_are_not_copied(store: FeatureStore) -> None:
+def test_keys_are_not_copied_if_all_clips_have_one(store: FeatureStore) -> None:
     bank = MemoryBank.open(store, BankScope(splits=()))
-    assert bank._held is not None
+    assert bank._cached is not None
     blocks = bank._blocks(Search(missing=VISUAL, retrieval=Retrieval.CROSS))
-    for rows, block in zip(bank._held, blocks, strict=True):
+    for rows, block in zip(bank._cached, blocks, strict=True):
         assert np.shares_memory(block.keys_KD, rows.keys[VISUAL])

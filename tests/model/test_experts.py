@@ -34,11 +34,11 @@ def test_projection_is_one_linear_on_the_scaled_features() -> None:
     torch.manual_seed(0)
     phi = Projection(SIZES)
     x_BLC, mask_BL = masked(2, 3, 6, [3, 3])
-    wanted = x_BLC @ phi.linear.weight.T * math.sqrt(6) + phi.linear.bias
-    torch.testing.assert_close(phi(x_BLC, mask_BL).states_BLD, wanted)
+    expected = x_BLC @ phi.linear.weight.T * math.sqrt(6) + phi.linear.bias
+    torch.testing.assert_close(phi(x_BLC, mask_BL).states_BLD, expected)
     half = phi(x_BLC.half(), mask_BL).states_BLD
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, wanted, rtol=0, atol=1e-2)
+    torch.testing.assert_close(half, expected, rtol=0, atol=1e-2)
 
 
 def test_projected_unit_vectors_are_of_the_size_of_the_positions() -> None:
@@ -54,8 +54,8 @@ def test_attention_is_the_formula_and_both_ways_agree() -> None:
     attention = Attention(SIZES).eval()
     query_BQD = torch.randn(2, 3, 8)
     source = Tokens(*masked(2, 5, 8, [5, 2]))
-    weighed = attention.with_weights(query_BQD, source)
-    torch.testing.assert_close(attention(query_BQD, source), weighed.out_BQD)
+    details = attention.with_weights(query_BQD, source)
+    torch.testing.assert_close(attention(query_BQD, source), details.out_BQD)
     q, k, v = (
         f(x)
         for f, x in ((attention.query, query_BQD), (attention.key, source[0]), (attention.value, source[0]))
@@ -65,17 +65,17 @@ def test_attention_is_the_formula_and_both_ways_agree() -> None:
         for head in (slice(0, 4), slice(4, 8)):
             weights = (q[row, :, head] @ k[row, :real, head].T / 2).softmax(-1)
             heads.append(weights @ v[row, :real, head])
-        torch.testing.assert_close(weighed.out_BQD[row], attention.out(torch.cat(heads, dim=-1)))
-    torch.testing.assert_close(weighed.weights_BHQL.sum(-1), torch.ones(2, 2, 3))
-    assert (weighed.weights_BHQL[1, :, :, 2:] == 0).all()
+        torch.testing.assert_close(details.out_BQD[row], attention.out(torch.cat(heads, dim=-1)))
+    torch.testing.assert_close(details.weights_BHQL.sum(-1), torch.ones(2, 2, 3))
+    assert (details.weights_BHQL[1, :, :, 2:] == 0).all()
 
 
 def test_a_row_without_tokens_is_zero_and_finite_both_ways() -> None:
     model = experts()
     attention, source = Attention(SIZES).eval(), Tokens(*masked(2, 4, 8, [4, 0]))
-    weighed = attention.with_weights(source.states_BLD, source)
-    torch.testing.assert_close(weighed.out_BQD, attention(source.states_BLD, source))
-    assert torch.isfinite(weighed.out_BQD).all()
+    details = attention.with_weights(source.states_BLD, source)
+    torch.testing.assert_close(details.out_BQD, attention(source.states_BLD, source))
+    assert torch.isfinite(details.out_BQD).all()
     x_BLC, mask_BL = masked(2, 4, 6, [4, 0])
     states_BLD = model(x_BLC, mask_BL, AUDIO, AUDIO).states_BLD
     assert not states_BLD[1].any()
@@ -105,8 +105,8 @@ def test_an_expert_with_positions_tells_order_and_one_without_does_not() -> None
 def test_common_features_take_one_projection_and_the_other_expert() -> None:
     model = experts()
     x_BLC, mask_BL = masked(2, 3, 6, [3, 2])
-    wanted = model.experts[VISUAL](model.projections[AUDIO](x_BLC, mask_BL)).states_BLD
-    torch.testing.assert_close(model(x_BLC, mask_BL, source=AUDIO, expert=VISUAL).states_BLD, wanted)
+    expected = model.experts[VISUAL](model.projections[AUDIO](x_BLC, mask_BL)).states_BLD
+    torch.testing.assert_close(model(x_BLC, mask_BL, source=AUDIO, expert=VISUAL).states_BLD, expected)
 
 
 def test_eq_4_is_the_mean_over_the_neighbours_that_have_the_second() -> None:
@@ -114,10 +114,10 @@ def test_eq_4_is_the_mean_over_the_neighbours_that_have_the_second() -> None:
     x_BNLC = torch.randn(2, 3, 4, 6)
     # row 0: lengths 4, 2 and a neighbour that was not found; row 1: nothing found
     mask_BNL = torch.arange(4) < torch.tensor([[4, 2, 0], [0, 0, 0]])[..., None]
-    near = model.encode_neighbours(x_BNLC, mask_BNL, AUDIO)
+    result = model.encode_neighbours(x_BNLC, mask_BNL, AUDIO)
     first = model(x_BNLC[:1, 0], mask_BNL[:1, 0], AUDIO, AUDIO).states_BLD[0]
     second = model(x_BNLC[:1, 1, :2], mask_BNL[:1, 1, :2], AUDIO, AUDIO).states_BLD[0]
-    torch.testing.assert_close(near.states_BLD[0, :2], (first[:2] + second) / 2)
-    torch.testing.assert_close(near.states_BLD[0, 2:], first[2:])
-    assert near.mask_BL.tolist() == [[True] * 4, [False] * 4]
-    assert not near.states_BLD[1].any()
+    torch.testing.assert_close(result.states_BLD[0, :2], (first[:2] + second) / 2)
+    torch.testing.assert_close(result.states_BLD[0, 2:], first[2:])
+    assert result.mask_BL.tolist() == [[True] * 4, [False] * 4]
+    assert not result.states_BLD[1].any()

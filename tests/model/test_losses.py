@@ -29,8 +29,8 @@ def gradients(rank: Rank) -> list[list[float]]:
 
 def test_task_loss_is_minus_log_probability() -> None:
     logits_BK = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
-    wanted = torch.tensor([math.log(4), math.log(2)])
-    torch.testing.assert_close(task_loss(logits_BK, torch.tensor([1, 0])), wanted)
+    expected = torch.tensor([math.log(4), math.log(2)])
+    torch.testing.assert_close(task_loss(logits_BK, torch.tensor([1, 0])), expected)
 
 
 def test_eq_10_counts_a_modality_only_where_it_is_there() -> None:

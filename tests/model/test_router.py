@@ -7,7 +7,7 @@ import torch
 
 from r2scp.model.batch import Tokens
 from r2scp.model.experts import Sizes
-from r2scp.model.router import Router, uniform_weights, fuse
+from r2scp.model.router import Router, fuse, uniform_weights
 
 SIZES = Sizes(encoder_dim=4, dim=4, heads=2, ffn=4, dropout=0.0)
 
@@ -22,8 +22,8 @@ def sources() -> list[Tokens]:
 @torch.no_grad()
 def test_eq_11_is_a_softmax_over_the_gates() -> None:
     router, parts = Router(SIZES).eval(), sources()
-    there_BS = torch.tensor([[True, True, True], [False, True, True]])
-    weights_BS = router(parts, there_BS)
+    available_BS = torch.tensor([[True, True, True], [False, True, True]])
+    weights_BS = router(parts, available_BS)
     scores = [
         [float(router.gates[s](parts[s].states_BLD[row].mean(0))) for s in range(3)] for row in range(2)
     ]
@@ -34,17 +34,17 @@ def test_eq_11_is_a_softmax_over_the_gates() -> None:
     assert float(weights_BS[1, 0]) == 0.0
 
 
-def test_even_weights() -> None:
-    there_BS = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
-    wanted = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0, 0.5, 0.5], [0, 0, 1.0]])
-    torch.testing.assert_close(uniform_weights(there_BS), wanted)
+def test_uniform_weights() -> None:
+    available_BS = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
+    expected = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0, 0.5, 0.5], [0, 0, 1.0]])
+    torch.testing.assert_close(uniform_weights(available_BS), expected)
 
 
 def test_concat_keeps_each_weighted_token_and_masks_absent_sources() -> None:
     parts = sources()
     weights_BS = torch.tensor([[0.5, 0.2, 0.3], [0.0, 0.6, 0.4]])
-    there_BS = torch.tensor([[True, True, True], [False, True, True]])
-    joint = fuse(parts, weights_BS, there_BS, "concat")
+    available_BS = torch.tensor([[True, True, True], [False, True, True]])
+    joint = fuse(parts, weights_BS, available_BS, "concat")
     assert joint.states_BLD.shape == (2, 9, 4)
     torch.testing.assert_close(joint.states_BLD[0, 3:5], 0.2 * parts[1].states_BLD[0])
     assert joint.mask_BL[1].tolist() == [False] * 3 + [True] * 6

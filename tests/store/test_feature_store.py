@@ -15,7 +15,7 @@ import pytest
 
 from r2scp.store import feature_store
 from r2scp.store.errors import FailureReason, FingerprintMismatch, LeaseHeld, StoreError
-from r2scp.store.feature_store import FeatureStore, InputRecord
+from r2scp.store.feature_store import FeatureStore
 from r2scp.store.maintenance import clean, superseded
 from r2scp.store.runs import RunSpec, recorded_run
 from r2scp.store.schema import SCHEMA_VERSION, Table
@@ -130,7 +130,7 @@ def test_another_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_interrupted_creation_is_completed(tmp_path: Path) -> None:
-    """The catalogue is written last: after a crash before it there is no store yet, and creating it again works."""
+    """The catalogue is written last; without it there is no store, and creating it again completes it."""
     half = FeatureStore(str(tmp_path), "encoder-a", DIM)
     half.address(Table.CLIPS).create()
     with pytest.raises(StoreError, match="no store"):
@@ -139,9 +139,7 @@ def test_an_interrupted_creation_is_completed(tmp_path: Path) -> None:
     assert set(store.versions()) >= {"clips", "questions", "failures", "runs"}
 
 
-def test_a_relative_path_works_from_other_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_works_from_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers run in other folders and must stage rows where the driver commits them."""
     monkeypatch.chdir(tmp_path)
     store = FeatureStore.create("./mine/", "encoder-a", DIM)
@@ -150,30 +148,6 @@ def test_a_relative_path_works_from_other_folders(
     put(store, Table.CLIPS, clip("c/1"))
     assert store.uri == str(tmp_path / "mine")
     assert FeatureStore.open(str(tmp_path / "mine")).clips().num_rows == 1
-
-
-def test_input_records_come_from_the_newer_of_row_and_failure(store: FeatureStore) -> None:
-    put(store, Table.CLIPS, clip("c/fine"), clip("c/broke"), clip("c/mended"), clip("other/1"))
-    later, sooner = NOON + timedelta(seconds=1), NOON - timedelta(seconds=1)
-    put(
-        store,
-        Table.FAILURES,
-        failure("c/broke", at=later, attempts=3),
-        failure("c/mended", at=sooner),
-        failure("c/never", bytes=None, mtime_ns=None, content_sha256=None),
-        failure("other/2"),
-    )
-    records = store.input_records("c")
-    metadata = ("train", ("a", "b"), None, None)
-    stored = InputRecord(10, 1_800_000_000_123_456_789, "ab" * 32, "grid1", metadata=metadata)
-    assert records == {
-        "c/fine": stored,
-        "c/mended": stored,
-        "c/broke": InputRecord(20, 5, "cd" * 32, "grid1", "corrupt", 3),
-        "c/never": InputRecord(None, None, None, "grid1", "corrupt", 1),
-    }
-    assert store.input_records("o'ther") == {}
-    assert superseded(store) == (["c/broke"], ["c/mended"])
 
 
 def test_missing_keeps_the_order(store: FeatureStore) -> None:
@@ -232,13 +206,19 @@ def test_lancedb_opens_the_database(store: FeatureStore) -> None:
     assert nearest[0]["clip_id"] == "c/2"
 
 
-def test_a_transient_failure_does_not_supersede_the_clip(store: FeatureStore) -> None:
-    put(store, Table.CLIPS, clip("c/slow"), clip("c/broke"))
-    later = NOON + timedelta(seconds=1)
-    reasons = {"c/slow": FailureReason.TIMEOUT, "c/broke": FailureReason.CORRUPT}
-    rows = [failure(clip_id, at=later, reason=reason.value) for clip_id, reason in reasons.items()]
-    put(store, Table.FAILURES, *rows)
-    assert superseded(store) == (["c/broke"], [])
+def test_the_older_of_row_and_failure_is_superseded(store: FeatureStore) -> None:
+    """A transient failure says nothing about the content and does not supersede the clip."""
+    put(store, Table.CLIPS, *(clip(f"c/{name}") for name in ("fine", "broke", "mended", "slow")))
+    later, sooner = NOON + timedelta(seconds=1), NOON - timedelta(seconds=1)
+    put(
+        store,
+        Table.FAILURES,
+        failure("c/broke", at=later),
+        failure("c/mended", at=sooner),
+        failure("c/slow", at=later, reason=FailureReason.TIMEOUT.value),
+        failure("c/never"),
+    )
+    assert superseded(store) == (["c/broke"], ["c/mended"])
 
 
 def test_metadata_is_updated_without_the_features(store: FeatureStore) -> None:

@@ -20,7 +20,6 @@ from r2scp.jobs.training.checkpoints import Checkpoint, read_checkpoint
 from r2scp.jobs.training.config import NO_RECOVERY_DROPOUT
 from r2scp.jobs.training.data import TrainingData
 from r2scp.jobs.training.evaluate import BASELINES, data_for, questions_of
-from r2scp.jobs.training.evaluation_table import TITLES
 from r2scp.jobs.training.stages import Worker
 from r2scp.model.r2scp import R2SCP
 from r2scp.pipelines.batches.dataset import MISSING_COLUMN, NO_MODALITY, BatchRequest
@@ -37,7 +36,7 @@ PERPLEXITY = 30.0
 MIN_VECTORS = 12  # for t-SNE
 NEAREST_VECTORS = 10  # neighbours of a joint vector whose answers are compared with its own
 WITH_RECOVERY, RECOVERY_OFF = "with recovery", "same weights, recovery off"
-TRAINED_WITHOUT = f"trained without ({TITLES[NO_RECOVERY_DROPOUT]})"
+TRAINED_WITHOUT = "baseline trained without recovery"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,7 @@ def accuracy_by_type_figure(run: RunFacts, number: int) -> Figure | None:
         title="Accuracy by question type" + (f", {shorten(run.name)}" if number else ""),
         caption=f"{OURS_TITLE} of {shorten(run.name)} compared with {baselines or 'no baseline'}, by "
         "question type (number of questions in brackets). Bars are 95 % Wilson intervals; the tick is the "
-        f"most frequent answer.{note} {evaluation_scope(evaluation)}.",
+        f"most frequent answer.{note} On the {evaluation_scope(evaluation)}.",
         alt=f"With both modalities {OURS_TITLE} ranges over {len(names)} question types from "
         f"{_percent(min(accuracies))} to {_percent(max(accuracies))} %.",
         panels=[Panel(draw=partial(draw, condition=one), width=3.9, height=height) for one in Condition],

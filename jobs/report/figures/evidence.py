@@ -142,7 +142,7 @@ def agreement_figure(precision: RetrievalPrecision) -> Figure | None:
             for (kind, missing), sides in panels.items()
         ],
         columns=[
-            *("agree in", "missing", "side", "rank"),
+            *("agreement in", "missing", "side", "rank"),
             *("share, %", "from, %", "to, %", "chance, %", "pairs", "clips"),
         ],
         rows=[
@@ -242,8 +242,8 @@ def dissonance_figure(probe: Probe, k: int) -> Figure | None:
         name="dissonance",
         title="Dissonance of recovered tokens",
         caption="δ = 1 − cos(H_miss·W_proj, g_u) of eq. 3, in [0, 2], of all tokens recovered for "
-        f"{len(probe.answers)} validation questions. For each question the {k} tokens with the largest δ are "
-        "purged, so a purged token can have a smaller δ than one kept for another question.",
+        f"{len(probe.answers)} validation questions. For each question the k = {k} tokens with the largest "
+        "δ are purged, so a purged token can have a smaller δ than one kept for another question.",
         alt="; ".join(counts) + ".",
         panels=histograms.panels("recovered", "dissonance δ", "share of tokens, %"),
         columns=["recovered", "tokens", "δ from", "δ to", "number", "share, %"],

@@ -25,6 +25,8 @@ from matplotlib.font_manager import fontManager
 
 from r2scp.jobs.console import printable
 from r2scp.jobs.html.render import inline_svg
+from r2scp.jobs.training.config import NO_RECOVERY_DROPOUT
+from r2scp.jobs.training.evaluation_table import TITLES
 from r2scp.store.atomic_file import replace_file
 
 INK, QUIET, RULE, PAPER = "#1b1d22", "#5c6069", "#d3d6dc", "#fffffe"
@@ -47,6 +49,11 @@ VARIABLES = {INK: "--ink", QUIET: "--quiet", RULE: "--rule", PAPER: "--page"} | 
 DPI = 200  # of the PNG copies
 PX_PER_INCH = 96  # CSS
 MAX_GROWTH = 1.2  # of a panel where the page has room
+#: Titles of baselines that are too long for figures; tables have the full ones.
+SHORT_TITLES = {
+    TITLES["majority"]: "most frequent answer",
+    TITLES[NO_RECOVERY_DROPOUT]: "no recovery, modality dropout",
+}
 LABEL_LENGTH = 30  # characters of a name in a figure; the table has the whole name
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -113,7 +120,7 @@ class Figure:
 
 def shorten(text: str, most: int = LABEL_LENGTH) -> str:
     """A name from outside, made printable and short enough for a figure."""
-    text = printable(" ".join(text.split()) or "(none)")
+    text = printable(" ".join(SHORT_TITLES.get(text, text).split()) or "(none)")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

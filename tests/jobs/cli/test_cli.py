@@ -153,7 +153,7 @@ def test_errors_are_one_line_and_1(media_folder: Path, tmp_path: Path, tiny_weig
     encoder = ["--encoder", "imagebind-demo", "--weights"]
     here = ["extract", "--corpus", "folder", "--store", tmp_path / "s", "--root"]
     gone = one_line_error(call(*here, media_folder, *encoder, tmp_path / "gone.pth"), 1)
-    assert "gone.pth is not there" in gone
+    assert "gone.pth does not exist" in gone
     one_line_error(call(*here, media_folder, *encoder, tmp_path / "file"), 1)
     nothing = one_line_error(call(*here, tmp_path / "nowhere", *encoder, tiny_weights), 1)
     assert "must be a folder" in nothing

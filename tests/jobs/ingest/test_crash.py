@@ -22,6 +22,7 @@ import pytest
 
 from r2scp.jobs.ingest.extract import Destination, ExtractReport, Source, run_extract
 from r2scp.pipelines.extraction.embed import EncoderSpec
+from r2scp.pipelines.extraction.plan import input_records
 from r2scp.pipelines.ray_session import Resources
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.maintenance import superseded
@@ -171,7 +172,7 @@ def check_whole(store: FeatureStore, report: ExtractReport) -> None:
     """Every clip once, in the table it belongs to."""
     clips = store.clips(columns=["clip_id", "visual", "audio"])
     stored, failed = clips["clip_id"].to_pylist(), store.failures()["clip_id"].to_pylist()
-    assert report.inputs == report.stored + report.unchanged + report.dead == CLIPS
+    assert report.inputs == report.stored + report.unchanged + report.failed == CLIPS
     assert len(set(stored)) == len(stored), "a clip is there twice"
     assert sorted(stored + failed) == [f"folder/clip{number:02}.mp4" for number in range(CLIPS)]
     assert len(failed) == BROKEN
@@ -239,7 +240,7 @@ def test_crash_between_the_two_tables(media_folder: Path, tmp_path: Path, tiny_e
     rows = pa.Table.from_pylist([row], schema=store.address(Table.CLIPS).schema)
     store.commit(Table.CLIPS, [store.stage(Table.CLIPS, rows)], {"run": "crashed"})
     assert superseded(store) == ([], [mended])
-    assert store.input_records("folder")[mended].failure == ""
+    assert input_records(store, "folder")[mended].failure == ""
     (media_folder / "new.wav").write_bytes((media_folder / "sound.wav").read_bytes())
 
     report = extract_here(media_folder, tmp_path / "store", tiny_encoder)

@@ -20,7 +20,7 @@ from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_fr
 from r2scp.model.imagebind.melspec import log_mel, windows
 from r2scp.pipelines.decoding.decode import decode
 from r2scp.pipelines.decoding.ffmpeg_command import find_program
-from r2scp.pipelines.extraction import flow as flows
+from r2scp.pipelines.extraction import flow
 from r2scp.pipelines.extraction.embed import (
     EmbedClips,
     EncoderSpec,
@@ -46,17 +46,17 @@ class Bench:
     encoder: EncoderSpec
 
     def extract(self, ffmpeg: str | None = None, **source: object) -> ExtractReport:
-        told: list[tuple[int, int]] = []
+        progress: list[tuple[int, int]] = []
         report = run_extract(
             Source(**{"corpus": "folder", "root": self.media} | source),
             Destination(self.uri),
             self.encoder,
             Resources(ffmpeg=ffmpeg),
-            lambda report, total: told.append((report.decoded, total)),
+            lambda report, total: progress.append((report.decoded, total)),
         )
-        assert report.inputs == report.stored + report.unchanged + report.dead
-        assert told == sorted(told), "progress went backwards"
-        assert len({total for _, total in told}) <= 1
+        assert report.inputs == report.stored + report.unchanged + report.failed
+        assert progress == sorted(progress), "progress went backwards"
+        assert len({total for _, total in progress}) <= 1
         return report
 
     @property
@@ -77,11 +77,11 @@ def bench(media_folder: Path, tmp_path: Path, tiny_encoder: EncoderSpec) -> Benc
 
 def listing(folder: str) -> dict[str, tuple[int, int, bytes]]:
     """Every file and folder below, with its time of change and content."""
-    found = {}
+    entries = {}
     for path in Path(folder).rglob("*"):
         facts = path.stat()
-        found[str(path)] = (facts.st_mtime_ns, facts.st_size, b"" if path.is_dir() else path.read_bytes())
-    return found
+        entries[str(path)] = (facts.st_mtime_ns, facts.st_size, b"" if path.is_dir() else path.read_bytes())
+    return entries
 
 
 def rewrite(path: Path, content: bytes) -> None:
@@ -93,7 +93,7 @@ def rewrite(path: Path, content: bytes) -> None:
 
 def test_first_and_second_run(bench: Bench) -> None:
     first = bench.extract()
-    assert (first.inputs, first.stored, first.dead, first.unchanged) == (5, 4, 1, 0)
+    assert (first.inputs, first.stored, first.failed, first.unchanged) == (5, 4, 1, 0)
     assert first.reasons == {"not_media": 1}
     clips = bench.clips()
     statuses = {name: (row["visual_status"], row["audio_status"]) for name, row in clips.items()}
@@ -106,17 +106,17 @@ def test_first_and_second_run(bench: Bench) -> None:
     assert {name: row["expected_frames"] for name, row in clips.items()}["both.mp4"] == 2
     assert clips["silent.mp4"]["audio"] is clips["silent.mp4"]["audio_key"] is None
     assert clips["sound.wav"]["visual"] is clips["sound.wav"]["visual_key"] is None
-    dead = bench.failures()["text.mp4"]
-    assert (dead["reason"], dead["stage"], dead["attempts"]) == ("not_media", "decode", 1)
-    assert dead["uri"] == str(bench.media / "text.mp4")
+    failure = bench.failures()["text.mp4"]
+    assert (failure["reason"], failure["stage"], failure["attempts"]) == ("not_media", "decode", 1)
+    assert failure["uri"] == str(bench.media / "text.mp4")
     [run] = bench.store.dataset(Table.RUNS).to_table().to_pylist()
     assert run["status"] == "done"
-    assert run["run_id"] == first.run_id == dead["run_id"]
+    assert run["run_id"] == first.run_id == failure["run_id"]
     assert json.loads(run["counts"])["stored"] == 4
 
     before = listing(bench.uri)
     second = bench.extract()
-    assert (second.unchanged, second.dead, second.dead_before, second.decoded) == (4, 1, 1, 0)
+    assert (second.unchanged, second.failed, second.plan.already_failed, second.decoded) == (4, 1, 1, 0)
     assert second.run_id == ""
     assert second.clips_version == first.clips_version
     assert listing(bench.uri) == before, "a run with nothing to do wrote something"
@@ -169,58 +169,53 @@ def test_decoding_has_every_core(bench: Bench, rendered_media: Mapping[str, byte
     assert max(beside) == 2
 
 
-def test_a_touched_file_is_not_done_again(bench: Bench) -> None:
+def test_only_files_whose_content_changed_are_decoded(
+    bench: Bench, rendered_media: Mapping[str, bytes]
+) -> None:
+    """One file is touched, replaced, broken, repaired and removed, with a run after each."""
     version = bench.extract().clips_version
-    os.utime(bench.media / "both.mp4", ns=(10**18, 10**18))
-    report = bench.extract()
-    assert (report.unchanged, report.decoded, report.stored) == (4, 0, 0)
-    assert report.clips_version == version
-
-
-def test_one_changed_file_is_done_again_and_alone(bench: Bench, rendered_media: Mapping[str, bytes]) -> None:
-    bench.extract()
     before = bench.clips()
+    os.utime(bench.media / "both.mp4", ns=(10**18, 10**18))
+    touched = bench.extract()
+    assert (touched.unchanged, touched.decoded, touched.stored) == (4, 0, 0)
+    assert touched.clips_version == version
+
     rewrite(bench.media / "both.mp4", rendered_media["other.mp4"])
-    report = bench.extract()
-    assert (report.decoded, report.stored, report.unchanged, report.dead_before) == (1, 1, 3, 1)
+    replaced = bench.extract()
+    assert (replaced.decoded, replaced.stored, replaced.unchanged) == (1, 1, 3)
+    assert replaced.plan.already_failed == 1
     after = bench.clips()
     assert len(after) == len(before) == bench.store.clips().num_rows
     assert after["both.mp4"]["visual"] == before["other.mp4"]["visual"]
     assert {name for name in after if after[name] != before[name]} == {"both.mp4"}
-    assert bench.extract().decoded == 0
 
-
-def test_a_removed_file_is_reported_and_kept(bench: Bench) -> None:
-    bench.extract()
-    (bench.media / "both.mp4").unlink()
-    report = bench.extract()
-    assert (report.gone, report.gone_first, report.inputs) == (1, ["folder/both.mp4"], 4)
-    assert "both.mp4" in bench.clips(), "features are not thrown away with the file"
-
-
-def test_a_stored_clip_that_breaks_and_is_mended(bench: Bench, rendered_media: Mapping[str, bytes]) -> None:
-    bench.extract()
     rewrite(bench.media / "both.mp4", b"overwritten by mistake\n" * 30)
     broken = bench.extract()
-    assert (broken.dead, broken.dead_before, broken.decoded) == (2, 1, 1)
+    assert (broken.failed, broken.plan.already_failed, broken.decoded) == (2, 1, 1)
     assert "both.mp4" not in bench.clips()
     assert bench.failures().keys() == {"both.mp4", "text.mp4"}
+
     rewrite(bench.media / "both.mp4", rendered_media["both.mp4"])
-    mended = bench.extract()
-    assert (mended.stored, mended.unchanged, mended.dead) == (1, 3, 1)
+    repaired = bench.extract()
+    assert (repaired.stored, repaired.unchanged, repaired.failed) == (1, 3, 1)
     assert "both.mp4" in bench.clips()
     assert bench.failures().keys() == {"text.mp4"}
+
+    (bench.media / "both.mp4").unlink()
+    removed = bench.extract()
+    assert (removed.plan.gone, removed.inputs, removed.decoded) == (["folder/both.mp4"], 4, 0)
+    assert "both.mp4" in bench.clips(), "features are not thrown away with the file"
 
 
 def test_limit_and_retry_failed(bench: Bench) -> None:
     limited = bench.extract(limit=2)
     assert (limited.inputs, limited.stored) == (2, 2)
-    assert limited.gone == 0
+    assert limited.plan.gone == []
     whole = bench.extract()
-    assert (whole.inputs, whole.unchanged, whole.stored, whole.dead) == (5, 2, 2, 1)
-    assert bench.extract(limit=2).gone == 0, "what lies beyond the limit is not gone"
+    assert (whole.inputs, whole.unchanged, whole.stored, whole.failed) == (5, 2, 2, 1)
+    assert bench.extract(limit=2).plan.gone == [], "what lies beyond the limit is not gone"
     retried = bench.extract(retry_failed=True)
-    assert (retried.decoded, retried.dead, retried.dead_before, retried.unchanged) == (1, 1, 0, 4)
+    assert (retried.decoded, retried.failed, retried.plan.already_failed, retried.unchanged) == (1, 1, 0, 4)
     assert bench.failures()["text.mp4"]["attempts"] == 2
 
 
@@ -254,10 +249,10 @@ def test_questions_are_stored_once_and_replaced_when_changed(
     first = [(1, "both", how_many, "two"), (2, "both", loudest, "flute"), (3, "other", how_many, "one")]
     path = asked(*first, (4, "nowhere", how_many, "one"), (5, "text", how_many, "one"))
     report = bench.extract(corpus="music-avqa", annotations=(path,))
-    assert (report.inputs, report.stored, report.dead, report.missing_files) == (3, 2, 1, 1)
+    assert (report.inputs, report.stored, report.failed, report.plan.missing_files) == (3, 2, 1, 1)
     counts = {"inputs": 5, "stored": 3, "unchanged": 0, "without_clip": 2, "rejects": 0, "duplicates": 0}
     counts |= {"dropped": 0}
-    assert report.questions == counts
+    assert report.questions.counts == counts
     rows = {row["question_id"]: row for row in bench.store.questions().to_pylist()}
     assert rows["music-avqa/2"]["answer"] == "flute"
     assert rows["music-avqa/1"]["words"] == rows["music-avqa/3"]["words"]
@@ -269,18 +264,18 @@ def test_questions_are_stored_once_and_replaced_when_changed(
 
     before = listing(bench.uri)
     again = bench.extract(corpus="music-avqa", annotations=(path,))
-    assert again.questions == counts | {"stored": 0, "unchanged": 3}
+    assert again.questions.counts == counts | {"stored": 0, "unchanged": 3}
     assert listing(bench.uri) == before
 
     path = asked(first[0], (2, "both", loudest, "violin"), first[2])
     changed = bench.extract(corpus="music-avqa", annotations=(path,))
-    assert changed.questions == counts | {"inputs": 3, "stored": 1, "unchanged": 2, "without_clip": 0}
+    assert changed.questions.counts == counts | {"inputs": 3, "stored": 1, "unchanged": 2, "without_clip": 0}
     rows = bench.store.questions(columns=["question_id", "answer"]).to_pylist()
     assert sorted(row["answer"] for row in rows) == ["one", "two", "violin"]
 
 
 def test_an_encoder_that_gives_no_numbers(bench: Bench) -> None:
-    """NaN for one clip makes that clip a dead letter, and its neighbours in the batch are stored."""
+    """NaN for one clip makes that clip fail, and the others in the batch are stored."""
 
     class Broken:
         dim = 8
@@ -309,8 +304,8 @@ def test_an_encoder_that_gives_no_numbers(bench: Bench) -> None:
     assert all(np.isfinite(row["visual_key"]).all() for row in bench.clips().values() if row["visual_key"])
 
 
-def test_stages_keep_order_and_dead_letters(bench: Bench) -> None:
-    """Without Ray: every row that goes in comes out, in its place, decoded or dead."""
+def test_stages_keep_order_and_failures(bench: Bench) -> None:
+    """Without Ray: every row that goes in comes out, in its place, decoded or failed."""
     names = ["text.mp4", "both.mp4", "gone.mp4", "sound.wav", "silent.mp4"]
     source = {"corpus": "folder", "labels": [], "known_sha256": "", "attempts": 2}
     rows = [source | {"clip_id": name, "uri": str(bench.media / name)} for name in names]
@@ -320,7 +315,7 @@ def test_stages_keep_order_and_dead_letters(bench: Bench) -> None:
     embedded = EmbedClips(bench.encoder, threads=1)(decoded)
     assert embedded.schema == embedded_schema(bench.encoder.dim)
     assert embedded["clip_id"].to_pylist() == names
-    assert embedded["outcome"].to_pylist() == ["dead", "decoded", "dead", "decoded", "decoded"]
+    assert embedded["outcome"].to_pylist() == ["failed", "decoded", "failed", "decoded", "decoded"]
     assert embedded["reason"].to_pylist()[2] == "unreadable"
     assert [row is not None for row in embedded["visual"].to_pylist()] == [False, True, False, False, True]
     assert [row is not None for row in embedded["audio"].to_pylist()] == [False, True, False, True, False]
@@ -346,7 +341,7 @@ def test_batches_of_frames_do_not_change_the_embedding(tiny_weights: Path) -> No
 def test_a_store_that_takes_nothing_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers meet it, and try again; what arrives here is the store's error and no traceback of Ray's."""
     monkeypatch.setattr(FailingStage, "order", Order(file="", chance=1.0))
-    monkeypatch.setattr(flows, "StageRows", FailingStage)
+    monkeypatch.setattr(flow, "StageRows", FailingStage)
     with pytest.raises(StoreError, match=r"^cannot write to .*clips\.lance: .*Input/output error$"):
         bench.extract()
     assert bench.store.clips().num_rows == 0

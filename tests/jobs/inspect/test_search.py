@@ -1,6 +1,6 @@
 """`store search` finds what a matrix product over all keys finds, and a caption finds its own clip.
 
-The page that shows it is one file that asks the network for nothing and that no text from outside can steer.
+Its page is one file that needs no network and in which text from outside does no harm.
 """
 
 import json
@@ -49,10 +49,10 @@ def encoder(tiny_encoder: EncoderSpec) -> Encoder:
 def store(
     tmp_path_factory: pytest.TempPathFactory, tiny_encoder: EncoderSpec, write: Callable[..., None]
 ) -> FeatureStore:
-    """Clips of random embeddings, in fragments; every 7th is deaf, every 11th blind. Only to be read."""
+    """Clips of random embeddings, in fragments; every 7th is deaf, every 11th blind. Read-only."""
     rng = np.random.default_rng(3)
     uri = str(tmp_path_factory.mktemp("searched") / "store")
-    made = FeatureStore.create(uri, tiny_encoder.fingerprint, tiny_encoder.dim)
+    store = FeatureStore.create(uri, tiny_encoder.fingerprint, tiny_encoder.dim)
     rows = []
     for number in range(CLIPS):
         row: dict[str, Any] = {"clip_id": f"folder/{number:03d}", "corpus": "folder", "ingested_at": AT}
@@ -62,66 +62,68 @@ def store(
             "labels": [f"kind {number % 4}"],
         }
         row |= {"uri": f"/nowhere/{number}.mp4", "content_sha256": "0" * 64}
-        for name, gone in (("audio", number % 7 == 6), ("visual", number % 11 == 10)):
+        for name, missing in (("audio", number % 7 == 6), ("visual", number % 11 == 10)):
             drawn_TD = rng.standard_normal((1 + number % 5, tiny_encoder.dim))
             tokens_TD = (drawn_TD / np.linalg.norm(drawn_TD, axis=1, keepdims=True)).astype(np.float16)
-            row[name] = None if gone else list(tokens_TD)
-            row[f"{name}_key"] = None if gone else key_of(tokens_TD)
-            row[f"{name}_status"] = "absent" if gone else "present"
+            row[name] = None if missing else list(tokens_TD)
+            row[f"{name}_key"] = None if missing else key_of(tokens_TD)
+            row[f"{name}_status"] = "absent" if missing else "present"
         rows.append(row)
-    write(made, Table.CLIPS, rows, parts=3)
-    return made
+    write(store, Table.CLIPS, rows, parts=3)
+    return store
 
 
-def brute(
+def brute_force(
     store: FeatureStore, name: str, key_D: np.ndarray, n: int, keep: Callable[[dict], bool] = lambda row: True
 ) -> list[tuple[str, float, int]]:
-    """(clip, score, second) of all that have the modality, by plain numpy."""
-    found = []
+    """(clip, score, second) of the n best clips, with NumPy alone."""
+    hits = []
     for row in store.clips().to_pylist():
         if row[name] is None or not keep(row):
             continue
         second = int((np.array(row[name], np.float32) @ key_D).argmax())
-        found.append((row["clip_id"], float(np.array(row[f"{name}_key"], np.float32) @ key_D), second))
-    return sorted(found, key=lambda hit: (-hit[1], hit[0]))[:n]
+        hits.append((row["clip_id"], float(np.array(row[f"{name}_key"], np.float32) @ key_D), second))
+    return sorted(hits, key=lambda hit: (-hit[1], hit[0]))[:n]
 
 
-def check_same(found: Sequence[dict[str, Any]], wanted: list[tuple[str, float, int]]) -> None:
-    assert [hit["clip_id"] for hit in found] == [clip_id for clip_id, _, _ in wanted]
-    assert [hit["score"] for hit in found] == pytest.approx([score for _, score, _ in wanted], abs=1e-5)
-    assert [hit["second"] for hit in found] == [second for _, _, second in wanted]
+def check_same(hits: Sequence[dict[str, Any]], expected: list[tuple[str, float, int]]) -> None:
+    assert [hit["clip_id"] for hit in hits] == [clip_id for clip_id, _, _ in expected]
+    assert [hit["score"] for hit in hits] == pytest.approx([score for _, score, _ in expected], abs=1e-5)
+    assert [hit["second"] for hit in hits] == [second for _, _, second in expected]
 
 
-def test_a_text_finds_what_a_matrix_product_finds(store: FeatureStore, encoder: Encoder) -> None:
+def test_a_text_search_equals_a_matrix_product(store: FeatureStore, encoder: Encoder) -> None:
     key_D = text_key(encoder, TEXT)
     assert np.linalg.norm(key_D) == pytest.approx(1, abs=1e-5)
     found = run_search(store, Query(text=TEXT, most=7), encoder)
     assert list(found["found"]) == ["visual", "audio"]
     for name in ("visual", "audio"):
-        check_same(found["found"][name], brute(store, name, key_D, 7))
+        check_same(found["found"][name], brute_force(store, name, key_D, 7))
     every = run_search(store, Query(text=TEXT, modality="audio", most=1000), encoder)["found"]
     assert list(every) == ["audio"]
-    check_same(every["audio"], brute(store, "audio", key_D, 1000))
+    check_same(every["audio"], brute_force(store, "audio", key_D, 1000))
 
 
-def test_a_condition_costs_no_hits(store: FeatureStore, encoder: Encoder) -> None:
+def test_a_condition_loses_no_hits(store: FeatureStore, encoder: Encoder) -> None:
     key_D = text_key(encoder, TEXT)
     query = Query(text=TEXT, most=5, where="split = 'test' -- and nothing else")
     found = run_search(store, query, encoder)
     assert found["matching"] == CLIPS // 3
     for name in ("visual", "audio"):
-        check_same(found["found"][name], brute(store, name, key_D, 5, lambda row: row["split"] == "test"))
-    nothing = run_search(store, Query(text=TEXT, where="split = 'nowhere'"), encoder)
-    assert nothing["found"] == {"visual": [], "audio": []}
-    assert nothing["notes"] == ["no clip meets the condition"]
+        check_same(
+            found["found"][name], brute_force(store, name, key_D, 5, lambda row: row["split"] == "test")
+        )
+    empty = run_search(store, Query(text=TEXT, where="split = 'nowhere'"), encoder)
+    assert empty["found"] == {"visual": [], "audio": []}
+    assert empty["notes"] == ["no clip meets the condition"]
 
 
-def test_clips_like_one_are_found_without_itself(store: FeatureStore) -> None:
+def test_clips_like_one_exclude_the_clip_itself(store: FeatureStore) -> None:
     row = store.clips(where="clip_id = 'folder/004'").to_pylist()[0]
     found = run_search(store, Query(like="folder/004", most=6))
     for name in ("visual", "audio"):
         key_D = np.array(row[f"{name}_key"], np.float32)
-        check_same(found["found"][name], brute(store, name, key_D, 7)[1:])
+        check_same(found["found"][name], brute_force(store, name, key_D, 7)[1:])
     deaf = run_search(store, Query(like="folder/006", most=6))
     assert deaf["found"]["audio"] == []
     assert len(deaf["found"]["visual"]) == 6
@@ -130,47 +132,37 @@ def test_clips_like_one_are_found_without_itself(store: FeatureStore) -> None:
         run_search(store, Query(like="004"))
 
 
-def test_what_is_told_of_a_hit_is_of_the_version_that_was_searched(
+def test_hits_are_described_at_the_version_that_was_searched(
     store: FeatureStore, copy: Callable[[FeatureStore], FeatureStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = copy(store)
     expected = run_search(own, Query(like="folder/003", modality="visual", most=5))
     nearest = store_search._nearest
 
-    def and_then_they_go(*asked: Any) -> list[Hit]:
-        hits = nearest(*asked)
+    def delete_hits(*arguments: Any) -> list[Hit]:
+        hits = nearest(*arguments)
         own.commit(Table.CLIPS, [], {}, also_delete=[hit.clip_id for hit in hits])
         return hits
 
-    monkeypatch.setattr(store_search, "_nearest", and_then_they_go)
+    monkeypatch.setattr(store_search, "_nearest", delete_hits)
     assert run_search(own, Query(like="folder/003", modality="visual", most=5)) == expected
 
 
 @pytest.mark.parametrize(
     "where",
-    [
-        "splat = 'x'",
-        "split = ",
-        "1 + 1",
-        "split",
-        "split = 'a' OR",
-        "true) OR (true",
-        "true; false",
-        "",
-        "a\udcff",
-    ],
+    ["splat = 'x'", "split = ", "split", "true) OR (true", "true; false", "", "a\udcff"],
 )
-def test_a_condition_that_is_none_is_one_clear_error(store: FeatureStore, where: str) -> None:
+def test_an_invalid_condition_is_one_clear_error(store: FeatureStore, where: str) -> None:
     result = call("store", "search", "--like", "folder/004", "--store", store.uri, "--where", where)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: --where must be an SQL condition on clips")
     assert "clip_id, corpus" in result.stderr
     assert result.stderr.count("\n") == 1
-    assert ".rs:" not in result.stderr, "where in somebody else's source"
+    assert ".rs:" not in result.stderr, "a place in Lance's source"
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t", "\x00\x1b", "\u3000"])
-def test_a_text_of_nothing_is_refused(store: FeatureStore, tiny_weights: Path, text: str) -> None:
+def test_an_empty_text_is_refused(store: FeatureStore, tiny_weights: Path, text: str) -> None:
     with pytest.raises(UsageError, match="is empty"):
         check_text(text, [])
     result = call("store", "search", text, "--store", store.uri, "--weights", tiny_weights)
@@ -178,7 +170,7 @@ def test_a_text_of_nothing_is_refused(store: FeatureStore, tiny_weights: Path, t
     assert result.stderr.count("\n") == 1
 
 
-def test_a_text_that_is_too_long_is_told() -> None:
+def test_a_text_that_is_too_long_is_noted() -> None:
     notes: list[str] = []
     check_text("dog " * 74, notes)
     assert notes == []
@@ -186,39 +178,39 @@ def test_a_text_that_is_too_long_is_told() -> None:
     assert "75 tokens" in notes[0]
 
 
-def test_options_that_cannot_be(store: FeatureStore, tiny_weights: Path) -> None:
+def test_invalid_options_are_refused(store: FeatureStore, tiny_weights: Path) -> None:
     for words in ([], [TEXT, "--like", "folder/004"], [TEXT, "--in", "smell"]):
         result = call("store", "search", *words, "--store", store.uri)
         assert result.exit_code == 2
         assert result.stderr.startswith("error: ")
     with pytest.raises(FingerprintMismatch):
-        run_search(store, Query(text=TEXT))  # the encoder that filled it has no name
+        run_search(store, Query(text=TEXT))  # its encoder is unknown
     wrong = call("store", "search", TEXT, "--store", store.uri, "--encoder", "imagebind-demo")
     assert wrong.exit_code == 1
     assert store.fingerprint in wrong.stderr
 
 
-def test_an_encoder_that_nothing_would_use_is_refused(store: FeatureStore, tiny_weights: Path) -> None:
+def test_an_encoder_that_is_not_needed_is_refused(store: FeatureStore, tiny_weights: Path) -> None:
     for words in (("--weights", tiny_weights), ("--device", "cpu"), ("--encoder", "imagebind-demo")):
         result = call("store", "search", "--like", "folder/004", "--store", store.uri, *words)
         assert result.exit_code == 2
         assert result.stderr.startswith("error: --like needs no encoder")
 
 
-def test_for_people_and_for_programs(store: FeatureStore, encoder: Encoder, tiny_weights: Path) -> None:
+def test_output_as_text_and_as_json(store: FeatureStore, encoder: Encoder, tiny_weights: Path) -> None:
     words = ["store", "search", TEXT, "--store", store.uri, "--weights", tiny_weights, "-n", 3]
     machine = call(*words, "--json")
     assert machine.exit_code == 0, machine.output
     assert machine.stdout.count("\n") == 1
-    told = json.loads(machine.stdout)
-    assert told["found"] == run_search(store, Query(text=TEXT, most=3), encoder)["found"]
+    result = json.loads(machine.stdout)
+    assert result["found"] == run_search(store, Query(text=TEXT, most=3), encoder)["found"]
     person = call(*words).stdout
-    for hits in told["found"].values():
+    for hits in result["found"].values():
         assert all(hit["clip_id"] in person and f"{hit['score']:.3f}" in person for hit in hits)
 
 
 def test_a_caption_finds_its_clip_far_better_than_chance(tmp_path: Path, write: Callable[..., None]) -> None:
-    """Forty clips of a world that the demo encoder never saw; of eight true phrases each."""
+    """Forty clips that the demo encoder was not trained on, each described by eight true phrases."""
     spec = encoder_spec("imagebind-demo", None, "cpu")
     encoder, scenes = spec.load(), [make_scene(4901, index) for index in range(40)]
     store = FeatureStore.create(str(tmp_path / "store"), spec.fingerprint, spec.dim)
@@ -263,7 +255,7 @@ def test_the_page_shows_frames_of_files_that_are_as_stored(
     page = write_page(found, tmp_path / "new" / "search.html")
     text = page.read_text()
     assert text.count("data:image/webp;base64,") == 1
-    assert "no longer the one that was stored" in text
+    assert "not the one that was stored" in text
     assert "alert(1)" in text
     assert not re.search(r"<img src=x|<script>alert", text)
     assert not STEERING.search(text.replace("\n", ""))

@@ -1,6 +1,6 @@
-"""`store show` tells what the tables say of a clip, and nothing else: checked against the rows themselves.
+"""`store show` prints what the tables say of a clip, checked against the rows themselves.
 
-A clip that is not there is answered with names like it; ids from outside steer neither SQL nor a terminal.
+For a missing clip it suggests similar names; hostile ids harm neither SQL nor a terminal.
 """
 
 import json
@@ -38,60 +38,64 @@ def call(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "80"})
 
 
-def test_it_tells_what_the_tables_say(question_store: FeatureStore) -> None:
+def test_it_shows_what_the_tables_say(question_store: FeatureStore) -> None:
     rows = question_store.clips().to_pylist()
     for row in rows:
-        told = clip_facts(question_store, row["clip_id"])
-        assert told["clip"]["corpus"] == row["corpus"]
-        assert told["clip"]["source_id"] == row["source_id"]
+        facts = clip_facts(question_store, row["clip_id"])
+        assert facts["clip"]["corpus"] == row["corpus"]
+        assert facts["clip"]["source_id"] == row["source_id"]
         for name in ("audio", "visual"):
-            assert told["modalities"][name]["tokens"] == len(row[name] or [])
-            assert told["modalities"][name]["status"] == row[f"{name}_status"]
-        assert told["provenance"]["ingested_at"] == row["ingested_at"].isoformat()
-        assert told["failure"] is None
+            assert facts["modalities"][name]["tokens"] == len(row[name] or [])
+            assert facts["modalities"][name]["status"] == row[f"{name}_status"]
+        assert facts["provenance"]["ingested_at"] == row["ingested_at"].isoformat()
+        assert facts["failure"] is None
         where = f"clip_id = '{row['clip_id']}'"
         asked = {q["question_id"]: q for q in question_store.questions(where=where).to_pylist()}
-        assert {q["question_id"] for q in told["questions"]} == set(asked)
-        assert all(q[name] == asked[q["question_id"]][name] for q in told["questions"] for name in q)
-    assert any(told["questions"] for told in (clip_facts(question_store, r["clip_id"]) for r in rows))
+        assert {q["question_id"] for q in facts["questions"]} == set(asked)
+        assert all(q[name] == asked[q["question_id"]][name] for q in facts["questions"] for name in q)
+    assert any(facts["questions"] for facts in (clip_facts(question_store, r["clip_id"]) for r in rows))
 
 
-def test_neighbours_are_those_that_index_found(question_store: FeatureStore) -> None:
-    known = {row["clip_id"]: row for row in question_store.clips(["clip_id", "split", "source_id"]).to_pylist()}
-    found = question_store.neighbours().to_pylist()
-    assert found
-    for row in found:
-        told = clip_facts(question_store, row["clip_id"])["neighbours"]
-        [each] = [one for one in told if one["missing"] == row["missing"]]
+def test_neighbours_are_those_of_the_index(question_store: FeatureStore) -> None:
+    split_of = dict(zip(*question_store.clips(["clip_id", "split"]).to_pydict().values(), strict=True))
+    rows = question_store.neighbours().to_pylist()
+    assert rows
+    for row in rows:
+        facts = clip_facts(question_store, row["clip_id"])["neighbours"]
+        [each] = [one for one in facts if one["missing"] == row["missing"]]
         for side in ("nearest", "farthest"):
             assert [hit["clip_id"] for hit in each[side]] == row[f"{side}_ids"]
             assert [hit["score"] for hit in each[side]] == row[f"{side}_scores"]
-            assert all(hit["split"] == known[hit["clip_id"]]["split"] for hit in each[side])
+            assert all(hit["split"] == split_of[hit["clip_id"]] for hit in each[side])
         assert each["settings"] == json.loads(row["settings"])
 
 
-def test_a_neighbour_that_is_gone_is_named_all_the_same(own_store: FeatureStore) -> None:
+def test_a_deleted_neighbour_is_still_listed(own_store: FeatureStore) -> None:
     row = own_store.neighbours().to_pylist()[0]
-    gone = row["nearest_ids"][0]
-    own_store.commit(Table.CLIPS, [], {}, also_delete=[gone])
-    told = clip_facts(own_store, row["clip_id"])["neighbours"]
+    deleted = row["nearest_ids"][0]
+    own_store.commit(Table.CLIPS, [], {}, also_delete=[deleted])
+    facts = clip_facts(own_store, row["clip_id"])["neighbours"]
     [hit] = [
-        h for one in told if one["missing"] == row["missing"] for h in one["nearest"] if h["clip_id"] == gone
+        h
+        for one in facts
+        if one["missing"] == row["missing"]
+        for h in one["nearest"]
+        if h["clip_id"] == deleted
     ]
     assert hit["split"] is None
     assert hit["labels"] is None
     shown = call("store", "show", row["clip_id"], "--store", own_store.uri, "-n", 4)
     assert shown.exit_code == 0
-    assert gone in shown.stdout
+    assert deleted in shown.stdout
 
 
-def test_failures_and_when_they_are_past(own_store: FeatureStore, write: Callable[..., None]) -> None:
-    dead: dict[str, Any] = {"corpus": "avqa", "stage": "decode", "detail": "moov atom", "attempts": 2}
+def test_present_and_past_failures(own_store: FeatureStore, write: Callable[..., None]) -> None:
+    failure: dict[str, Any] = {"corpus": "avqa", "stage": "decode", "detail": "moov atom", "attempts": 2}
     stored = own_store.clips(["clip_id"])["clip_id"].to_pylist()[:2]
     failures = [
-        dead | {"clip_id": "avqa/broken", "reason": "truncated", "at": AT},
-        dead | {"clip_id": stored[0], "reason": "timeout", "at": AT - timedelta(days=1)},
-        dead | {"clip_id": stored[1], "reason": "timeout", "at": AT + timedelta(days=1)},
+        failure | {"clip_id": "avqa/broken", "reason": "truncated", "at": AT},
+        failure | {"clip_id": stored[0], "reason": "timeout", "at": AT - timedelta(days=1)},
+        failure | {"clip_id": stored[1], "reason": "timeout", "at": AT + timedelta(days=1)},
     ]
     write(own_store, Table.FAILURES, failures)
     alone = clip_facts(own_store, "avqa/broken")
@@ -105,7 +109,9 @@ def test_failures_and_when_they_are_past(own_store: FeatureStore, write: Callabl
     assert "truncated" in shown.stdout
 
 
-def test_what_became_of_the_file(own_store: FeatureStore, write: Callable[..., None], tmp_path: Path) -> None:
+def test_the_file_is_compared_with_the_stored_one(
+    own_store: FeatureStore, write: Callable[..., None], tmp_path: Path
+) -> None:
     file = tmp_path / "a film.mp4"
     file.write_bytes(b"12345")
     facts = file.stat()
@@ -113,20 +119,20 @@ def test_what_became_of_the_file(own_store: FeatureStore, write: Callable[..., N
     row |= {"bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
     write(own_store, Table.CLIPS, [row])
 
-    def now() -> str:
+    def file_state() -> str:
         return clip_facts(own_store, row["clip_id"])["provenance"]["file"]
 
-    assert now() == "as stored"
+    assert file_state() == "as stored"
     file.write_bytes(b"123456")
-    assert now() == "changed"
+    assert file_state() == "changed"
     file.unlink()
-    assert now() == "gone"
-    for uri, said in (("s3://bucket/x.mp4", "elsewhere"), ("", "elsewhere"), ("a\0b", "gone")):
+    assert file_state() == "gone"
+    for uri, expected in (("s3://bucket/x.mp4", "elsewhere"), ("", "elsewhere"), ("a\0b", "gone")):
         write(own_store, Table.CLIPS, [row | {"uri": uri}])
-        assert now() == said
+        assert file_state() == expected
 
 
-def test_names_like_it_are_told(own_store: FeatureStore, write: Callable[..., None]) -> None:
+def test_similar_names_are_suggested(own_store: FeatureStore, write: Callable[..., None]) -> None:
     names = ["folder/holiday/beach party.mp4", "folder/holiday/beach walk.mp4", "folder/kitchen.mp4"]
     write(own_store, Table.CLIPS, [{"clip_id": name, "ingested_at": AT} for name in names])
     write(own_store, Table.FAILURES, [{"clip_id": "folder/broken film.mp4", "at": AT}])
@@ -138,23 +144,17 @@ def test_names_like_it_are_told(own_store: FeatureStore, write: Callable[..., No
         clip_facts(own_store, "kitchen.mp4")
 
 
-def test_ids_from_outside_are_inert(own_store: FeatureStore, write: Callable[..., None]) -> None:
+def test_hostile_ids_do_no_harm(own_store: FeatureStore, write: Callable[..., None]) -> None:
     before = own_store.clips().num_rows
     rows = [
         {"clip_id": name, "split": name, "labels": [name], "uri": name, "ingested_at": AT} for name in HOSTILE
     ]
     write(own_store, Table.CLIPS, rows)
-    asked = {
-        "question": HOSTILE[4],
-        "type": HOSTILE[3],
-        "answer": HOSTILE[4],
-        "choices": [],
-        "answer_index": -1,
-    }
-    write(own_store, Table.QUESTIONS, [{"question_id": n, "clip_id": n, **asked} for n in HOSTILE])
+    question = {"question": HOSTILE[4], "type": HOSTILE[3], "answer": HOSTILE[4], "answer_index": -1}
+    write(own_store, Table.QUESTIONS, [{"question_id": n, "clip_id": n, **question} for n in HOSTILE])
     for name in HOSTILE:
-        told = clip_facts(own_store, name)
-        assert told["clip"]["labels"] == [name]
+        facts = clip_facts(own_store, name)
+        assert facts["clip"]["labels"] == [name]
         shown = call("store", "show", "--store", own_store.uri, "--", name)
         assert shown.exit_code == 0, shown.output
         assert not STEERING.search(shown.stdout)
@@ -164,8 +164,8 @@ def test_ids_from_outside_are_inert(own_store: FeatureStore, write: Callable[...
     assert own_store.clips().num_rows == before + len(HOSTILE)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "a'b", "\x1b[2J", "a\udcffb", "x" * 5000, ""])
-def test_a_clip_that_is_not_there_is_one_clear_error(question_store: FeatureStore, name: str) -> None:
+@pytest.mark.parametrize("name", ["a'b", "\x1b[2J", "a\udcffb", "x" * 5000, ""])
+def test_a_missing_clip_is_one_clear_error(question_store: FeatureStore, name: str) -> None:
     result = call("store", "show", "--store", question_store.uri, "--", name)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -174,13 +174,13 @@ def test_a_clip_that_is_not_there_is_one_clear_error(question_store: FeatureStor
     assert not STEERING.search(result.stderr)
 
 
-def test_it_shows_a_moment_that_has_a_name(own_store: FeatureStore, write: Callable[..., None]) -> None:
+def test_it_shows_a_snapshot(own_store: FeatureStore, write: Callable[..., None]) -> None:
     own_store.name_snapshot("before")
     write(own_store, Table.CLIPS, [{"clip_id": "avqa/new", "ingested_at": AT}])
     assert call("store", "show", "avqa/new", "--store", own_store.uri).exit_code == 0
-    then = call("store", "show", "avqa/new", "--store", own_store.uri, "--at", "before")
-    assert then.exit_code == 1
-    assert "there is no clip" in then.stderr
+    before = call("store", "show", "avqa/new", "--store", own_store.uri, "--at", "before")
+    assert before.exit_code == 1
+    assert "there is no clip" in before.stderr
 
 
 def test_it_loads_neither_torch_nor_ray(question_store: FeatureStore) -> None:

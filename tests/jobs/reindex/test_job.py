@@ -78,29 +78,19 @@ class JobFolder:
         return FeatureStore.open(str(self.folder / "store"))
 
 
-@pytest.fixture
-def site(tmp_path: Path, tiny_weights: Path, rendered_media: Mapping[str, bytes]) -> JobFolder:
-    (tmp_path / "media").mkdir()
-    site = JobFolder(tmp_path, tiny_weights, rendered_media)
-    for name in NAMES:
-        site.write(name)
-    site.ask(*NAMES)
-    return site
-
-
 @pytest.fixture(scope="module")
 def published(
     tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, rendered_media: Mapping[str, bytes]
 ) -> JobFolder:
-    """A site whose job has run once; only to be copied."""
+    """A job that has run once; only to be copied."""
     folder = tmp_path_factory.mktemp("published")
     (folder / "media").mkdir()
-    site = JobFolder(folder, tiny_weights, rendered_media)
+    job = JobFolder(folder, tiny_weights, rendered_media)
     for name in NAMES:
-        site.write(name)
-    site.ask(*NAMES)
-    assert site.run().outcome == "published"
-    return site
+        job.write(name)
+    job.ask(*NAMES)
+    assert job.run().outcome == "published"
+    return job
 
 
 @pytest.fixture
@@ -108,13 +98,13 @@ def running(tmp_path: Path, published: JobFolder) -> JobFolder:
     """A copy of `published`, with the files' times."""
     shutil.copytree(published.folder, tmp_path / "site")
     root, old_root = str(tmp_path / "site" / "media"), str(published.folder / "media")
-    site = JobFolder(tmp_path / "site", published.weights, published.contents)
-    site.mtime = published.mtime + 100
-    store = site.store
+    job = JobFolder(tmp_path / "site", published.weights, published.contents)
+    job.mtime = published.mtime + 100
+    store = job.store
     clips = store.clips(["clip_id", "uri", "split", "labels", "source_id"]).to_pylist()
     store.update_metadata([row | {"uri": row["uri"].replace(old_root, root)} for row in clips], {})
-    site.run()
-    return site
+    job.run()
+    return job
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

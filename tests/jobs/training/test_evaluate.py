@@ -1,7 +1,7 @@
 """Accuracies are those of a count by hand, question by question, under every condition and missing rate.
 
 What is missing never enters the model: with NaN in its place nothing changes. Numbers are the same in another
-process, and those that training told. What cannot be compared is refused.
+process, and those that training scores. What cannot be compared is refused.
 """
 
 import json
@@ -49,28 +49,28 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Z = 1.959963984540054  # standard deviations around the mean that hold 95 % of a normal distribution
 BASELINES = ("no-recovery", "no-recovery-dropout", "question-only")
-Judged = tuple[FeatureStore, Path]
+EvaluatedRun = tuple[FeatureStore, Path]
 TEST = EvaluateOptions(rates=MISSING_RATES)
 
 
 @pytest.fixture(scope="module")
-def report(evaluated_run: Judged) -> dict[str, Any]:
+def report(evaluated_run: EvaluatedRun) -> dict[str, Any]:
     return json.loads(json.dumps(run_evaluate(*evaluated_run, TEST), allow_nan=False))
 
 
 @pytest.fixture(scope="module")
-def rows(evaluated_run: Judged) -> dict[str, dict[str, Any]]:
+def rows(evaluated_run: EvaluatedRun) -> dict[str, dict[str, Any]]:
     """What the store says of each test question that can be asked, in the order of their ids."""
     store = evaluated_run[0]
     columns = ["question_id", "clip_id", "type", "answer"]
-    found = store.questions(columns, "split = 'test' AND clip_id != 'gone'").to_pylist()
-    assert len(found) == 32
-    return {row["question_id"]: row for row in sorted(found, key=lambda row: row["question_id"])}
+    results = store.questions(columns, "split = 'test' AND clip_id != 'gone'").to_pylist()
+    assert len(results) == 32
+    return {row["question_id"]: row for row in sorted(results, key=lambda row: row["question_id"])}
 
 
-def answered(checkpoint: Checkpoint, opened: TrainingData, examples: Examples, missing: int) -> list[tuple]:
+def answered(checkpoint: Checkpoint, data: TrainingData, examples: Examples, missing: int) -> list[tuple]:
     """Of each question, asked alone: its answer's text, and what the router listened to."""
-    model, dataset, said = checkpoint.model(), opened.dataset(examples), []
+    model, dataset, answers = checkpoint.model(), data.dataset(examples), []
     assert checkpoint.answers is not None
     for row in range(len(examples)):
         with torch.no_grad():
@@ -78,8 +78,8 @@ def answered(checkpoint: Checkpoint, opened: TrainingData, examples: Examples, m
         assert answer.logits_BK.isfinite().all()
         evidence = answer.evidence
         counts = [bool(part.any()) for part in (evidence.recovered_BM, evidence.fallback_BM)]
-        said.append((checkpoint.answers[int(answer.logits_BK.argmax())], evidence.router_BS[0], *counts))
-    return said
+        answers.append((checkpoint.answers[int(answer.logits_BK.argmax())], evidence.router_BS[0], *counts))
+    return answers
 
 
 def check_score(score: dict[str, Any], hits: list[bool]) -> None:
@@ -90,53 +90,53 @@ def check_score(score: dict[str, Any], hits: list[bool]) -> None:
     assert score["interval"] == pytest.approx(sorted(ends), abs=1e-7)
 
 
-def check_all(said: dict[str, Any], hits: dict[str, bool], rows: dict[str, dict]) -> None:
+def check_all(answers: dict[str, Any], hits: dict[str, bool], rows: dict[str, dict]) -> None:
     """The overall score, groups and types, of hits by question."""
-    check_score(said, list(hits.values()))
+    check_score(answers, list(hits.values()))
     types, groups = defaultdict(list), defaultdict(list)
     for question, hit in hits.items():
         kind = rows[question]["type"]
         types[kind].append(hit)
         groups[kind.split("/")[0]].append(hit)
     for part, expected in (("types", types), ("groups", groups)):
-        assert said[part].keys() == expected.keys()
+        assert answers[part].keys() == expected.keys()
         for name, parts in expected.items():
-            check_score(said[part][name], parts)
+            check_score(answers[part][name], parts)
 
 
 @pytest.mark.parametrize("name", ["r2scp", *BASELINES])
 def test_every_condition_is_a_count_by_hand(
-    evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict], name: str
+    evaluated_run: EvaluatedRun, report: dict[str, Any], rows: dict[str, dict], name: str
 ) -> None:
     checkpoint = read_checkpoint(
         evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name
     )
-    opened = data_for(checkpoint, evaluated_run[0])
-    told = report if name == "r2scp" else report["baselines"][name]
-    examples = opened.examples("test")
+    data = data_for(checkpoint, evaluated_run[0])
+    scores = report if name == "r2scp" else report["baselines"][name]
+    examples = data.examples("test")
     assert examples.question_ids == list(rows), "clips that lack a modality are asked about in each condition"
     hits = {}
     for condition, missing in MISSING_COLUMN.items():
-        said = answered(checkpoint, opened, examples, missing)
-        pairs = zip(rows.items(), said, strict=True)
+        answers = answered(checkpoint, data, examples, missing)
+        pairs = zip(rows.items(), answers, strict=True)
         hits[condition] = {question: text == row["answer"] for (question, row), (text, *_) in pairs}
-        check_all(told["conditions"][condition], hits[condition], rows)
-        weights = torch.stack([router_S for _, router_S, *_ in said]).mean(dim=0)
-        router = told["conditions"][condition]["router"]
+        check_all(scores["conditions"][condition], hits[condition], rows)
+        weights = torch.stack([router_S for _, router_S, *_ in answers]).mean(dim=0)
+        router = scores["conditions"][condition]["router"]
         assert [router[source] for source in SOURCES] == pytest.approx(weights.tolist(), abs=1e-4)
         for at, counted in enumerate(("recovered", "fallbacks"), start=2):
-            assert told["conditions"][condition][counted] == sum(one[at] for one in said)
+            assert scores["conditions"][condition][counted] == sum(one[at] for one in answers)
     accuracies = [np.mean(list(one.values())) for one in hits.values()]
-    assert told["average"] == pytest.approx(np.mean(accuracies), abs=1e-12)
-    assert told["conditions"].keys() == {"A", "V", "AV"}
+    assert scores["average"] == pytest.approx(np.mean(accuracies), abs=1e-12)
+    assert scores["conditions"].keys() == {"A", "V", "AV"}
     for rate in MISSING_RATES:
         for modality, lacking in (("audio", "V"), ("visual", "A")):
             lost = missing_at_rate(len(rows), rate)[f"{modality} {rate:.0%}"] != NO_MODALITY
             mixed = {q: hits[lacking if gone else "AV"][q] for q, gone in zip(rows, lost, strict=True)}
-            check_all(told["missing_rates"][f"{modality} {rate:.0%}"], mixed, rows)
+            check_all(scores["missing_rates"][f"{modality} {rate:.0%}"], mixed, rows)
 
 
-def test_the_model_has_learned_and_recovers(report: dict[str, Any]) -> None:
+def test_the_model_is_accurate_and_recovers(report: dict[str, Any]) -> None:
     """Else much of this file would compare nothing with nothing."""
     accuracy = {name: score["accuracy"] for name, score in report["conditions"].items()}
     assert min(accuracy.values()) > 0.6
@@ -147,7 +147,7 @@ def test_the_model_has_learned_and_recovers(report: dict[str, Any]) -> None:
 
 
 def test_majority_is_a_count_by_hand(
-    evaluated_run: Judged, report: dict[str, Any], rows: dict[str, dict]
+    evaluated_run: EvaluatedRun, report: dict[str, Any], rows: dict[str, dict]
 ) -> None:
     """Per type of training; a type that training has not gets the most frequent answer of all."""
     columns = ["type", "answer", "corpus"]
@@ -165,12 +165,12 @@ def test_majority_is_a_count_by_hand(
     hits = {q: best.get(row["type"], best["all types"]) == row["answer"] for q, row in rows.items()}
     assert 0 < sum(hits.values()) < len(hits)
     majority = report["baselines"]["majority"]
-    for said in [*majority["conditions"].values(), *majority["missing_rates"].values()]:
-        check_all(said, hits, rows)
+    for answers in [*majority["conditions"].values(), *majority["missing_rates"].values()]:
+        check_all(answers, hits, rows)
     assert majority["average"] == pytest.approx(np.mean(list(hits.values())))
 
 
-def test_what_cannot_be_right_is_told(report: dict[str, Any], rows: dict[str, dict]) -> None:
+def test_unanswerable_questions_are_counted(report: dict[str, Any], rows: dict[str, dict]) -> None:
     assert report["answers_unknown"] == sum(row["answer"] == "bagpipe" for row in rows.values()) == 3
     assert report["left_out"] == {"clip not in the store": 2}
     assert report["conditions"]["AV"]["n"] == 32
@@ -179,8 +179,8 @@ def test_what_cannot_be_right_is_told(report: dict[str, Any], rows: dict[str, di
 
 @pytest.mark.parametrize(("condition", "gone"), [("A", "visual"), ("V", "audio")])
 @pytest.mark.parametrize("name", ["r2scp", "no-recovery-dropout"])
-def test_what_is_missing_never_enters(
-    evaluated_run: Judged, copy: Callable, write: Callable, condition: str, gone: str, name: str
+def test_a_missing_modality_is_never_read(
+    evaluated_run: EvaluatedRun, copy: Callable, write: Callable, condition: str, gone: str, name: str
 ) -> None:
     """Features of the clips asked about are NaN in the missing modality; their keys are as they were."""
     checkpoint = read_checkpoint(
@@ -196,7 +196,7 @@ def test_what_is_missing_never_enters(
     pins = replace(clean.pins, clips=Pins.latest(store).clips)
     poisoned = TrainingData.read(store, pins, checkpoint.config, checkpoint.answers)
 
-    def told(opened: TrainingData) -> dict[str, tuple[dict[str, object], torch.Tensor]]:
+    def scores(data: TrainingData) -> dict[str, tuple[dict[str, object], torch.Tensor]]:
         logits: dict[int, list[torch.Tensor]] = {}
         real = ConditionResult.add
 
@@ -206,23 +206,23 @@ def test_what_is_missing_never_enters(
 
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(ConditionResult, "add", add)
-            found = evaluate_model(checkpoint, opened, opened.examples("test"), EvaluateOptions())
-        return {name: (one.to_json(), torch.cat(logits[id(one)])) for name, one in found.items()}
+            results = evaluate_model(checkpoint, data, data.examples("test"), EvaluateOptions())
+        return {name: (one.to_json(), torch.cat(logits[id(one)])) for name, one in results.items()}
 
-    found, expected = told(poisoned), told(clean)
-    assert found[condition][0] == expected[condition][0]
-    assert torch.equal(found[condition][1], expected[condition][1])
-    assert found[condition][1].isfinite().all()
-    assert not found["AV"][1].isfinite().all(), "where it is not missing it does enter"
+    results, expected = scores(poisoned), scores(clean)
+    assert results[condition][0] == expected[condition][0]
+    assert torch.equal(results[condition][1], expected[condition][1])
+    assert results[condition][1].isfinite().all()
+    assert not results["AV"][1].isfinite().all(), "where it is not missing it does enter"
 
 
-def test_who_loses_what_is_drawn_once() -> None:
+def test_missing_modalities_are_drawn_once() -> None:
     count = 20_000
     lost = {rate: missing_at_rate(count, rate) for rate in (0.0, *MISSING_RATES, 1.0)}
     for modality, number in (("audio", AUDIO), ("visual", VISUAL)):
-        gone = {rate: found[f"{modality} {rate:.0%}"] == number for rate, found in lost.items()}
-        for rate, found in gone.items():
-            assert np.mean(found) == pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / count))
+        gone = {rate: results[f"{modality} {rate:.0%}"] == number for rate, results in lost.items()}
+        for rate, results in gone.items():
+            assert np.mean(results) == pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / count))
             assert set(lost[rate][f"{modality} {rate:.0%}"]) <= {number, NO_MODALITY}, (
                 "one modality at a time"
             )
@@ -230,27 +230,29 @@ def test_who_loses_what_is_drawn_once() -> None:
         assert (gone[0.5] <= gone[0.7]).all()
     both = (lost[0.5]["audio 50%"] == AUDIO) & (lost[0.5]["visual 50%"] == VISUAL)
     assert np.mean(both) == pytest.approx(0.25, abs=0.02), "drawn apart"
-    assert all((missing_at_rate(count, 0.5)[name] == found).all() for name, found in lost[0.5].items())
+    assert all((missing_at_rate(count, 0.5)[name] == results).all() for name, results in lost[0.5].items())
 
 
-def test_every_model_is_asked_the_same(evaluated_run: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
+def test_every_model_answers_the_same_questions(
+    evaluated_run: EvaluatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[list[int]] = []
     real = Dataset.batch
 
     def noted(self: Dataset, rows: np.ndarray, ask: BatchRequest) -> Any:
         assert ask.hide
-        asked.append(ask.missing_B.tolist())
+        requests.append(ask.missing_B.tolist())
         return real(self, rows, ask)
 
     monkeypatch.setattr(Dataset, "batch", noted)
     run_evaluate(*evaluated_run, TEST)
-    assert len(asked) == 4 * 9 * 5, "four models, three conditions and six rates, in batches of 7"
-    whole = [tuple(chain(*asked[at : at + 5])) for at in range(0, len(asked), 5)]
+    assert len(requests) == 4 * 9 * 5, "four models, three conditions and six rates, in batches of 7"
+    whole = [tuple(chain(*requests[at : at + 5])) for at in range(0, len(requests), 5)]
     assert whole[:9] == whole[9:18] == whole[18:27] == whole[27:]
     assert len(set(whole)) == 9
 
 
-def test_another_process_gives_identical_numbers(evaluated_run: Judged, report: dict[str, Any]) -> None:
+def test_another_process_gives_identical_numbers(evaluated_run: EvaluatedRun, report: dict[str, Any]) -> None:
     store, run = evaluated_run
     words = ["evaluate", str(run), "--store", store.uri, "--missing-rates", "--json", "--device", "cpu"]
     code = "import sys; from r2scp.jobs.cli.main import app; app(sys.argv[1:])"
@@ -269,19 +271,19 @@ def test_another_process_gives_identical_numbers(evaluated_run: Judged, report: 
     kept.unlink()
 
 
-def test_validation_is_what_training_told(evaluated_run: Judged) -> None:
+def test_validation_equals_the_trainings_metrics(evaluated_run: EvaluatedRun) -> None:
     report = run_evaluate(*evaluated_run, EvaluateOptions(split="val"))
-    for name, told in {"r2scp": report, **report["baselines"]}.items():
+    for name, scores in {"r2scp": report, **report["baselines"]}.items():
         if name != "majority":
             metrics = read_checkpoint(
                 evaluated_run[1] if name == "r2scp" else evaluated_run[1] / "baselines" / name
             ).metrics
-            accuracies = {condition: told["conditions"][condition]["accuracy"] for condition in Condition}
-            assert metrics.pop("mean") == (accuracies["AV"] if name == "question-only" else told["average"])
+            accuracies = {condition: scores["conditions"][condition]["accuracy"] for condition in Condition}
+            assert metrics.pop("mean") == (accuracies["AV"] if name == "question-only" else scores["average"])
             assert metrics == {condition: accuracies[condition] for condition in metrics}
 
 
-def test_choices_and_the_questions_held_out(
+def test_choices_and_held_out_questions(
     learnable_store: FeatureStore, quick_plan: Callable[..., TrainPlan], tmp_path: Path
 ) -> None:
     """AVQA: `val` are the questions held out from training; the majority's answer is a place."""
@@ -290,20 +292,22 @@ def test_choices_and_the_questions_held_out(
     best = run_training(plan, TrainOptions(), lambda _: None)
     report = run_evaluate(learnable_store, tmp_path, EvaluateOptions(split="val"))
     assert report["average"] == best.metrics["mean"]
-    asked = questions_of(data_for(best, learnable_store), "val")
+    examples = questions_of(data_for(best, learnable_store), "val")
     whole = {row["question_id"]: row for row in learnable_store.questions().to_pylist()}
-    held = [whole[question] for question in asked.question_ids]
-    learned = [row for row in whole.values() if row["corpus"] == "avqa" and row not in held]
-    assert len(learned) + len(held) == 24
-    assert report["conditions"]["A"]["n"] == len(held) >= 2
-    places = Counter(row["answer_index"] for row in learned).most_common()
-    shares = [np.mean([row["answer_index"] == at for row in held]) for at, n in places if n == places[0][1]]
+    held_out = [whole[question] for question in examples.question_ids]
+    trained_on = [row for row in whole.values() if row["corpus"] == "avqa" and row not in held_out]
+    assert len(trained_on) + len(held_out) == 24
+    assert report["conditions"]["A"]["n"] == len(held_out) >= 2
+    places = Counter(row["answer_index"] for row in trained_on).most_common()
+    shares = [
+        np.mean([row["answer_index"] == at for row in held_out]) for at, n in places if n == places[0][1]
+    ]
     assert any(report["baselines"]["majority"]["average"] == pytest.approx(share) for share in shares)
     with pytest.raises(StoreError, match="no question"):
         run_evaluate(learnable_store, tmp_path, EvaluateOptions(split="test"))
 
 
-def test_what_cannot_be_compared_is_refused(evaluated_run: Judged, tmp_path: Path) -> None:
+def test_incomparable_runs_are_refused(evaluated_run: EvaluatedRun, tmp_path: Path) -> None:
     store, run = evaluated_run[0], shutil.copytree(evaluated_run[1], tmp_path / "run")
     other = FeatureStore.create(str(tmp_path / "other"), "another-encoder", 16)
     with pytest.raises(FingerprintMismatch, match=r"encoder learnable; .* another-encoder: use"):
@@ -321,8 +325,8 @@ def test_what_cannot_be_compared_is_refused(evaluated_run: Judged, tmp_path: Pat
     assert list(run_evaluate(store, run, EvaluateOptions())["baselines"]) == ["majority"]
 
 
-def test_a_store_may_move_and_a_training_may_go_on(
-    evaluated_run: Judged, report: dict[str, Any], copy: Callable, tmp_path: Path
+def test_a_moved_store_and_an_unfinished_training(
+    evaluated_run: EvaluatedRun, report: dict[str, Any], copy: Callable, tmp_path: Path
 ) -> None:
     run, moved = shutil.copytree(evaluated_run[1], tmp_path / "run"), copy(evaluated_run[0])
     last = run / "baselines" / "no-recovery" / "last.json"
@@ -335,8 +339,8 @@ def test_a_store_may_move_and_a_training_may_go_on(
     assert json.loads(json.dumps(again)) | where == report
 
 
-def test_without_the_leak_guard_it_is_said(
-    evaluated_run: Judged, quick_plan: Callable[..., TrainPlan], tmp_path: Path, copy: Callable
+def test_a_missing_leak_guard_is_reported(
+    evaluated_run: EvaluatedRun, quick_plan: Callable[..., TrainPlan], tmp_path: Path, copy: Callable
 ) -> None:
     store, unguarded = (
         copy(evaluated_run[0]),

@@ -14,20 +14,20 @@ HEADER = 12  # bytes before a record of an event file: its length and a checksum
 
 def events(folder: Path) -> list[Any]:
     """All of the event files of a run, oldest file first."""
-    found = []
+    records = []
     for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
         while data:
             [length] = struct.unpack("<Q", data[:8])
-            found.append(PROTO.Event.FromString(data[HEADER : HEADER + length]))
+            records.append(PROTO.Event.FromString(data[HEADER : HEADER + length]))
             data = data[HEADER + length + 4 :]
-    return found
+    return records
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
     """(name, step, value) of every scalar."""
-    said = [(event.step, value) for event in events(folder) for value in event.summary.value]
-    return [(value.tag, step, value.simple_value) for step, value in said]
+    values = [(event.step, value) for event in events(folder) for value in event.summary.value]
+    return [(value.tag, step, value.simple_value) for step, value in values]
 
 
 def test_numbers_are_said_in_both_places(tmp_path: Path) -> None:

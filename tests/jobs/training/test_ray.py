@@ -1,7 +1,6 @@
-"""Two workers train one model, on shares that do not overlap, and one of them may die, or be stopped.
+"""Two workers train one model on disjoint shares of each batch; a worker may die, a training be stopped.
 
-On real Ray and gloo. Workers keep a diary of what they were given; one ends itself by SIGKILL in the middle
-of an epoch, at a step that is told to it.
+On real Ray and gloo. Workers log what they were given; one kills itself at a given step of an epoch.
 """
 
 import json
@@ -28,14 +27,14 @@ from r2scp.store.errors import R2SCPError, UsageError
 pytestmark = pytest.mark.usefixtures("local_ray")
 TWO = TrainOptions(num_workers=2, threads=1)
 Worker = Callable[[dict], None]
-PATIENCE_S = 240  # for what stands still; it is ended long before
+PATIENCE_S = 240  # of a blocked worker, which is ended long before
 
 
-def watched(diaries: Path, stage: str = "", step: int = 0, then: str = "") -> Worker:
-    """What runs in a worker, with a diary. At a step of a stage the second one, once, does what `then` says:
-    "kill" itself, or "stand" still.
+def logged_worker(logs: Path, stage: str = "", step: int = 0, action: str = "") -> Worker:
+    """The worker's function, with a log. At a step of a stage the second worker, once, "kill"s itself or
+    "block"s.
     """
-    diaries.mkdir()
+    logs.mkdir()
 
     def work(settings: dict) -> None:
         from r2scp.jobs.training import run as train
@@ -45,7 +44,7 @@ def watched(diaries: Path, stage: str = "", step: int = 0, then: str = "") -> Wo
         stages: list[Any] = [train_stages.ExpertsStage, train_stages.MixingStage]
 
         def note(**words: object) -> None:
-            with (diaries / f"{rank}.jsonl").open("a") as file:
+            with (logs / f"{rank}.jsonl").open("a") as file:
                 file.write(json.dumps(words) + "\n")
 
         note(pid=os.getpid())
@@ -58,10 +57,10 @@ def watched(diaries: Path, stage: str = "", step: int = 0, then: str = "") -> Wo
             def learn(self: Any, *arguments: Any, real: Any = each.learn) -> Any:
                 taken[self.stage.value] += 1
                 if (rank, self.stage.value, taken[stage]) == (1, stage, step) and not (
-                    diaries / then
+                    logs / action
                 ).exists():
-                    (diaries / then).touch()
-                    if then == "kill":
+                    (logs / action).touch()
+                    if action == "kill":
                         os.kill(os.getpid(), signal.SIGKILL)
                     threading.Event().wait(PATIENCE_S)
                 return real(self, *arguments)
@@ -72,11 +71,11 @@ def watched(diaries: Path, stage: str = "", step: int = 0, then: str = "") -> Wo
     return work
 
 
-def diary(diaries: Path, rank: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (diaries / f"{rank}.jsonl").read_text().splitlines()]
+def read_log(logs: Path, rank: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (logs / f"{rank}.jsonl").read_text().splitlines()]
 
 
-def said(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder: Path) -> list[dict[str, Any]]:
     """`metrics.jsonl` without the time it took."""
     whole = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name != "seconds"} for line in whole]
@@ -86,19 +85,19 @@ def said(folder: Path) -> list[dict[str, Any]]:
 def undisturbed(
     local_ray: None, quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempPathFactory
 ) -> TrainPlan:
-    """Two workers, and their diaries beside the run's folder."""
+    """Two workers, and their logs beside the run's folder."""
     folder = tmp_path_factory.mktemp("two")
-    plan, heard = quick_plan(folder / "run"), []
+    plan, epochs = quick_plan(folder / "run"), []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "_in_worker", watched(folder / "diaries"))
-        run_training(plan, TWO, heard.append)
-    assert heard == [line for line in read_metrics(plan.folder / "metrics.jsonl") if line["kind"] == "epoch"]
+        patched.setattr(train, "_in_worker", logged_worker(folder / "logs"))
+        run_training(plan, TWO, epochs.append)
+    assert epochs == [line for line in read_metrics(plan.folder / "metrics.jsonl") if line["kind"] == "epoch"]
     return plan
 
 
 def test_two_workers_share_each_batch(undisturbed: TrainPlan) -> None:
     """34 questions of stage I in batches of 8, 8, 8, 8, 2; 32 of stage II."""
-    one, two = (diary(undisturbed.folder.parent / "diaries", rank) for rank in (0, 1))
+    one, two = (read_log(undisturbed.folder.parent / "logs", rank) for rank in (0, 1))
     assert one[0]["pid"] != two[0]["pid"]
     assert len(one) == len(two) == 1 + 3 * 5 + 3 * 4
     orders: list[list[int]] = []
@@ -125,48 +124,49 @@ def test_two_workers_learn_what_one_learns(undisturbed: TrainPlan, tmp_path: Pat
     assert two.metrics["mean"] > 0.6, "a sixth would be chance"
 
 
-def test_a_worker_may_die_and_the_training_be_stopped(
+@pytest.mark.slow
+def test_resumed_after_an_interrupt_and_a_workers_death(
     undisturbed: TrainPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in stage I, then a start that goes on, then SIGKILL to one worker in the middle of stage II."""
-    plan, handler, heard = replace(undisturbed, folder=tmp_path / "run"), signal.getsignal(signal.SIGINT), []
+    """Ctrl-C in stage I, then a resumed run, then SIGKILL to one worker in the middle of stage II."""
+    plan, handler, epochs = replace(undisturbed, folder=tmp_path / "run"), signal.getsignal(signal.SIGINT), []
 
     def stop(values: dict[str, object]) -> None:
-        heard.append((values["stage"], values["epoch"]))
-        if len(heard) == 1:
+        epochs.append((values["stage"], values["epoch"]))
+        if len(epochs) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "stopped", "experts", 8, "stand"))
+    monkeypatch.setattr(train, "_in_worker", logged_worker(tmp_path / "stopped", "experts", 8, "block"))
     with pytest.raises(KeyboardInterrupt):
         run_training(plan, TWO, stop)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert heard == [("experts", 1)]
+    assert epochs == [("experts", 1)]
     assert (read_checkpoint(plan.folder, LAST).stage.value, read_checkpoint(plan.folder, LAST).epoch) == (
         "experts",
         1,
     )
 
-    monkeypatch.setattr(train, "_in_worker", watched(tmp_path / "killed", "mixing", 6, "kill"))
+    monkeypatch.setattr(train, "_in_worker", logged_worker(tmp_path / "killed", "mixing", 6, "kill"))
     run_training(plan, TWO, lambda values: None)
 
     assert (tmp_path / "killed" / "kill").exists()
-    pids = {line["pid"] for rank in (0, 1) for line in diary(tmp_path / "killed", rank) if "pid" in line}
-    assert len(pids) == 4, "both workers were started anew, once"
-    assert said(plan.folder) == said(undisturbed.folder)
+    pids = {line["pid"] for rank in (0, 1) for line in read_log(tmp_path / "killed", rank) if "pid" in line}
+    assert len(pids) == 4, "both workers were restarted once"
+    assert metrics(plan.folder) == metrics(undisturbed.folder)
     for name in (LAST, BEST, EXPERTS):
         one, two = read_checkpoint(plan.folder, name), read_checkpoint(undisturbed.folder, name)
         assert (one.sha256, one.optimiser_sha256) == (two.sha256, two.optimiser_sha256)
-    assert [thread.name for thread in threading.enumerate() if thread.name == "follow-metrics"] == []
+    assert "metrics-tail" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_more_workers_than_there_is_room_for(undisturbed: TrainPlan, tmp_path: Path) -> None:
+def test_more_workers_than_cores_are_refused(undisturbed: TrainPlan, tmp_path: Path) -> None:
     plan = replace(undisturbed, folder=tmp_path)
     with pytest.raises(UsageError, match="3 workers need a CPU each; Ray has 2"):
         run_training(plan, TrainOptions(num_workers=3), lambda values: None)
 
 
 @pytest.mark.slow
-def test_what_fails_in_every_worker_is_one_line(
+def test_an_error_in_every_worker_is_one_line(
     undisturbed: TrainPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(settings: dict) -> None:
@@ -174,6 +174,6 @@ def test_what_fails_in_every_worker_is_one_line(
 
     monkeypatch.setattr(train, "_in_worker", fail)
     plan = replace(undisturbed, folder=tmp_path)
-    with pytest.raises(R2SCPError, match=r"training failed in . workers?: .*all is lost") as refused:
+    with pytest.raises(R2SCPError, match=r"training failed in . workers?: .*all is lost") as error:
         run_training(plan, replace(TWO, max_failures=0), lambda values: None)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)

@@ -1,6 +1,6 @@
-"""Both stages learn, from the store alone, exactly what each is to learn, and choose by validation.
+"""Both stages train exactly their own parameters, from the store alone; validation chooses the best epoch.
 
-What a stage must not move is compared bit for bit; accuracies are counted again question by question.
+Parameters that a stage must not change are compared bit for bit; accuracies are recounted per question.
 """
 
 import sys
@@ -38,16 +38,16 @@ ONCE = {
 }
 
 
-def train(plan: TrainPlan, told: Callable[[dict[str, object]], None] = lambda _: None) -> Checkpoint:
-    return run_training(plan, TrainOptions(), told)
+def train(plan: TrainPlan, on_epoch: Callable[[dict[str, object]], None] = lambda _: None) -> Checkpoint:
+    return run_training(plan, TrainOptions(), on_epoch)
 
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    found = read_checkpoint(folder, name)
-    return found.read_tensors(found.tensors, found.sha256)
+    checkpoint = read_checkpoint(folder, name)
+    return checkpoint.read_tensors(checkpoint.tensors, checkpoint.sha256)
 
 
-def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     return {name for name in one if not torch.equal(one[name], other[name])}
 
 
@@ -55,24 +55,24 @@ def epochs(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"]
 
 
-def opened(plan: TrainPlan) -> TrainingData:
+def data_of(plan: TrainPlan) -> TrainingData:
     store = FeatureStore.open(plan.uri, plan.fingerprint)
     return TrainingData.read(store, plan.pins, plan.config, plan.answers)
 
 
-def right(model: R2SCP, dataset: Dataset, missing: int) -> list[bool]:
+def correct(model: R2SCP, dataset: Dataset, missing: int) -> list[bool]:
     """Of each question, asked alone."""
-    found = []
+    results = []
     for row in range(len(dataset.examples)):
         batch = dataset.batch(np.array([row]), BatchRequest.uniform(1, missing))
         with torch.no_grad():
-            found.append(int(model(batch).logits_BK.argmax()) == dataset.examples.target_B[row])
-    return found
+            results.append(int(model(batch).logits_BK.argmax()) == dataset.examples.target_B[row])
+    return results
 
 
 @pytest.fixture(scope="module")
 def learned(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempPathFactory) -> TrainPlan:
-    """A run of both stages until all is known by heart, and every file it opened, in `opened.txt`."""
+    """A run of both stages until every answer is memorised, and every file it opened, in `opened.txt`."""
     folder = tmp_path_factory.mktemp("learned")
     lengths = {
         "stage_one": StageConfig(epochs=10, lr=1e-2, schedule="constant"),
@@ -92,15 +92,15 @@ def learned(quick_plan: Callable[..., TrainPlan], tmp_path_factory: pytest.TempP
     return plan
 
 
-def test_the_model_learns_32_questions_by_heart(learned: TrainPlan) -> None:
-    seen = opened(learned)
+def test_the_model_memorises_32_questions(learned: TrainPlan) -> None:
+    seen = data_of(learned)
     examples = seen.train_and_validation()[0]
     whole = seen.dataset(examples.keep(np.logical_and.reduce(examples.present_BM, axis=1), "lacks one"))
     assert len(whole.examples) == 32
     for name, conditions in ((EXPERTS, [Condition.AV]), (LAST, list(Condition))):
         model = read_checkpoint(learned.folder, name).model()
         for condition in conditions:
-            assert all(right(model, whole, MISSING_COLUMN[condition])), (name, condition)
+            assert all(correct(model, whole, MISSING_COLUMN[condition])), (name, condition)
     first, *_, last = (line["train"]["loss"] for line in epochs(learned.folder) if line["stage"] == "experts")
     assert last < 0.2 * first
 
@@ -111,26 +111,26 @@ def test_nothing_but_the_store_and_the_run_is_opened(learned: TrainPlan) -> None
     uris = store.clips(columns=["uri"])["uri"].to_pylist()
     assert uris
     assert not any(Path(uri).exists() for uri in uris)
-    said = (learned.folder.parent / "opened.txt").read_text().splitlines()
-    assert not [line for line in said if not line.startswith("open ")], "a connection or a program"
+    audit = (learned.folder.parent / "opened.txt").read_text().splitlines()
+    assert not [line for line in audit if not line.startswith("open ")], "a connection or a program"
     allowed = (str(learned.folder), learned.uri, sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/")
-    paths = [line.removeprefix("open ") for line in said if "/" in line and not line.endswith(".py")]
+    paths = [line.removeprefix("open ") for line in audit if "/" in line and not line.endswith(".py")]
     git = str(Path(__file__).resolve().parents[3] / ".git")  # for the version of the code
     assert [path for path in paths if not path.startswith((*allowed, git))] == []
     assert any(path.startswith(str(learned.folder)) for path in paths), "the watch works"
 
 
-def test_validation_is_counted_right_and_chooses(learned: TrainPlan) -> None:
-    seen = opened(learned)
+def test_validation_is_accurate_and_chooses_the_best(learned: TrainPlan) -> None:
+    seen = data_of(learned)
     validation = seen.dataset(seen.train_and_validation()[1])
     for name in (BEST, LAST):
-        found = read_checkpoint(learned.folder, name)
+        checkpoint = read_checkpoint(learned.folder, name)
         accuracies = {
-            condition: float(np.mean(right(found.model(), validation, missing)))
+            condition: float(np.mean(correct(checkpoint.model(), validation, missing)))
             for condition, missing in MISSING_COLUMN.items()
         }
         expected = accuracies | {"mean": float(np.mean(list(accuracies.values())))}
-        assert found.metrics == pytest.approx(expected, abs=1e-12)
+        assert checkpoint.metrics == pytest.approx(expected, abs=1e-12)
     means = [line["validation"]["mean"] for line in epochs(learned.folder) if line["stage"] == "mixing"]
     best = read_checkpoint(learned.folder)
     assert best.epoch == 1 + means.index(max(means))
@@ -140,14 +140,14 @@ def test_validation_is_counted_right_and_chooses(learned: TrainPlan) -> None:
     assert read_checkpoint(learned.folder, EXPERTS).epoch == 1 + experts.index(max(experts))
 
 
-def test_what_is_written_says_how_it_came_about(learned: TrainPlan) -> None:
-    found = read_checkpoint(learned.folder)
-    assert found.config == learned.config
-    assert found.answers == learned.answers
-    assert found.answers is not None
-    assert set(found.answers[:2]) == {"yes", "no"}, "the most frequent first"
-    assert found.store["versions"] == {"clips": learned.pins.clips, "questions": 2, "neighbours": 2}
-    found.require_store(FeatureStore.open(learned.uri))
+def test_checkpoints_and_logs_hold_their_provenance(learned: TrainPlan) -> None:
+    checkpoint = read_checkpoint(learned.folder)
+    assert checkpoint.config == learned.config
+    assert checkpoint.answers == learned.answers
+    assert checkpoint.answers is not None
+    assert set(checkpoint.answers[:2]) == {"yes", "no"}, "the most frequent first"
+    assert checkpoint.store["versions"] == {"clips": learned.pins.clips, "questions": 2, "neighbours": 2}
+    checkpoint.require_store(FeatureStore.open(learned.uri))
     whole: list[dict[str, Any]] = read_metrics(learned.folder / "metrics.jsonl")
     assert [line["epoch"] for line in whole if line["kind"] == "epoch"] == [*range(1, 11), *range(1, 9)]
     steps = [line for line in whole if line["kind"] == "step"]
@@ -201,9 +201,9 @@ def test_each_stage_moves_exactly_what_it_trains(
     ):
         model.set_stage(stage)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert moved(start, end) == trained, stage
+        assert changed(start, end) == trained, stage
     frozen = plan.config.model.freeze_experts
-    mixed = moved(tensors(tmp_path, EXPERTS), tensors(tmp_path, LAST))
+    mixed = changed(tensors(tmp_path, EXPERTS), tensors(tmp_path, LAST))
     assert any(name.startswith("experts.") for name in mixed) != frozen
     learns = plan.config.model.cap and plan.config.model.cap_gradient == "straight_through"
     identity = torch.equal(tensors(tmp_path, LAST)["purifier.projection_DD"], torch.eye(16))
@@ -223,7 +223,7 @@ def test_choices_are_learned(quick_plan: Callable[..., TrainPlan], tmp_path: Pat
     plan = quick_plan(tmp_path, **lengths, **choices)
     assert plan.answers is None
     best = train(plan)
-    learning, choosing = opened(plan).train_and_validation()
+    learning, choosing = data_of(plan).train_and_validation()
     assert len(learning) + len(choosing) == 24
     assert 2 <= len(choosing) <= 12
     assert not set(learning.clip_row_B) & set(choosing.clip_row_B)
@@ -236,20 +236,20 @@ def test_a_model_that_sees_the_question_reads_no_clip(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[np.ndarray] = []
+    requested_rows: list[np.ndarray] = []
     real = Dataset.clip_tokens
 
     def noted(self: Dataset, modality: Any, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        asked.append(rows)
+        requested_rows.append(rows)
         return real(self, modality, rows)
 
     monkeypatch.setattr(Dataset, "clip_tokens", noted)
     blind = {"sees": "question", "stage_two": StageConfig(epochs=0)}
     plan = quick_plan(tmp_path / "run", poisoned, **blind)
     best = train(plan)
-    assert asked
-    assert all((rows == NO_MODALITY).all() for rows in asked)
-    assert 1 / 6 <= best.metrics["mean"] <= 0.5, "yes or no is half right, four kinds a quarter"
+    assert requested_rows
+    assert all((rows == NO_MODALITY).all() for rows in requested_rows)
+    assert 1 / 6 <= best.metrics["mean"] <= 0.5, "half of the yes-or-no questions, a quarter of the others"
     assert best.stage is Stage.EXPERTS
     assert {line["stage"] for line in epochs(tmp_path / "run")} == {"experts"}
     assert best.metrics == read_checkpoint(tmp_path / "run", EXPERTS).metrics
@@ -301,7 +301,7 @@ def test_expert_dropout_takes_one_modality_at_its_rate(
     rate: float, quick_plan: Callable[..., TrainPlan], tmp_path: Path
 ) -> None:
     plan = quick_plan(tmp_path, expert_dropout=rate)
-    seen = opened(plan)
+    seen = data_of(plan)
     data = seen.dataset(seen.train_and_validation()[0])
     stage = ExpertsStage(plan.config, R2SCP(plan.config.model), data, data, Worker())
     batch = stage.prepare(
@@ -332,7 +332,7 @@ def test_stage_two_of_another_runs_experts(
     assert {line["stage"] for line in epochs(tmp_path)} == {"mixing"}
     assert not (tmp_path / "experts.json").exists()
     started = tensors(learned.folder, EXPERTS)
-    assert not [name for name in moved(started, tensors(tmp_path, LAST)) if name.startswith("experts.")]
+    assert not [name for name in changed(started, tensors(tmp_path, LAST)) if name.startswith("experts.")]
     assert best.experts == read_checkpoint(learned.folder, EXPERTS).sha256
     assert best.metrics["AV"] == 1.0, "what those experts know"
 
@@ -340,10 +340,12 @@ def test_stage_two_of_another_runs_experts(
 def test_training_does_not_need_ray_or_a_worker_of_its_own(learned: TrainPlan, tmp_path: Path) -> None:
     """`Training` by itself, as one would use it in a notebook."""
     config = replace(learned.config, **ONCE)
-    told: list[dict[str, object]] = []
+    on_epoch: list[dict[str, object]] = []
     training = Training(
-        opened(replace(learned, config=config)), RunContext(folder=tmp_path, on_epoch=told.append), Worker()
+        data_of(replace(learned, config=config)),
+        RunContext(folder=tmp_path, on_epoch=on_epoch.append),
+        Worker(),
     )
     best = training.run()
-    assert [values["stage"] for values in told] == ["experts", "mixing"]
+    assert [values["stage"] for values in on_epoch] == ["experts", "mixing"]
     assert read_checkpoint(tmp_path).metrics["mean"] == best["mean"]

@@ -1,4 +1,4 @@
-"""A model and its baselines begin with the same experts, side by side or one by one, to the bit."""
+"""A model and its baselines start from the same experts, bit for bit, trained in parallel or in sequence."""
 
 import json
 from collections.abc import Callable
@@ -37,15 +37,15 @@ def folders(run: Path) -> dict[str, Path]:
 
 def hashes(run: Path) -> dict[str, tuple[str, ...]]:
     """Of all tensors of all checkpoints, by training."""
-    found = {}
+    runs = {}
     for name, folder in folders(run).items():
-        there = [
+        checkpoints = [
             read_checkpoint(folder, kind)
             for kind in (LAST, BEST, EXPERTS)
             if (folder / f"{kind}.json").exists()
         ]
-        found[name] = tuple(part for one in there for part in (one.sha256, one.optimiser_sha256))
-    return found
+        runs[name] = tuple(part for one in checkpoints for part in (one.sha256, one.optimiser_sha256))
+    return runs
 
 
 def stages(folder: Path) -> set[object]:
@@ -53,68 +53,70 @@ def stages(folder: Path) -> set[object]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(quick_plan: Quick, tmp_path_factory: pytest.TempPathFactory) -> TrainPlan:
+def sequential(quick_plan: Quick, tmp_path_factory: pytest.TempPathFactory) -> TrainPlan:
     plan = quick_plan(tmp_path_factory.mktemp("together") / "run", stage_one=ONCE, stage_two=ONCE)
-    heard: list[tuple[str, object]] = []
-    trained = train_with_baselines(plan, ALONE, lambda name, values: heard.append((name, values["stage"])))
+    calls: list[tuple[str, object]] = []
+    trained = train_with_baselines(plan, ALONE, lambda name, values: calls.append((name, values["stage"])))
     assert trained.keys() == folders(plan.folder).keys()
     for name, folder in folders(plan.folder).items():
         assert trained[name] == read_checkpoint(folder)
-        assert {stage for told, stage in heard if told == name} == stages(folder)
+        assert {stage for training, stage in calls if training == name} == stages(folder)
     return plan
 
 
-def test_all_begin_with_the_same_experts(one_by_one: TrainPlan) -> None:
-    found = {name: read_checkpoint(folder) for name, folder in folders(one_by_one.folder).items()}
-    experts = read_checkpoint(folders(one_by_one.folder)["experts"], EXPERTS).sha256
-    assert {name for name, one in found.items() if one.experts == experts} == {
+def test_all_start_from_the_same_experts(sequential: TrainPlan) -> None:
+    runs = {name: read_checkpoint(folder) for name, folder in folders(sequential.folder).items()}
+    experts = read_checkpoint(folders(sequential.folder)["experts"], EXPERTS).sha256
+    assert {name for name, one in runs.items() if one.experts == experts} == {
         OURS,
         "no-recovery",
         "no-recovery-dropout",
     }
-    assert stages(one_by_one.folder) == stages(one_by_one.folder / "baselines" / "no-recovery") == {"mixing"}
-    assert stages(one_by_one.folder / "experts") == {"experts"}
-    assert found[OURS].config == one_by_one.config
-    assert found["experts"].config == experts_of(one_by_one.config)
-    expected = baselines(one_by_one.config)
-    assert {name: found[name].config for name in expected} == expected
+    assert stages(sequential.folder) == stages(sequential.folder / "baselines" / "no-recovery") == {"mixing"}
+    assert stages(sequential.folder / "experts") == {"experts"}
+    assert runs[OURS].config == sequential.config
+    assert runs["experts"].config == experts_of(sequential.config)
+    expected = baselines(sequential.config)
+    assert {name: runs[name].config for name in expected} == expected
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_side_by_side_gives_the_same_bits(one_by_one: TrainPlan, tmp_path: Path) -> None:
-    heard: list[str] = []
-    plan = replace(one_by_one, folder=tmp_path)
-    trained = train_with_baselines(plan, TrainOptions(threads=2), lambda name, values: heard.append(name))
-    assert hashes(tmp_path) == hashes(one_by_one.folder)
-    assert sorted(heard) == sorted(trained), "each one's epoch is told"
+def test_parallel_training_gives_the_same_bits(sequential: TrainPlan, tmp_path: Path) -> None:
+    calls: list[str] = []
+    plan = replace(sequential, folder=tmp_path)
+    trained = train_with_baselines(plan, TrainOptions(threads=2), lambda name, values: calls.append(name))
+    assert hashes(tmp_path) == hashes(sequential.folder)
+    assert sorted(calls) == sorted(trained), "every epoch is reported"
 
 
-def test_again_trains_nothing(one_by_one: TrainPlan) -> None:
+def test_training_again_changes_nothing(sequential: TrainPlan) -> None:
     def files() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in one_by_one.folder.rglob("*") if path.is_file()}
+        return {path: path.stat().st_mtime_ns for path in sequential.folder.rglob("*") if path.is_file()}
 
-    before, heard = files(), []
+    before, calls = files(), []
     for with_baselines in (True, False):
-        found = train_with_baselines(one_by_one, ALONE, lambda *told: heard.append(told), with_baselines)
-        assert found[OURS] == read_checkpoint(one_by_one.folder)
-    assert heard == []
+        runs = train_with_baselines(
+            sequential, ALONE, lambda *training: calls.append(training), with_baselines
+        )
+        assert runs[OURS] == read_checkpoint(sequential.folder)
+    assert calls == []
     assert files() == before
 
 
-def test_baselines_can_come_later(one_by_one: TrainPlan, tmp_path: Path) -> None:
-    plan = replace(one_by_one, folder=tmp_path)
+def test_baselines_can_be_added_later(sequential: TrainPlan, tmp_path: Path) -> None:
+    plan = replace(sequential, folder=tmp_path)
     assert train_with_baselines(plan, ALONE, quiet, with_baselines=False).keys() == {"experts", OURS}
     assert not (tmp_path / "baselines").exists()
     train_with_baselines(plan, ALONE, quiet)
-    assert hashes(tmp_path) == hashes(one_by_one.folder)
+    assert hashes(tmp_path) == hashes(sequential.folder)
 
 
-def test_what_comes_later_reads_what_the_first_read(
-    one_by_one: TrainPlan, tmp_path: Path, copy: Callable, write: Callable, learnable_store: FeatureStore
+def test_later_trainings_read_the_first_ones_versions(
+    sequential: TrainPlan, tmp_path: Path, copy: Callable, write: Callable, learnable_store: FeatureStore
 ) -> None:
     """The store grew between two starts, by an answer too; all of a run are of one version of it."""
     store = copy(learnable_store)
-    plan = replace(one_by_one, folder=tmp_path / "run", uri=store.uri)
+    plan = replace(sequential, folder=tmp_path / "run", uri=store.uri)
     train_with_baselines(plan, ALONE, quiet, with_baselines=False)
     row = store.questions(where="question_id = 'music-avqa/1/0'").to_pylist()[0]
     write(store, Table.QUESTIONS, [row | {"question_id": "new", "answer": "a new answer"}])
@@ -124,7 +126,7 @@ def test_what_comes_later_reads_what_the_first_read(
     grown = replace(plan, pins=Pins.latest(store), answers=answers, config=replace(plan.config, model=model))
     assert grown.pins != plan.pins
     train_with_baselines(grown, ALONE, quiet)
-    assert hashes(tmp_path / "run") == hashes(one_by_one.folder)
+    assert hashes(tmp_path / "run") == hashes(sequential.folder)
     assert (
         run_evaluate(store, tmp_path / "run", EvaluateOptions(split="val"))["store"]["versions"]["questions"]
         == plan.pins.questions
@@ -133,10 +135,10 @@ def test_what_comes_later_reads_what_the_first_read(
 
 @pytest.mark.parametrize("left_out", ["stage_one", "stage_two"])
 def test_one_stage_alone(
-    one_by_one: TrainPlan, tmp_path: Path, left_out: str, learnable_store: FeatureStore
+    sequential: TrainPlan, tmp_path: Path, left_out: str, learnable_store: FeatureStore
 ) -> None:
-    config = replace(one_by_one.config, **{left_out: StageConfig(epochs=0)})
-    plan = replace(one_by_one, folder=tmp_path, config=config)
+    config = replace(sequential.config, **{left_out: StageConfig(epochs=0)})
+    plan = replace(sequential, folder=tmp_path, config=config)
     trained = train_with_baselines(plan, ALONE, quiet)
     assert trained.keys() == folders(tmp_path).keys() - {"experts"}
     stage = "mixing" if left_out == "stage_one" else "experts"
@@ -146,27 +148,25 @@ def test_one_stage_alone(
     assert len(report["baselines"]) == 4
 
 
-def test_what_the_store_lacks_is_said_before_experts_are_trained(
-    one_by_one: TrainPlan, tmp_path: Path
-) -> None:
-    config = replace(one_by_one.config, retrieval=Retrieval.CROSS)
+def test_missing_data_is_reported_before_experts_are_trained(sequential: TrainPlan, tmp_path: Path) -> None:
+    config = replace(sequential.config, retrieval=Retrieval.CROSS)
     with pytest.raises(StoreError, match="no neighbours"):
-        train_with_baselines(replace(one_by_one, folder=tmp_path / "run", config=config), ALONE, quiet)
+        train_with_baselines(replace(sequential, folder=tmp_path / "run", config=config), ALONE, quiet)
     assert not (tmp_path / "run").exists()
 
 
-def test_other_settings_in_the_same_folder_are_refused(one_by_one: TrainPlan) -> None:
-    document = (one_by_one.folder / "experts" / "last.json").read_text()
-    other = replace(one_by_one, config=replace(one_by_one.config, seed=9))
+def test_other_settings_in_the_same_folder_are_refused(sequential: TrainPlan) -> None:
+    document = (sequential.folder / "experts" / "last.json").read_text()
+    other = replace(sequential, config=replace(sequential.config, seed=9))
     with pytest.raises(CheckpointError, match=r"other settings .*seed: 1, 9"):
         train_with_baselines(other, ALONE, quiet)
-    assert json.loads((one_by_one.folder / "experts" / "last.json").read_text()) == json.loads(document)
+    assert json.loads((sequential.folder / "experts" / "last.json").read_text()) == json.loads(document)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_errors_come_out_of_tasks_in_one_line(one_by_one: TrainPlan, tmp_path: Path) -> None:
-    broken = replace(one_by_one.config, stage_one=replace(ONCE, lr=1e30))
-    plan = replace(one_by_one, folder=tmp_path, config=broken)
+def test_errors_come_out_of_tasks_in_one_line(sequential: TrainPlan, tmp_path: Path) -> None:
+    broken = replace(sequential.config, stage_one=replace(ONCE, lr=1e30))
+    plan = replace(sequential, folder=tmp_path, config=broken)
     with pytest.raises(R2SCPError, match="the loss became") as failed:
         train_with_baselines(plan, TrainOptions(threads=2), quiet)
     assert type(failed.value) is R2SCPError

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2scp.model.imagebind.imagebind import ImageBind, ImageBindConfig, TowerConfig
-from r2scp.model.imagebind.towers import SelfAttention, Block
+from r2scp.model.imagebind.towers import Block, SelfAttention
 
 SMALL = ImageBindConfig(
     vision=TowerConfig(width=48, depth=2, heads=4),

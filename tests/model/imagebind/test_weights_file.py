@@ -158,7 +158,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> 
     torch.save({"weight": Bomb(tmp_path / "ran")}, tmp_path / "zipped.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
     for name in ("zipped.pth", "plain.pth"):
-        with pytest.raises(WeightsError, match="tensors alone") as caught:
+        with pytest.raises(WeightsError, match="only tensors") as caught:
             ImageBind.load(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()

@@ -4,7 +4,6 @@ Oracles: what the makers publish about their formats, drift by drift; the datase
 media, of which it is known which row belongs to which file.
 """
 
-import itertools
 import json
 from pathlib import Path
 
@@ -171,7 +170,7 @@ def test_music_avqa_sources_tie_what_was_made_from_one_recording(tmp_path):
     assert [clip.source_id for clip in clips] == ["00000695"] * 4 + ["sa00000695", "vv00000695"]
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(("train", "val", "test"))))
+@pytest.mark.parametrize("order", [("train", "val", "test"), ("test", "val", "train")])
 def test_a_clip_with_a_training_question_is_in_train_and_questions_keep_their_split(order, tmp_path):
     numbered = {"test": [(1, "a"), (2, "b"), (3, "c")], "val": [(4, "b"), (5, "a")], "train": [(6, "a")]}
     files = [
@@ -212,8 +211,8 @@ def test_usual_places_are_searched_and_the_corrected_files_preferred(name, tmp_p
     assert open_corpus(name, root).files[0].path == tmp_path / "json/avqa-train.json"
     written(tmp_path / "data/json_update/avqa-test.json", [music(1)])
     corpus = open_corpus(name, root)
-    assert [(file.path.name, file.split) for file in corpus.files] == [("avqa-test.json", "test")]
-    assert [clip.clip_id for clip in corpus.clips()] == [f"{name}/00000001"]
+    assert [file.path.name for file in corpus.files] == ["avqa-test.json"]
+    assert [(clip.clip_id, clip.split) for clip in corpus.clips()] == [(f"{name}/00000001", "test")]
 
 
 # --- AVQA ---------------------------------------------------------------------------------------------
@@ -287,13 +286,13 @@ def test_the_real_music_avqa_files_join_the_real_recordings(shared_dir):
     assert [Path(clip.uri).name for clip in clips if clip.uri] == ["00003491.mp4"]
     assert corpus.clip_tally.missing_files == len(clips) - 1 == 7_917
     assert not corpus.question_tally.rejects
-    (asked,) = (question for question in questions if question.clip_id == "music-avqa/00003491")
-    assert asked.question_id == "music-avqa/8487"
-    assert asked.question == "Is the instrument on the left louder than the instrument on the right?"
-    assert (asked.answer, asked.split, asked.type) == ("no", "test", "Audio-Visual/Comparative")
+    (row,) = (question for question in questions if question.clip_id == "music-avqa/00003491")
+    assert row.question_id == "music-avqa/8487"
+    assert row.question == "Is the instrument on the left louder than the instrument on the right?"
+    assert (row.answer, row.split, row.type) == ("no", "test", "Audio-Visual/Comparative")
 
-    heard = open_corpus("music-avqa", shared_dir / "media/hostile", [annotations / "MUSIC-AVQA/json_update"])
-    assert [Path(clip.uri).name for clip in heard.clips() if clip.uri] == [
+    sounds = open_corpus("music-avqa", shared_dir / "media/hostile", [annotations / "MUSIC-AVQA/json_update"])
+    assert [Path(clip.uri).name for clip in sounds.clips() if clip.uri] == [
         "00006835.mp3"
     ]  # sound without video
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from r2scp.pipelines.corpora.values import InvalidRow, choices_of, excerpt, optional_id, split_from_name, text_of
+from r2scp.pipelines.corpora.values import (
+    InvalidRow,
+    choices_of,
+    excerpt,
+    optional_id,
+    split_from_name,
+    text_of,
+)
 
 
 @pytest.mark.parametrize(

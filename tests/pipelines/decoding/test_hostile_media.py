@@ -35,7 +35,7 @@ from r2scp.store.schema import ModalityStatus
 RATE = 16_000  # Hz
 PRESENT, ABSENT = ModalityStatus.PRESENT, ModalityStatus.ABSENT
 PARTIAL, CORRUPT = ModalityStatus.PARTIAL, ModalityStatus.CORRUPT
-#: Ten seconds: brightness is 16 + 20 a second, the tone 440 Hz for five seconds and then 1000 Hz.
+#: Ten seconds: brightness is 16 + 20 per second, the tone 440 Hz for five seconds and then 1000 Hz.
 PICTURE = "color=black:s=64x64:r=25:d=10,format=yuv420p,geq=lum='16+20*floor(T)+mod(N,5)':cb=128:cr=128"
 SOUND = "aevalsrc='0.5*sin(2*PI*t*if(lt(t,5),440,1000))':s=16000:d=10"
 SMALL_GOP = ["-c:v", "libx264", "-g", "25", "-pix_fmt", "yuv420p", "-bf", "0"]

@@ -148,7 +148,7 @@ def test_an_off_stage_part_is_heard_and_not_seen() -> None:
     assert np.std(render_audio(hidden)) > 10 * np.std(render_audio(stage()))
 
 
-@pytest.mark.parametrize(("instrument", "place"), zip(INSTRUMENTS, 4 * PLACES, strict=True))
+@pytest.mark.parametrize(("instrument", "place"), list(zip(INSTRUMENTS, 4 * PLACES, strict=True)))
 def test_a_player_is_drawn_at_its_place_in_the_colours_of_its_instrument(instrument: str, place: str) -> None:
     lit = replace(stage(part(instrument, place=place)), light=1.0)
     empty = replace(stage(), light=1.0)

@@ -1,16 +1,17 @@
 """What a run has to do, told from files and memory alone: nothing is planned twice, nothing is forgotten."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from r2scp.pipelines.corpora.formats import Corpus, open_corpus
-from r2scp.pipelines.extraction.plan import PlanOptions, plan_clips
-from r2scp.store.feature_store import InputRecord, metadata_of
-from r2scp.store.schema import METADATA_COLUMNS
+from r2scp.pipelines.extraction.plan import InputRecord, PlanOptions, input_records, metadata_of, plan_clips
+from r2scp.store.feature_store import FeatureStore
+from r2scp.store.schema import METADATA_COLUMNS, Table
 
 FINGERPRINT = "grid1"
 SCOPE = PlanOptions(decode_fingerprint=FINGERPRINT)
@@ -175,3 +176,38 @@ def test_why_a_clip_is_to_be_done(corpus: Corpus) -> None:
     }
     plan = plan_clips(corpus, held, SCOPE)
     assert (plan.changed, plan.decoder_changed, plan.unchanged, plan.new) == (1, 1, 1, 1)
+
+
+def test_records_come_from_the_newer_of_row_and_failure(tmp_path: Path, write: Callable[..., None]) -> None:
+    store, noon = (
+        FeatureStore.create(str(tmp_path / "store"), "encoder", 4),
+        datetime(2026, 1, 31, 12, tzinfo=UTC),
+    )
+    facts = {
+        "corpus": "c",
+        "bytes": 10,
+        "mtime_ns": 5,
+        "content_sha256": "ab",
+        "decode_fingerprint": FINGERPRINT,
+    }
+    clip = facts | {"split": "train", "labels": ["a", "b"], "ingested_at": noon}
+    ids = ("c/fine", "c/broke", "c/mended")
+    write(
+        store,
+        Table.CLIPS,
+        [*(clip | {"clip_id": name} for name in ids), clip | {"clip_id": "o/1", "corpus": "o"}],
+    )
+    failure = facts | {"reason": "corrupt", "attempts": 3, "bytes": 20}
+    failures = {"c/broke": timedelta(seconds=1), "c/mended": timedelta(seconds=-1), "c/never": timedelta(0)}
+    write(
+        store, Table.FAILURES, [failure | {"clip_id": name, "at": noon + by} for name, by in failures.items()]
+    )
+    stored = InputRecord(10, 5, "ab", FINGERPRINT, metadata=("train", ("a", "b"), None, None))
+    failed = InputRecord(20, 5, "ab", FINGERPRINT, "corrupt", 3)
+    assert input_records(store, "c") == {
+        "c/fine": stored,
+        "c/mended": stored,
+        "c/broke": failed,
+        "c/never": failed,
+    }
+    assert input_records(store, "o'ther") == {}

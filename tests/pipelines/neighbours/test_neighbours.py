@@ -15,15 +15,14 @@ import pyarrow as pa
 import pytest
 
 from r2scp.jobs.ingest.index import IndexReport, run_index
-from r2scp.pipelines.neighbours import queries as clip_queries
+from r2scp.pipelines.neighbours import queries
 from r2scp.pipelines.neighbours.settings import IndexSettings, read_neighbours
 from r2scp.store.errors import LeaseHeld, StoreError, UsageError
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.lease import now
 from r2scp.store.maintenance import clean
 from r2scp.store.schema import Modality, Retrieval, Table
-from r2scp.store.search import bank
-from r2scp.store.search import exact
+from r2scp.store.search import bank, exact
 from r2scp.store.search.bank import BankScope
 from r2scp.store.search.exact import BestHits, KeyBlock, QueryBlock
 
@@ -82,12 +81,12 @@ def write(store: FeatureStore, rows: Sequence[Sample]) -> None:
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[[Sequence[Sample]], FeatureStore]:
     """`make_store(samples)`: a new store that holds them."""
-    made: list[FeatureStore] = []
+    stores: list[FeatureStore] = []
 
     def make(rows: Sequence[Sample]) -> FeatureStore:
-        store = FeatureStore.create(str(tmp_path / f"store{len(made)}"), "tiny-encoder", DIM)
+        store = FeatureStore.create(str(tmp_path / f"store{len(stores)}"), "tiny-encoder", DIM)
         write(store, rows)
-        made.append(store)
+        stores.append(store)
         return store
 
     return make
@@ -119,8 +118,8 @@ def test_rows_are_what_the_bank_says(make_store: Callable[[Sequence[Sample]], Fe
     )
     for row in rows:
         clip = clips[row["clip_id"]]
-        there = "visual" if row["missing"] == "audio" else "audio"
-        assert getattr(clip, there) is not None
+        available = "visual" if row["missing"] == "audio" else "audio"
+        assert getattr(clip, available) is not None
         assert row["leak_guard"]
         assert row["bank_version"] == store.dataset(Table.CLIPS).version
         for side, sign in (("nearest", 1), ("farthest", -1)):
@@ -131,9 +130,9 @@ def test_rows_are_what_the_bank_says(make_store: Callable[[Sequence[Sample]], Fe
                 assert clips[hit].split == "train"
                 assert clips[hit].source_id != clip.source_id
                 assert getattr(clips[hit], row["missing"]) is not None
-            compared = row["missing"] if row["retrieval"] == "cross" else there
+            compared = row["missing"] if row["retrieval"] == "cross" else available
             if row["retrieval"] != "hybrid":
-                query = np.array(getattr(clip, there))
+                query = np.array(getattr(clip, available))
                 expected = [float(query @ getattr(clips[hit], compared)) for hit in hits]
                 np.testing.assert_allclose(scores, expected, atol=1e-6)
 
@@ -162,7 +161,7 @@ def test_two_stores_agree(make_store: Callable[[Sequence[Sample]], FeatureStore]
 def test_incremental_is_full(
     make_store: Callable[[Sequence[Sample]], FeatureStore], split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clip_queries, "QUERY_CHUNK", 37)
+    monkeypatch.setattr(queries, "QUERY_CHUNK", 37)
     old, new = samples(90), samples(21, seed=1, first=90, split=split)
     store, fresh = make_store(old), make_store([*old, *new])
     index(store)
@@ -204,23 +203,23 @@ def test_any_change_leaves_what_a_fresh_store_gets(
     settings = IndexSettings(
         n=3, retrieval=(Retrieval.CROSS, Retrieval.HYBRID, Retrieval.PAIRED), leak_guard=leak_guard
     )
-    held = {row.clip_id: row for row in samples(150, seed)}
-    store = make_store(list(held.values()))
+    clips = {row.clip_id: row for row in samples(150, seed)}
+    store = make_store(list(clips.values()))
     index(store, settings)
     searched = extended = queries = 0
     for turn in range(4):
-        came = samples(2, seed=seed + 10 + turn, first=1000 + 10 * turn)
-        picked = [held[clip_id] for clip_id in rng.choice(sorted(held), 4, replace=False)]
+        added = samples(2, seed=seed + 10 + turn, first=1000 + 10 * turn)
+        picked = [clips[clip_id] for clip_id in rng.choice(sorted(clips), 4, replace=False)]
         changed = replace(picked[0], audio=unit(rng))
         moved = replace(picked[1], split="test" if picked[1].split == "train" else "train")
         adopted = replace(picked[2], source_id=picked[3].source_id)
-        put = [*came, changed, moved, adopted]
+        put = [*added, changed, moved, adopted]
         write(store, put)
-        held |= {row.clip_id: row for row in put}
+        clips |= {row.clip_id: row for row in put}
         store.commit(Table.CLIPS, [], {}, also_delete=[picked[3].clip_id])
-        del held[picked[3].clip_id]
+        del clips[picked[3].clip_id]
         counts = index(store, settings).modes
-        fresh = make_store(list(held.values()))
+        fresh = make_store(list(clips.values()))
         index(fresh, settings)
         assert what(store) == what(fresh)
         searched += sum(mode["searched"] for mode in counts.values())
@@ -230,7 +229,7 @@ def test_any_change_leaves_what_a_fresh_store_gets(
 
 
 @pytest.mark.parametrize("leak_guard", [True, False])
-def test_clips_that_only_came_cost_no_look_at_the_others(
+def test_added_clips_alone_are_compared_with_the_stored_hits(
     make_store: Callable[[Sequence[Sample]], FeatureStore], monkeypatch: pytest.MonkeyPatch, leak_guard: bool
 ) -> None:
     settings = IndexSettings(retrieval=(Retrieval.PAIRED,), leak_guard=leak_guard)
@@ -240,17 +239,17 @@ def test_clips_that_only_came_cost_no_look_at_the_others(
     write(store, new)
     products: list[tuple[int, int]] = []
 
-    def counted(blocks: Iterable[KeyBlock], wanted: QueryBlock, *more: Any) -> tuple[BestHits, BestHits]:
-        held = list(blocks)
-        products.append((len(wanted.queries_QD), sum(len(block.keys_KD) for block in held)))
-        return exact.search_blocks(held, wanted, *more)
+    def counted(blocks: Iterable[KeyBlock], queries: QueryBlock, *more: Any) -> tuple[BestHits, BestHits]:
+        all_blocks = list(blocks)
+        products.append((len(queries.queries_QD), sum(len(block.keys_KD) for block in all_blocks)))
+        return exact.search_blocks(all_blocks, queries, *more)
 
     monkeypatch.setattr(bank, "search_blocks", counted)
     counts = index(store, settings).modes["paired"]
-    asked_anew = sum((row.audio is not None) + (row.visual is not None) for row in new)
-    assert counts["searched"] - counts["extended"] == asked_anew
+    new_queries = sum((row.audio is not None) + (row.visual is not None) for row in new)
+    assert counts["searched"] - counts["extended"] == new_queries
     assert counts["extended"] > 100, "a few new keys are near enough to many"
-    assert sum(queries for queries, keys in products if keys > len(new)) == asked_anew
+    assert sum(queries for queries, keys in products if keys > len(new)) == new_queries
     assert sum(queries for queries, keys in products if keys <= len(new)) == counts["extended"]
     monkeypatch.undo()
     index(fresh, settings)
@@ -345,9 +344,9 @@ def test_small_bank_is_counted(make_store: Callable[[Sequence[Sample]], FeatureS
     counts = index(store, IndexSettings(retrieval=(Retrieval.CROSS,))).modes["cross"]
     assert counts["short"] == counts["searched"] == 4
     assert counts["empty"] == 2  # the bank's only clip finds nobody but itself
-    found = {(r["clip_id"], r["missing"]): r["nearest_ids"] for r in store.neighbours().to_pylist()}
-    assert found[("avqa/b", "audio")] == ["avqa/a"]
-    assert found[("avqa/a", "audio")] == []
+    nearest = {(r["clip_id"], r["missing"]): r["nearest_ids"] for r in store.neighbours().to_pylist()}
+    assert nearest[("avqa/b", "audio")] == ["avqa/a"]
+    assert nearest[("avqa/a", "audio")] == []
 
 
 def test_a_store_from_before_the_table(make_store: Callable[[Sequence[Sample]], FeatureStore]) -> None:

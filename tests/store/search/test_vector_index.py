@@ -1,8 +1,8 @@
-"""The serving index finds what an exact search finds, and neither hides a row nor shows one that is gone.
+"""The serving index finds what an exact search finds; it hides no row and shows no deleted one.
 
-The oracle is a product of all pairs in float64 over the rows as the test itself keeps track of them. Keys
-come in clusters, some are null, and the constants that decide when something is indexed are small here, so
-that few rows make many partitions and segments.
+The oracle is a float64 product of all pairs, over the rows as the test keeps track of them. Keys are
+clustered, some are null, and the sizes of partitions and of the unindexed rest are small, so that few rows make
+many partitions and segments.
 """
 
 import time
@@ -33,14 +33,14 @@ FEW_UNINDEXED = 20  # rows
 
 @dataclass
 class World:
-    """A store, and what must be in it: clip id -> keys. `corpus` is the part of the id before the slash."""
+    """A store and its expected rows: clip id -> keys. `corpus` is the part of the id before the slash."""
 
     store: FeatureStore
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     rows: dict[str, dict[Modality, np.ndarray | None]] = field(default_factory=dict)
 
     def put(self, clip_ids: list[str], domain: int = 0, null: float = 0.1, parts: int = 1) -> None:
-        """New keys, in one commit. Clips of a domain share clusters that no other domain is near."""
+        """Put clips with new keys, in one commit. Each domain has its own distant clusters."""
         dim, drawn = self.store.dim, np.random.default_rng(domain)
         far = 3 * drawn.standard_normal(dim)
         centres = far + 2 * drawn.standard_normal((12, dim))
@@ -69,15 +69,15 @@ class World:
         self.store.commit(Table.CLIPS, [], {}, also_delete=clip_ids)
 
     def scores(self, key_D: np.ndarray, among: Modality, prefix: str = "") -> dict[str, float]:
-        """Of every clip that has the key and whose id starts with `prefix`."""
-        there = {
+        """Scores of all clips that have the key and whose id starts with `prefix`."""
+        clips = {
             clip_id: key
             for clip_id, keys in self.rows.items()
             if (key := keys[among]) is not None and clip_id.startswith(prefix)
         }
-        keys_KD = np.array(list(there.values()), np.float64).reshape(-1, key_D.size)
+        keys_KD = np.array(list(clips.values()), np.float64).reshape(-1, key_D.size)
         products = keys_KD @ key_D.astype(np.float64)
-        return dict(zip(there, products.tolist(), strict=True))
+        return dict(zip(clips, products.tolist(), strict=True))
 
     def queries(self, count: int, prefix: str = "") -> list[np.ndarray]:
         """Keys of clips, of either modality."""
@@ -115,20 +115,20 @@ def ids(count: int, prefix: str = "a", start: int = 0) -> list[str]:
     return [f"{prefix}/{number:05d}" for number in range(start, start + count)]
 
 
-def sees_all(world: World, settings: ServingSettings = ALWAYS) -> None:
-    """A search for more than there is gives each clip that has the key, once, with its score of now."""
+def check_all(world: World, settings: ServingSettings = ALWAYS) -> None:
+    """A search for more hits than clips finds each clip with the key once, with its current score."""
     index = ServingIndex(world.store, settings)
     for modality in KEY_COLUMNS:
         query = next(iter(world.queries(1)), np.ones(DIM))
-        wanted = world.scores(query, modality)
+        expected = world.scores(query, modality)
         hits = index.nearest(query, modality, len(world.rows) + 5)
-        assert sorted(hit.clip_id for hit in hits) == sorted(wanted)
-        assert [hit.score for hit in hits] == pytest.approx([wanted[hit.clip_id] for hit in hits], abs=1e-6)
+        assert sorted(hit.clip_id for hit in hits) == sorted(expected)
+        assert [hit.score for hit in hits] == pytest.approx([expected[hit.clip_id] for hit in hits], abs=1e-6)
         assert hits == sorted(hits, key=lambda hit: (-hit.score, hit.clip_id))
 
 
 def recall(world: World, queries: list[np.ndarray], settings: ServingSettings = ALWAYS, n: int = 10) -> float:
-    """By the oracle, over both modalities."""
+    """Recall@n against the oracle, over both modalities."""
     index, shares = ServingIndex(world.store, settings), []
     for query in queries:
         for modality in KEY_COLUMNS:
@@ -147,37 +147,37 @@ def lowest(measured: Recall) -> float:
 
 
 @pytest.mark.parametrize("kind", ["ivf_rq", "ivf_sq"])
-def test_random_commits_hide_nothing_and_show_nothing_gone(world: World, kind: str) -> None:
+def test_random_commits_hide_no_row_and_show_no_deleted_one(world: World, kind: str) -> None:
     settings = replace(ALWAYS, kind=kind)
     world.put(ids(300), parts=3)
     refresh_index(world.store, settings)
-    rng, fresh, done = np.random.default_rng(1), 300, set()
+    rng, fresh, outcomes = np.random.default_rng(1), 300, set()
     for step in range(24):
-        there = sorted(world.rows)
+        clip_ids = sorted(world.rows)
         match rng.integers(6):
             case 0 | 1:
                 count = int(rng.integers(1, 60))
                 world.put(ids(count, start=fresh), domain=int(rng.integers(3)), parts=int(rng.integers(1, 3)))
                 fresh += count
             case 2:
-                world.put(rng.choice(there, size=int(rng.integers(1, 40)), replace=False).tolist())
-            case 3:  # neighbours in the table: whole fragments go
-                start = int(rng.integers(len(there) - 20))
-                world.delete(there[start : start + int(rng.integers(1, 60))])
+                world.put(rng.choice(clip_ids, size=int(rng.integers(1, 40)), replace=False).tolist())
+            case 3:  # adjacent rows: whole fragments go
+                start = int(rng.integers(len(clip_ids) - 20))
+                world.delete(clip_ids[start : start + int(rng.integers(1, 60))])
             case 4:
-                done |= {bool(refresh_index(world.store, settings).columns)}
+                outcomes |= {bool(refresh_index(world.store, settings).columns)}
             case 5:
-                done |= {compact(world.store)["clips"] > 0}
-        sees_all(world, settings)
+                outcomes |= {compact(world.store)["clips"] > 0}
+        check_all(world, settings)
         if step % 3 == 0:
             assert recall(world, world.queries(4), settings) >= 0.97
-    assert done == {False, True}
+    assert outcomes == {False, True}
     refresh_index(world.store, settings)
     assert recall(world, world.queries(40), settings) >= 0.99
     assert refresh_reasons(world.store, settings) == []
 
 
-def test_nothing_due_writes_nothing(world: World) -> None:
+def test_a_refresh_without_changes_writes_nothing(world: World) -> None:
     world.put(ids(200), parts=2)
     assert [why.partition(":")[0] for why in refresh_reasons(world.store, ALWAYS)] == [
         "audio_key",
@@ -210,7 +210,7 @@ def test_kinds(world: World) -> None:
     ]
     types = {i.index_type for i in world.store.dataset(Table.CLIPS).describe_indices()}
     assert types == {"IVF_SQ"}
-    sees_all(world)
+    check_all(world)
     assert recall(world, world.queries(5), ServingSettings(kind="exact")) == 1.0, "without its help"
     assert [column.rows for column in refresh_index(world.store, ServingSettings(kind="exact")).columns] == [
         0,
@@ -218,18 +218,18 @@ def test_kinds(world: World) -> None:
     ]
     assert world.segments() == {}
     assert refresh_reasons(world.store, ServingSettings(kind="exact")) == []
-    sees_all(world)
+    check_all(world)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"kind": "ivf_pq"}, {"exact_below": -1}, {"effort": 1.1}, {"effort": float("nan")}]
 )
-def test_settings_that_cannot_be(wrong: dict) -> None:
+def test_invalid_settings(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         ServingSettings(**wrong)
 
 
-def test_queries_that_cannot_be(world: World) -> None:
+def test_invalid_queries(world: World) -> None:
     index = ServingIndex(world.store)
     assert index.nearest(np.ones(DIM), AUDIO, 3) == [], "an empty store"
     world.put(ids(30))
@@ -243,23 +243,23 @@ def test_queries_that_cannot_be(world: World) -> None:
         index.nearest(np.ones(DIM), AUDIO, 3, where="nonsense = 3")
 
 
-def test_a_condition_costs_no_hits(world: World) -> None:
+def test_a_condition_loses_no_hits(world: World) -> None:
     world.put(ids(600, "a"), parts=4)
     world.put(ids(40, "b"), domain=7)
     refresh_index(world.store, ALWAYS)
     world.put(ids(10, "b", start=40), domain=1)  # not indexed
-    index, found = ServingIndex(world.store, ALWAYS), []
+    index, shares = ServingIndex(world.store, ALWAYS), []
     for query in world.queries(20, "a/"):
         for modality in KEY_COLUMNS:
-            wanted = world.scores(query, modality, "b/")
-            best = sorted(wanted.values(), reverse=True)[:10]
+            expected = world.scores(query, modality, "b/")
+            best = sorted(expected.values(), reverse=True)[:10]
             hits = index.nearest(query, modality, 10, "corpus = 'b'")
             assert len(hits) == 10
             assert [hit.score for hit in hits] == pytest.approx(
-                [wanted[hit.clip_id] for hit in hits], abs=1e-6
+                [expected[hit.clip_id] for hit in hits], abs=1e-6
             )
-            found.append(sum(hit.score >= best[-1] - 1e-6 for hit in hits) / 10)
-    assert np.mean(found) >= 0.98
+            shares.append(sum(hit.score >= best[-1] - 1e-6 for hit in hits) / 10)
+    assert np.mean(shares) >= 0.98
     assert index.nearest(query, AUDIO, 10, "corpus = 'nobody'") == []
 
 
@@ -269,35 +269,36 @@ def test_clips_without_the_modality(world: World) -> None:
     assert ServingIndex(world.store, ALWAYS).nearest(np.ones(DIM), AUDIO, 3) == []
     world.put(ids(1, "one"), null=0.0)
     refresh_index(world.store, ALWAYS)
-    sees_all(world)
+    check_all(world)
     world.put(ids(200, "a"), null=0.0)
     refresh_index(world.store, ALWAYS)
     world.put(ids(100, "mute", start=100), null=1.0)
     assert refresh_reasons(world.store, ALWAYS) == []
     assert refresh_index(world.store, ALWAYS).columns == ()
-    sees_all(world)
+    check_all(world)
     world.put(ids(30, "b"), null=0.0)
     assert [column.unindexed_before for column in refresh_index(world.store, ALWAYS).columns] == [130, 130]
-    sees_all(world)
+    check_all(world)
 
 
-def test_scores_are_those_of_the_bank(world: World) -> None:
+def test_hits_are_those_of_the_bank(world: World) -> None:
     world.put(ids(300), null=0.0)
     refresh_index(world.store, ALWAYS)
     bank, index = MemoryBank.open(world.store, BankScope(splits=())), ServingIndex(world.store, ALWAYS)
     queries = np.array(world.queries(10))
-    found = bank.search(
+    result = bank.search(
         Queries(keys_QD=queries, sources=["nobody"] * 10),
         Search(missing=VISUAL, retrieval=Retrieval.CROSS, n=5),
     )
     for at, query in enumerate(queries):
-        wanted = list(zip(found.nearest.ids(at), found.nearest.scores(at).tolist(), strict=True))
-        assert [tuple(hit) for hit in index.nearest(query, VISUAL, 5)] == wanted
+        expected = list(zip(result.nearest.ids(at), result.nearest.scores(at).tolist(), strict=True))
+        assert [tuple(hit) for hit in index.nearest(query, VISUAL, 5)] == expected
 
 
-def test_a_reader_stays_at_its_version(world: World) -> None:
+def test_a_reader_and_a_snapshot_stay_at_their_version(world: World) -> None:
     world.put(ids(200))
     refresh_index(world.store, ALWAYS)
+    world.store.name_snapshot("kept")
     index, before = ServingIndex(world.store, ALWAYS), dict(world.rows)
     (query,) = world.queries(1)
     hits = index.nearest(query, AUDIO, 10)
@@ -307,6 +308,8 @@ def test_a_reader_stays_at_its_version(world: World) -> None:
     compact(world.store)
     assert index.nearest(query, AUDIO, 10) == hits
     assert ServingIndex(world.store, ALWAYS, index.version).nearest(query, AUDIO, 10) == hits
+    clean(world.store, timedelta(0), exclusive=True)
+    assert ServingIndex(world.store.at("kept"), ALWAYS).nearest(query, AUDIO, 10) == hits
     world.rows = before
     assert next(hit.clip_id for hit in hits) in world.scores(query, AUDIO)
 
@@ -324,27 +327,27 @@ def test_the_cost_of_a_refresh_grows_with_the_change(world: World) -> None:
     assert max(indexed) <= 30 * 25, "the largest segment was left alone"
     assert sum(indexed) <= 8 * 30 * 25, "each row was indexed a few times, not thirty"
     assert most_segments <= 6
-    sees_all(world)
+    check_all(world)
     assert recall(world, world.queries(20)) >= 0.99
 
 
-def test_an_index_of_rows_that_are_gone_is_built_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_of_deleted_rows_is_rebuilt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_index, "FILE_OVERHEAD", 0)
     world.put(ids(3_000), parts=3)
     refresh_index(world.store, ALWAYS)
-    assert refresh_reasons(world.store, ALWAYS) == [], "an index just built is no waste"
+    assert refresh_reasons(world.store, ALWAYS) == [], "a new index is not wasteful"
     world.delete(ids(2_600))
-    sees_all(world)
+    check_all(world)
     assert all("mostly of rows that are gone" in why for why in refresh_reasons(world.store, ALWAYS))
     assert [column.rows for column in refresh_index(world.store, ALWAYS).columns] == [400, 400]
     assert refresh_reasons(world.store, ALWAYS) == []
-    sees_all(world)
+    check_all(world)
     world.delete(ids(400, start=2_600))
     assert refresh_index(world.store, ALWAYS).columns == ()
-    sees_all(world)
+    check_all(world)
 
 
-def test_segments_whose_rows_are_all_gone_do_not_pile_up(world: World) -> None:
+def test_segments_of_deleted_rows_do_not_accumulate(world: World) -> None:
     world.put(ids(1_000))
     refresh_index(world.store, ALWAYS)
     for number in range(6):
@@ -352,7 +355,7 @@ def test_segments_whose_rows_are_all_gone_do_not_pile_up(world: World) -> None:
         refresh_index(world.store, ALWAYS)
         assert set(map(len, world.segments().values())) == {2}
         world.delete(ids(30, "b", start=100 * number))
-        sees_all(world)
+        check_all(world)
 
 
 def test_a_crash_before_the_commit_leaves_only_files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,11 +375,11 @@ def test_a_crash_before_the_commit_leaves_only_files(world: World, monkeypatch: 
             refresh_index(world.store, ALWAYS)
     folder = Path(world.store.address(Table.CLIPS).uri) / "_indices"
     assert len(list(folder.iterdir())) == 3
-    sees_all(world)
+    check_all(world)
     clean(world.store, timedelta(days=1), exclusive=True)
     assert len(list(folder.iterdir())) == 2
     assert len(refresh_index(world.store, ALWAYS).columns) == 2
-    sees_all(world)
+    check_all(world)
 
 
 def test_a_new_domain_is_found_before_and_after_a_refresh(world: World) -> None:
@@ -391,10 +394,10 @@ def test_a_new_domain_is_found_before_and_after_a_refresh(world: World) -> None:
             assert len(measured.pairs) == 4
             assert lowest(measured) >= 0.99
             refresh_index(world.store, ALWAYS)
-    sees_all(world)
+    check_all(world)
 
 
-def test_measured_recall_is_the_oracles(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_recall_is_that_of_the_oracle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_search, "MAX_CANDIDATES", 2)  # fewer than in a partition; no second search
     world.put(ids(600, "later"), null=0.3)  # rows are not in the order of their ids
     world.put(ids(1_200, "earlier"), parts=2)
@@ -410,11 +413,11 @@ def test_measured_recall_is_the_oracles(world: World, monkeypatch: pytest.Monkey
     drawn = np.sort(world.store.clips(["clip_id"])["clip_id"].to_numpy())
     drawn = drawn[np.random.default_rng(1).permutation(drawn.size)].tolist()
     for pair in measured.pairs:
-        asked = [clip_id for clip_id in drawn if world.rows[clip_id][pair.query] is not None][:60]
-        assert pair.queries == len(asked) == 60
-        for n, told in ((3, pair.at_3), (10, pair.at_10)):
+        queries = [clip_id for clip_id in drawn if world.rows[clip_id][pair.query] is not None][:60]
+        assert pair.queries == len(queries) == 60
+        for n, share in ((3, pair.at_3), (10, pair.at_10)):
             shares = []
-            for clip_id in asked:
+            for clip_id in queries:
                 query = world.rows[clip_id][pair.query]
                 assert query is not None
                 scores = world.scores(query, pair.among)
@@ -422,17 +425,17 @@ def test_measured_recall_is_the_oracles(world: World, monkeypatch: pytest.Monkey
                 bar = sorted(scores.values())[-n]
                 hits = [hit for hit in index.nearest(query, pair.among, 11) if hit.clip_id != clip_id][:n]
                 shares.append(sum(hit.score >= bar - 1e-7 for hit in hits) / n)
-            assert told == pytest.approx(np.mean(shares), abs=1e-9)
+            assert share == pytest.approx(np.mean(shares), abs=1e-9)
     assert lowest(measured) < 0.99, "one partition is too few"
     exact = measure(world.store, replace(careless, kind="exact"), Sampling(queries=50))
     assert lowest(exact) == 1.0
 
 
-def test_recall_where_there_is_little_to_ask(world: World) -> None:
+def test_recall_with_few_or_no_queries(world: World) -> None:
     nothing = measure(world.store, ALWAYS)
     assert nothing.pairs == ()
     world.put(ids(2), null=0.0)
-    assert lowest(measure(world.store, ALWAYS)) == 1.0, "one other clip, and it is found"
+    assert lowest(measure(world.store, ALWAYS)) == 1.0, "one other clip"
     world.put(ids(5, "mute"), null=1.0)
     assert measure(world.store, ALWAYS, Sampling(where="corpus = 'mute'")).pairs == ()
     with pytest.raises(StoreError):
@@ -442,16 +445,16 @@ def test_recall_where_there_is_little_to_ask(world: World) -> None:
 
 
 def test_on_an_object_store(object_store: Callable, small: None) -> None:
-    place = object_store("serving")
-    world = World(FeatureStore.create(place.uri, "tiny", DIM, place.options))
+    bucket = object_store("serving")
+    world = World(FeatureStore.create(bucket.uri, "tiny", DIM, bucket.options))
     world.put(ids(150))
     assert len(refresh_index(world.store, ALWAYS).columns) == 2
     world.put(ids(30, "b"), domain=2)
     world.delete(ids(20))
-    sees_all(world)
+    check_all(world)
     assert len(refresh_index(world.store, ALWAYS).columns) == 2
     assert refresh_reasons(world.store, ALWAYS) == []
-    sees_all(world)
+    check_all(world)
     assert lowest(measure(world.store, ALWAYS, Sampling(queries=20))) >= 0.99
 
 

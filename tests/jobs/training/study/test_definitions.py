@@ -1,7 +1,7 @@
-"""Each study varies what its table names and nothing else, and variants begin alike where stage I is alike.
+"""Each study varies what its table names and nothing else; variants with the same stage I share its experts.
 
-Which settings stage I looks at is not believed but shown: under all others the same model is drawn and learns
-the same, bit for bit.
+Which settings stage I depends on is measured: under all others the same model is drawn and learns the same,
+bit for bit.
 """
 
 from collections.abc import Callable
@@ -37,19 +37,9 @@ from r2scp.store.search.bank import BankScope
 BASE = demo(24, 6)
 NAMES = (*STUDIES, "bank")
 CORPORA = ("avqa", "vggsound")
-#: Another value for each setting of the model that stage I does not look at.
-LATER: dict[str, Any] = {
-    "cmr": False,
-    "cap": False,
-    "neighbours": 1,
-    "k": 3,
-    "cap_gradient": "none",
-    "saliency": "random",
-    "pairing": "position",
-    "purify_full": True,
-    "freeze_experts": False,
-}
-#: The same for the other settings of a training.
+# another value for each setting that stage I depends on (FIRST) or does not (LATER)
+LATER: dict[str, Any] = {"cmr": False, "cap": False, "neighbours": 1, "k": 3, "cap_gradient": "none"}
+LATER |= {"saliency": "random", "pairing": "position", "purify_full": True, "freeze_experts": False}
 LATER_IN_TRAINING: dict[str, Any] = {
     "stage_two": StageConfig(epochs=1),
     "loss": LossConfig(rank="paper", rank_weight=0.5, modality_dropout=False),
@@ -57,36 +47,18 @@ LATER_IN_TRAINING: dict[str, Any] = {
     "retrieval": Retrieval.HYBRID,
     "negatives": "random",
 }
-#: And another value for each that it does look at.
-FIRST: dict[str, Any] = {
-    "encoder_dim": 32,
-    "classes": 7,
-    "dim": 32,
-    "layers": 2,
-    "heads": 2,
-    "ffn": 8,
-    "dropout": 0.3,
-    "positions": "none",
-    "fusion": "sum_pooled",
-}
-FIRST_IN_TRAINING: dict[str, Any] = {
-    "stage_one": StageConfig(epochs=2),
-    "corpora": ("avqa",),
-    "sees": "question",
-    "holdout": 0.1,
-    "expert_dropout": 0.5,
-    "batch_size": 7,
-    "weight_decay": 0.3,
-    "seed": 9,
-    "evaluate_rows": 5,
-}
+FIRST: dict[str, Any] = {"encoder_dim": 32, "classes": 7, "dim": 32, "layers": 2, "heads": 2, "ffn": 8}
+FIRST |= {"dropout": 0.3, "positions": "none", "fusion": "sum_pooled"}
+FIRST_IN_TRAINING: dict[str, Any] = {"stage_one": StageConfig(epochs=2), "corpora": ("avqa",)}
+FIRST_IN_TRAINING |= {"sees": "question", "holdout": 0.1, "expert_dropout": 0.5, "batch_size": 7}
+FIRST_IN_TRAINING |= {"weight_decay": 0.3, "seed": 9, "evaluate_rows": 5}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    result = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
 
 
 def settings(config: TrainConfig, *names: str) -> tuple[Any, ...]:
@@ -94,7 +66,7 @@ def settings(config: TrainConfig, *names: str) -> tuple[Any, ...]:
     return tuple(known[name] for name in names)
 
 
-def test_every_setting_is_said_to_matter_to_stage_one_or_not() -> None:
+def test_every_setting_is_classified_by_stage() -> None:
     assert set(STAGE_ONE_SETTINGS) == FIRST.keys()
     assert {field.name for field in fields(ModelConfig)} == FIRST.keys() | LATER.keys()
     rest = {field.name for field in fields(TrainConfig)} - {"model"}
@@ -104,7 +76,7 @@ def test_every_setting_is_said_to_matter_to_stage_one_or_not() -> None:
             assert getattr(config, name) != value, f"{name} is no change"
 
 
-def test_experts_are_shared_by_what_differs_later_alone() -> None:
+def test_experts_depend_on_stage_one_settings_alone() -> None:
     experts = experts_of(BASE)
     assert experts.stage_two.epochs == 0
     assert experts_of(experts) == experts
@@ -121,8 +93,8 @@ def test_experts_are_shared_by_what_differs_later_alone() -> None:
         assert experts_of(replace(without, **{name: value})) != experts, name
 
 
-def test_experts_keep_the_way_to_split() -> None:
-    """Else they would have learned from what the disjoint split tests on."""
+def test_experts_keep_the_disjoint_split() -> None:
+    """Otherwise experts would be trained on test clips of the disjoint split."""
     disjoint = replace(BASE, index=IndexSettings(bank=BankScope(disjoint=True, corpora=("avqa",))))
     assert experts_of(disjoint).index.bank == BankScope(disjoint=True)
     assert experts_of(disjoint) != experts_of(BASE)
@@ -166,7 +138,7 @@ def first_steps(quick_plan: Callable[..., TrainPlan], learnable_store: FeatureSt
     torch.set_num_threads(before)
 
 
-def test_stage_one_is_the_same_whatever_comes_later(first_steps: Callable) -> None:
+def test_stage_one_does_not_depend_on_stage_two_settings(first_steps: Callable) -> None:
     base = replace(BASE, model=ModelConfig(encoder_dim=16, classes=6, dim=16, heads=4))
     drawn, losses, learned = first_steps(base)
     for name, value in LATER.items():
@@ -217,12 +189,7 @@ def test_components_are_table_two_under_both_retrievals() -> None:
         settings(variants[f"CMR{cap} ({mode})"], *names)
         for mode in ("cross", "paired")
         for cap in ("", "+CAP")
-    ] == [
-        (True, False, "cross"),
-        (True, True, "cross"),
-        (True, False, "paired"),
-        (True, True, "paired"),
-    ]
+    ] == [(True, False, "cross"), (True, True, "cross"), (True, False, "paired"), (True, True, "paired")]
     assert settings(variants["CAP"], *names[:2]) == (False, True)
     without = baselines(BASE)
     assert variants["no recovery"] == without["no-recovery"]
@@ -233,8 +200,8 @@ def test_components_are_table_two_under_both_retrievals() -> None:
 
 
 def test_the_strategies_of_table_three() -> None:
-    found = changed(study_of("strategy", BASE, ()))
-    assert found == {
+    result = changed(study_of("strategy", BASE, ()))
+    assert result == {
         "CMR+CAP": set(),
         "without pre-training (stage II trains all)": {"stage_one.epochs", "model.freeze_experts"},
         "without mixing (stage I alone)": {"stage_two.epochs"},
@@ -274,7 +241,7 @@ def test_banks_of_each_corpus_and_of_none() -> None:
     assert variants["no bank"] == baselines(narrow)["no-recovery-dropout"]
 
 
-def test_names_are_kept_whatever_is_set() -> None:
+def test_variants_match_their_names_for_any_base() -> None:
     """A base with other settings must not make a variant something that its name does not say."""
     odd = replace(
         BASE,
@@ -297,9 +264,9 @@ def test_names_are_kept_whatever_is_set() -> None:
 
 def test_baselines_are_trained_as_fairly() -> None:
     without = {"model.cmr", "model.cap"}
-    found = {name: TrainConfig.differences(BASE, config) for name, config in baselines(BASE).items()}
-    told = {name: {line.split(":")[0] for line in lines} for name, lines in found.items()}
-    assert told == {
+    result = {name: TrainConfig.differences(BASE, config) for name, config in baselines(BASE).items()}
+    changed_settings = {name: {line.split(":")[0] for line in lines} for name, lines in result.items()}
+    assert changed_settings == {
         "question-only": {"sees", "stage_two.epochs"},
         "no-recovery": without | {"loss.modality_dropout"},
         "no-recovery-dropout": without,
@@ -308,7 +275,7 @@ def test_baselines_are_trained_as_fairly() -> None:
     assert baselines(one_stage)["question-only"].stage_one == BASE.stage_two, "something must train"
 
 
-def test_what_no_study_can_be_made_of_is_refused() -> None:
+def test_invalid_bases_are_refused() -> None:
     with pytest.raises(UsageError, match=r"one of components, .*bank; got 'weather'"):
         study_of("weather", BASE, ())
     for changes in (

@@ -1,7 +1,7 @@
-"""A study trains what is not there, once, whatever happens to it, and says what its runs reached.
+"""A study runs each missing training once, whatever happens to it, and reports the results of its runs.
 
-Compared with numpy, with `run_evaluate` on the single runs, and with a study that was killed in the middle
-and started again. On real Ray; kills are SIGKILL to the driver, by number.
+Compared with numpy, with `run_evaluate` on the single runs, and with a study that was killed and resumed. On
+real Ray; kills are SIGKILL to the driver.
 """
 
 import json
@@ -50,27 +50,28 @@ SETTINGS += (
 WITHOUT_RANK = "without rank loss"
 PATIENCE_S = 240  # for anything waited for; far beyond what a busy machine needs
 
-Judged = tuple[FeatureStore, Path]
+EvaluatedRun = tuple[FeatureStore, Path]
 Studied = tuple[StudyOptions, dict[str, Any]]
 
 
-def means_of(store: FeatureStore, folder: Path, **changes: Any) -> StudyOptions:
+def options_of(store: FeatureStore, folder: Path, **changes: Any) -> StudyOptions:
     plan = plan_training(store, folder, TrainRequest(preset="demo", settings=SETTINGS))
     return replace(StudyOptions(plan=plan, folder=folder, seeds=SEEDS), **changes)
 
 
 @pytest.fixture(scope="module")
-def studied(evaluated_run: Judged, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Studied:
+def studied(
+    evaluated_run: EvaluatedRun, local_ray: None, tmp_path_factory: pytest.TempPathFactory
+) -> Studied:
     """`strategy` with two seeds, undisturbed; what it gave. Only to be read."""
-    told: list[str] = []
-    means = means_of(evaluated_run[0], tmp_path_factory.mktemp("studied"), told=told.append)
-    report = run_study("strategy", study_of("strategy", means.plan.config, ()), means)
-    assert len([line for line in told if line.startswith("stage I: ")]) == 2
+    log: list[str] = []
+    options = options_of(evaluated_run[0], tmp_path_factory.mktemp("studied"), log=log.append)
+    report = run_study("strategy", study_of("strategy", options.plan.config, ()), options)
+    assert len([line for line in log if line.startswith("stage I: ")]) == 2
     assert (
-        len([line for line in told if re.match(r"strategy: \d of 8 trainings; .+, seed [45]: val", line)])
-        == 8
+        len([line for line in log if re.match(r"strategy: \d of 8 trainings; .+, seed [45]: val", line)]) == 8
     )
-    return means, report
+    return options, report
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -79,8 +80,8 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 def test_stage_one_is_trained_once_for_each_seed(studied: Studied) -> None:
-    means, report = studied
-    experts, runs = (sorted((means.folder / kind).iterdir()) for kind in ("experts", "runs"))
+    options, report = studied
+    experts, runs = (sorted((options.folder / kind).iterdir()) for kind in ("experts", "runs"))
     assert len(experts) == len(SEEDS)
     assert len(runs) == 3 * len(SEEDS), "stage I alone is a run of experts"
     for run in runs:
@@ -95,22 +96,22 @@ def test_stage_one_is_trained_once_for_each_seed(studied: Studied) -> None:
         assert len(begun) == (config.stage_one.epochs > 0)
         assert all(read_checkpoint(one).config.seed == config.seed for one in begun)
     named = {run for row in report["variants"].values() for run in row["runs"]}
-    assert named == {path.relative_to(means.folder).as_posix() for path in [*experts, *runs]}
+    assert named == {path.relative_to(options.folder).as_posix() for path in [*experts, *runs]}
 
 
-def test_numbers_are_those_of_the_runs(studied: Studied, evaluated_run: Judged) -> None:
-    means, report = studied
-    assert json.loads((means.folder / "strategy.json").read_text()) == report
+def test_numbers_are_those_of_the_runs(studied: Studied, evaluated_run: EvaluatedRun) -> None:
+    options, report = studied
+    assert json.loads((options.folder / "strategy.json").read_text()) == report
     reached: dict[str, np.ndarray] = {}
     for variant, row in report["variants"].items():
-        folders = [means.folder / run for run in row["runs"]]
+        folders = [options.folder / run for run in row["runs"]]
         assert [read_checkpoint(folder).config.seed for folder in folders] == list(SEEDS)
         assert row["validation"] == [read_checkpoint(folder).metrics["mean"] for folder in folders]
-        said = [run_evaluate(evaluated_run[0], folder, EvaluateOptions()) for folder in folders]
+        reports = [run_evaluate(evaluated_run[0], folder, EvaluateOptions()) for folder in folders]
         reached[variant] = np.array(
             [
                 [one["conditions"][name]["accuracy"] for name in ("A", "V", "AV")] + [one["average"]]
-                for one in said
+                for one in reports
             ]
         )
     assert np.ptp(np.stack(list(reached.values()))[..., 3]) > 0, "they are not all alike"
@@ -118,10 +119,10 @@ def test_numbers_are_those_of_the_runs(studied: Studied, evaluated_run: Judged) 
         for at, measure in enumerate(MEASURES):
             apart = reached[variant][:, at] - reached[report["against"]][:, at]
             for kind, values in (("accuracy", reached[variant][:, at]), ("difference", apart)):
-                told = row[kind][measure]
-                assert told["values"] == pytest.approx(values.tolist(), abs=1e-12)
-                assert told["mean"] == pytest.approx(np.mean(values), abs=1e-12)
-                assert told["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+                log = row[kind][measure]
+                assert log["values"] == pytest.approx(values.tolist(), abs=1e-12)
+                assert log["mean"] == pytest.approx(np.mean(values), abs=1e-12)
+                assert log["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
     assert report["seeds"] == list(SEEDS)
     assert report["n"] == 32
     assert report["leak_guard"] is True
@@ -137,39 +138,39 @@ def test_the_markdown_table_holds_the_same_numbers(studied: Studied) -> None:
     for name, *cells in rows:
         row = report["variants"][name]
         for measure, cell in zip(MEASURES, cells, strict=True):
-            told = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
+            log = [float(number) for number in re.findall(r"[-+]?\d+\.\d", cell)]
             expected = [row["accuracy"][measure][part] for part in ("mean", "sd")]
             if name != report["against"]:
                 expected += [row["difference"][measure][part] for part in ("mean", "sd")]
-            assert told == pytest.approx([100 * value for value in expected], abs=0.0501)
+            assert log == pytest.approx([100 * value for value in expected], abs=0.0501)
     assert "seeds 4, 5" in markdown(report)
     assert f"from “{FULL}”" in markdown(report)
 
 
-def test_another_study_trains_nothing_that_is_there(
-    studied: Studied, evaluated_run: Judged, monkeypatch: pytest.MonkeyPatch
+def test_another_study_reuses_trainings(
+    studied: Studied, evaluated_run: EvaluatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    means = studied[0]
-    before = files(means.folder)
+    options = studied[0]
+    before = files(options.folder)
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("there is nothing to train")
 
     monkeypatch.setattr(study_module, "fan_out", never)
     monkeypatch.setattr(study_module, "ray_session", never)
-    report = run_study("loads", study_of("loads", means.plan.config, ()), means)
+    report = run_study("loads", study_of("loads", options.plan.config, ()), options)
     assert report["variants"][FULL]["accuracy"] == studied[1]["variants"][FULL]["accuracy"]
-    assert files(means.folder) == before | {
-        means.folder / "loads.json": files(means.folder)[means.folder / "loads.json"]
+    assert files(options.folder) == before | {
+        options.folder / "loads.json": files(options.folder)[options.folder / "loads.json"]
     }
-    for run, said in zip(report["variants"][FULL]["runs"], report["variants"][FULL]["loads"], strict=True):
+    for run, reports in zip(report["variants"][FULL]["runs"], report["variants"][FULL]["loads"], strict=True):
         epochs = [
             line["train"]
-            for line in read_metrics(means.folder / run / "metrics.jsonl")
+            for line in read_metrics(options.folder / run / "metrics.jsonl")
             if line["kind"] == "epoch"
         ]
-        assert len(epochs) == len(said) == 2
-        for train, weights in zip(epochs, said, strict=True):
+        assert len(epochs) == len(reports) == 2
+        for train, weights in zip(epochs, reports, strict=True):
             assert {f"router/{name}": value for name, value in weights.items()}.items() <= train.items()
             assert len(weights) == sum(name.startswith("router/") for name in train) >= 6
             for condition in {name.split("/")[0] for name in weights}:
@@ -177,32 +178,34 @@ def test_another_study_trains_nothing_that_is_there(
                 assert sum(shares) == pytest.approx(1, abs=1e-5)
 
 
-def test_missing_rates_are_asked_of_runs_that_are_there(studied: Studied, evaluated_run: Judged) -> None:
-    means = studied[0]
-    before = files(means.folder)
-    study = Study(title="Rates", question="?", variants={FULL: means.plan.config}, reference=FULL, rates=True)
-    report = run_study("rates", study, means)
-    new = {path for path, at in files(means.folder).items() if before.get(path) != at}
-    runs = [means.folder / run for run in report["variants"][FULL]["runs"]]
+def test_missing_rates_are_evaluated_on_existing_runs(studied: Studied, evaluated_run: EvaluatedRun) -> None:
+    options = studied[0]
+    before = files(options.folder)
+    study = Study(
+        title="Rates", question="?", variants={FULL: options.plan.config}, reference=FULL, rates=True
+    )
+    report = run_study("rates", study, options)
+    new = {path for path, at in files(options.folder).items() if before.get(path) != at}
+    runs = [options.folder / run for run in report["variants"][FULL]["runs"]]
     kept = {run / "evaluation-test-rates.json" for run in runs}
     assert {path for path in new if path.name not in ("rates.json", "lock")} == kept
-    said = [
+    reports = [
         run_evaluate(evaluated_run[0], run, EvaluateOptions(rates=MISSING_RATES))["missing_rates"]
         for run in runs
     ]
-    told = report["variants"][FULL]["accuracy"]
-    assert list(told) == [*MEASURES, *said[0]]
-    assert len(said[0]) == 6
-    for name in said[0]:
-        assert told[name]["values"] == [one[name]["accuracy"] for one in said]
+    log = report["variants"][FULL]["accuracy"]
+    assert list(log) == [*MEASURES, *reports[0]]
+    assert len(reports[0]) == 6
+    for name in reports[0]:
+        assert log[name]["values"] == [one[name]["accuracy"] for one in reports]
 
 
 @pytest.fixture
-def words(evaluated_run: Judged, tmp_path: Path) -> list[str]:
-    """Of the command that gives `studied`, in a folder of its own."""
-    found = ["study", "strategy", "--store", evaluated_run[0].uri, "--folder", str(tmp_path), "--seeds", "2"]
-    found += ["--first-seed", str(SEEDS[0]), "--num-workers", "2", "--device", "cpu", "--json"]
-    return [*found, *(word for setting in SETTINGS for word in ("--set", setting))]
+def words(evaluated_run: EvaluatedRun, tmp_path: Path) -> list[str]:
+    """The command that gives `studied`, in another folder."""
+    words = ["study", "strategy", "--store", evaluated_run[0].uri, "--folder", str(tmp_path), "--seeds", "2"]
+    words += ["--first-seed", str(SEEDS[0]), "--num-workers", "2", "--device", "cpu", "--json"]
+    return [*words, *(word for setting in SETTINGS for word in ("--set", setting))]
 
 
 @pytest.fixture
@@ -223,14 +226,15 @@ def driver(words: list[str]) -> Iterator[psutil.Popen]:
     started.stderr.close()
 
 
-def test_a_killed_study_goes_on(
+@pytest.mark.slow
+def test_a_killed_study_resumes(
     studied: Studied, driver: psutil.Popen, words: list[str], tmp_path: Path
 ) -> None:
-    """SIGKILL to the driver once a run is done; finished ones are not touched by the next."""
+    """SIGKILL to the driver once a run is finished; the resumed study leaves finished runs as they are."""
 
     def read_until(start: str) -> None:
-        while not (said := driver.stderr.readline().decode()).startswith(start):
-            assert said, "it ended by itself"
+        while not (reports := driver.stderr.readline().decode()).startswith(start):
+            assert reports, "the study ended by itself"
 
     read_until("stage I: 2 of 2")
     children = driver.children(recursive=True)
@@ -239,7 +243,7 @@ def test_a_killed_study_goes_on(
     read_until("strategy: 1 of 8")
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait(PATIENCE_S)
-    assert psutil.wait_procs(workers, PATIENCE_S)[1] == [], "somebody trains on"
+    assert psutil.wait_procs(workers, PATIENCE_S)[1] == [], "a worker is still training"
     for child in children:  # Ray's agents would look around for a minute
         if child.is_running():
             child.kill()
@@ -260,34 +264,32 @@ def test_a_killed_study_goes_on(
     assert (tmp_path / "strategy.md").read_text() == report["markdown"] == markdown(studied[1])
 
 
-def test_one_training_that_fails_leaves_the_others(evaluated_run: Judged, tmp_path: Path) -> None:
-    means = means_of(evaluated_run[0], tmp_path, seeds=(4,))
-    base = means.plan.config
+def test_one_training_that_fails_leaves_the_others(evaluated_run: EvaluatedRun, tmp_path: Path) -> None:
+    options = options_of(evaluated_run[0], tmp_path, seeds=(4,))
+    base = options.plan.config
     broken = replace(base, stage_two=replace(base.stage_two, lr=1e30, warmup_steps=0))
     study = Study(title="One breaks", question="?", variants={"broken": broken, FULL: base}, reference=FULL)
     with pytest.raises(
         R2SCPError, match=r"1 of 2 trainings failed: broken, seed 4: the loss became"
     ) as failed:
-        run_study("one", study, means)
+        run_study("one", study, options)
     assert "\n" not in str(failed.value)
     assert not (tmp_path / "one.json").exists()
     done = [path.parent for path in tmp_path.glob("runs/*/evaluation-test.json")]
     assert [read_checkpoint(folder).config for folder in done] == [replace(base, seed=4)]
     before = files(done[0])
     mended = replace(study, variants=study.variants | {"broken": replace(base, batch_size=6)})
-    assert run_study("one", mended, means)["variants"].keys() == {"broken", FULL}
+    assert run_study("one", mended, options)["variants"].keys() == {"broken", FULL}
     assert files(done[0]) == before
 
 
-def test_what_the_store_lacks_is_said_before_anything_is_trained(
-    evaluated_run: Judged, tmp_path: Path
-) -> None:
-    means = means_of(evaluated_run[0], tmp_path / "studies")
-    strategy = study_of("strategy", means.plan.config, ())
+def test_missing_data_is_reported_before_training(evaluated_run: EvaluatedRun, tmp_path: Path) -> None:
+    options = options_of(evaluated_run[0], tmp_path / "studies")
+    strategy = study_of("strategy", options.plan.config, ())
     with pytest.raises(StoreError, match=r"no question .*weather"):
-        run_study("strategy", strategy, replace(means, split="weather"))
+        run_study("strategy", strategy, replace(options, split="weather"))
     with pytest.raises(StoreError, match=r"run `r2scp-pipe index --retrieval cross --neighbours 4`"):
-        run_study("components", study_of("components", means.plan.config, ()), means)
+        run_study("components", study_of("components", options.plan.config, ()), options)
     assert not (tmp_path / "studies").exists()
 
 
@@ -297,33 +299,32 @@ def test_what_the_store_lacks_is_said_before_anything_is_trained(
         (Retrieval.CROSS, {}),
         (Retrieval.HYBRID, {"cross_weight": 0.25, "n": 3}),
         (Retrieval.PAIRED, {"bank": BankScope(corpora=("avqa", "music-avqa")), "leak_guard": False}),
-        (Retrieval.PAIRED, {"bank": BankScope(splits=("train", "val"))}),
-        (Retrieval.PAIRED, {"bank": BankScope(disjoint=True)}),
+        (Retrieval.PAIRED, {"bank": BankScope(splits=("train", "val"), disjoint=True)}),
     ],
 )
-def test_the_index_that_is_asked_for_is_the_one_that_helps(
-    evaluated_run: Judged, copy: Callable, retrieval: Retrieval, settings: dict[str, Any]
+def test_the_suggested_index_command_helps(
+    evaluated_run: EvaluatedRun, copy: Callable, retrieval: Retrieval, settings: dict[str, Any]
 ) -> None:
     store = copy(evaluated_run[0])
-    base = means_of(store, Path("unused")).plan.config
+    base = options_of(store, Path("unused")).plan.config
     config = replace(base, retrieval=retrieval, index=IndexSettings(**settings))
-    with pytest.raises(StoreError, match="lacks neighbours") as lacking:
+    with pytest.raises(StoreError, match="has no neighbours") as error:
         StoreContents(store=store, pins=Pins.latest(store)).key(config)
-    command = str(lacking.value).split("`")[1].split()
+    command = str(error.value).split("`")[1].split()
     assert command[0] == "r2scp-pipe"
     result = CliRunner().invoke(app, [*command[1:], "--store", store.uri])
     assert result.exit_code == 0, result.output
     assert StoreContents(store=store, pins=Pins.latest(store)).key(config)
 
 
-def test_trainings_are_named_by_settings_and_data(
-    evaluated_run: Judged, copy: Callable, write: Callable
+def test_training_keys_depend_on_settings_and_data(
+    evaluated_run: EvaluatedRun, copy: Callable, write: Callable
 ) -> None:
     def key(store: FeatureStore, config: TrainConfig) -> str:
         return StoreContents(store=store, pins=Pins.latest(store)).key(config)
 
     store, moved = evaluated_run[0], copy(evaluated_run[0])
-    config = means_of(store, Path("unused")).plan.config
+    config = options_of(store, Path("unused")).plan.config
     known = key(store, config)
     assert key(store, replace(config)) == known
     assert key(moved, config) == known, "wherever the store is"
@@ -348,13 +349,13 @@ def test_trainings_are_named_by_settings_and_data(
     assert key(store, blind) == key(store, replace(blind, retrieval=blind.retrieval)), "needs no index"
 
 
-def test_a_run_is_done_when_it_is_trained_and_evaluated_as_it_is(studied: Studied, tmp_path: Path) -> None:
-    means, report = studied
-    source = means.folder / report["variants"][FULL]["runs"][0]
+def test_a_run_is_finished_when_its_best_checkpoint_is_evaluated(studied: Studied, tmp_path: Path) -> None:
+    options, report = studied
+    source = options.folder / report["variants"][FULL]["runs"][0]
     for path in source.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    job = TrainingTask(name="x", plan=replace(means.plan, folder=tmp_path), split="test")
+    job = TrainingTask(name="x", plan=replace(options.plan, folder=tmp_path), split="test")
     assert job.finished
     assert not replace(job, split="val").finished
     assert replace(job, split="").finished
