@@ -17,8 +17,8 @@ from lancedb import connect
 from benchmarks.retrieval.data import AMONG, DIM, STEP, Bank, number
 from r2scp.store.schema import Table
 from r2scp.store.search.bank import IN_MEMORY_BYTES, KEY_COLUMNS
-from r2scp.store.search.vector_index import ServingSettings, refresh_index
-from r2scp.store.search.vector_search import ServingIndex
+from r2scp.store.search.vector_index import refresh_index
+from r2scp.store.search.vector_search import ServingIndex, ServingSettings
 
 HITS = 10
 M, CONSTRUCTION = 32, 100  # links of a node in HNSW, candidates when it is built

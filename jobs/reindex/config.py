@@ -29,7 +29,7 @@ from r2scp.jobs.reindex.gate import GateSettings
 from r2scp.jobs.settings import from_plain
 from r2scp.pipelines.neighbours.settings import IndexSettings
 from r2scp.store.errors import UsageError
-from r2scp.store.search.vector_index import ServingSettings
+from r2scp.store.search.vector_search import ServingSettings
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")

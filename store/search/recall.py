@@ -18,8 +18,7 @@ from r2scp.store.feature_store import FeatureStore, read_blocks
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import BLOCK_KEYS, KEY_COLUMNS, unit_keys
 from r2scp.store.search.exact import KeyBlock, QueryBlock, search_blocks
-from r2scp.store.search.vector_index import ServingSettings
-from r2scp.store.search.vector_search import Hit, ServingIndex
+from r2scp.store.search.vector_search import Hit, ServingIndex, ServingSettings
 
 QUERIES = 256  # per modality; with ten hits each, one miss is a recall of 0.9996
 FEW, MANY = 3, 10  # hits

@@ -11,7 +11,7 @@ crash before it leaves files that no version names, for `maintenance.clean` to r
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lance
 import lancedb
@@ -22,39 +22,15 @@ from r2scp.store.commits import lance_errors
 from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 from r2scp.store.search.bank import KEY_COLUMNS
+from r2scp.store.search.vector_search import INDEX_TYPES, ServingSettings, index_name
 
 PARTITION_KEYS = 512  # keys per partition: fewer keys to scan, but more centroids to compare
-EXACT_BELOW = 4_096  # rows that a search without an index can afford: 17 MB of keys at D = 1024
 UNINDEXED_ROWS = 256  # rows that may stay outside the index: 2 ms per search at D = 1024
 TIER = 2  # a segment up to this many times the rows to be indexed is indexed again with them
 STALE_FACTOR = 2  # an index this many times the size that its rows need is rebuilt
 RQ_BITS = 5  # of a code, per dimension
 ROW_OVERHEAD = 48  # bytes per indexed row besides its code: row id, correction factors
 FILE_OVERHEAD = 1 << 16  # bytes of a segment without rows
-
-INDEX_TYPES = {"ivf_rq": "IVF_RQ", "ivf_sq": "IVF_SQ"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServingSettings:
-    """How to index. `auto` is `exact`, without an index, below `exact_below` rows and `ivf_rq` from there.
-
-    `effort` in [0, 1]: how many partitions of a segment a search without a condition probes first, as a power
-    of their number: 0 for one, 1 for all.
-    """
-
-    kind: Literal["auto", "exact", "ivf_rq", "ivf_sq"] = "auto"
-    exact_below: int = EXACT_BELOW
-    effort: float = 0.5
-
-    def __post_init__(self) -> None:
-        kinds = ("auto", "exact", *INDEX_TYPES)
-        if self.kind not in kinds:
-            raise ValueError(f"kind must be one of {', '.join(kinds)}; got {self.kind!r}")
-        if self.exact_below < 0:
-            raise ValueError(f"exact_below must be at least 0; got {self.exact_below}")
-        if not 0.0 <= self.effort <= 1.0:
-            raise ValueError(f"effort must be in [0, 1]; got {self.effort}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,27 +107,17 @@ def refresh_index(store: FeatureStore, settings: ServingSettings) -> IndexRefres
     return IndexRefresh(kind=kind, rows=dataset.count_rows(), version=version, columns=tuple(columns))
 
 
-def indexed_columns(dataset: lance.LanceDataset) -> set[str]:
-    """Key columns that have an index."""
-    names = {index.name for index in dataset.describe_indices()}
-    return {column for column in KEY_COLUMNS.values() if _name(column) in names}
-
-
 def _kind(settings: ServingSettings, rows: int) -> str:
     if settings.kind != "auto":
         return settings.kind
     return "exact" if rows < settings.exact_below else "ivf_rq"
 
 
-def _name(column: str) -> str:
-    return f"{column}_idx"
-
-
 def _plan(dataset: lance.LanceDataset, settings: ServingSettings) -> list[_ColumnPlan]:
     rows = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
     indexes = {index.name: index for index in dataset.describe_indices()}
     plans = (
-        _plan_column(dataset, column, rows, indexes.get(_name(column)), settings)
+        _plan_column(dataset, column, rows, indexes.get(index_name(column)), settings)
         for column in KEY_COLUMNS.values()
     )
     return [plan for plan in plans if plan is not None]
@@ -235,7 +201,7 @@ def _lancedb_table(store: FeatureStore) -> LanceTable:
 
 def _refresh_column(store: FeatureStore, plan: _ColumnPlan, kind: str) -> int:
     """Rows that were indexed."""
-    name, dataset = _name(plan.column), store.dataset(Table.CLIPS)
+    name, dataset = index_name(plan.column), store.dataset(Table.CLIPS)
     if plan.fragments is None:
         _lancedb_table(store).drop_index(name)
         return 0

@@ -15,7 +15,7 @@ Legend: D width of a key, C candidates, K keys.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import lance
 import numpy as np
@@ -26,12 +26,36 @@ from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Modality, Table
 from r2scp.store.search.bank import BLOCK_KEYS, IN_MEMORY_BYTES, KEY_COLUMNS
 from r2scp.store.search.exact import exact_scores
-from r2scp.store.search.vector_index import ServingSettings, indexed_columns
+
+EXACT_BELOW = 4_096  # rows that a search without an index can afford: 17 MB of keys at D = 1024
+INDEX_TYPES = {"ivf_rq": "IVF_RQ", "ivf_sq": "IVF_SQ"}
 
 CANDIDATES = 5  # per hit
 EXTRA_CANDIDATES = 4
 GROWTH = 4  # times as many candidates in the next search
 MAX_CANDIDATES = 80  # per hit; no search after one with so many
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingSettings:
+    """How to index. `auto` is `exact`, without an index, below `exact_below` rows and `ivf_rq` from there.
+
+    `effort` in [0, 1]: how many partitions of a segment a search without a condition probes first, as a power
+    of their number: 0 for one, 1 for all.
+    """
+
+    kind: Literal["auto", "exact", "ivf_rq", "ivf_sq"] = "auto"
+    exact_below: int = EXACT_BELOW
+    effort: float = 0.5
+
+    def __post_init__(self) -> None:
+        kinds = ("auto", "exact", *INDEX_TYPES)
+        if self.kind not in kinds:
+            raise ValueError(f"kind must be one of {', '.join(kinds)}; got {self.kind!r}")
+        if self.exact_below < 0:
+            raise ValueError(f"exact_below must be at least 0; got {self.exact_below}")
+        if not 0.0 <= self.effort <= 1.0:
+            raise ValueError(f"effort must be in [0, 1]; got {self.effort}")
 
 
 class Hit(NamedTuple):
@@ -186,3 +210,13 @@ def _cosines(query_D: np.ndarray, keys_KD: np.ndarray, at: np.ndarray) -> np.nda
 def _vectors(table: pa.Table, column: str, dim: int) -> np.ndarray:
     """(K, D) float32 of a column without nulls."""
     return table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+
+
+def indexed_columns(dataset: lance.LanceDataset) -> set[str]:
+    """Key columns that have an index."""
+    names = {index.name for index in dataset.describe_indices()}
+    return {column for column in KEY_COLUMNS.values() if index_name(column) in names}
+
+
+def index_name(column: str) -> str:
+    return f"{column}_idx"

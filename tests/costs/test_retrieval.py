@@ -19,8 +19,8 @@ from r2scp.store.search import exact as nearest
 from r2scp.store.search import recall, vector_index, vector_search
 from r2scp.store.search.bank import IN_MEMORY_BYTES, KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
 from r2scp.store.search.recall import Sampling, measure_recalls
-from r2scp.store.search.vector_index import ServingSettings, refresh_index
-from r2scp.store.search.vector_search import CANDIDATES, EXTRA_CANDIDATES, ServingIndex
+from r2scp.store.search.vector_index import refresh_index
+from r2scp.store.search.vector_search import CANDIDATES, EXTRA_CANDIDATES, ServingIndex, ServingSettings
 
 DIM, CLIPS, HITS = 32, 3_000, 10
 ALWAYS = ServingSettings(exact_below=0)

@@ -126,7 +126,8 @@ def run_schedule(
         while not signals.received:
             current = now()
             if current < last - MAX_CLOCK_STEP_BACK:
-                log(f"{job.name}: the clock was set back to {_format_time(settings, current)}; rescheduling from there")
+                back = _format_time(settings, current)
+                log(f"{job.name}: the clock was set back to {back}; rescheduling from there")
                 last, scheduled = current, next_run(settings, current)
             if current < scheduled:
                 wait_for(min((scheduled - current).total_seconds(), CLOCK_POLL_S))

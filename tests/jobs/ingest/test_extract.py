@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from r2scp.jobs.faults.injection import FailingStage, Order
+from r2scp.jobs.faults.injection import FailingStage, FaultOrder
 from r2scp.jobs.ingest.extract import Destination, ExtractReport, Source, run_extract
 from r2scp.model.imagebind.imagebind import DTYPE_NAMES, ImageBind, normalise_frames
 from r2scp.model.imagebind.melspec import log_mel, windows
@@ -340,7 +340,7 @@ def test_batches_of_frames_do_not_change_the_embedding(tiny_weights: Path) -> No
 
 def test_a_store_that_takes_nothing_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers meet it, and try again; what arrives here is the store's error and no traceback of Ray's."""
-    monkeypatch.setattr(FailingStage, "order", Order(file="", chance=1.0))
+    monkeypatch.setattr(FailingStage, "order", FaultOrder(file="", chance=1.0))
     monkeypatch.setattr(flow, "StageRows", FailingStage)
     with pytest.raises(StoreError, match=r"^cannot write to .*clips\.lance: .*Input/output error$"):
         bench.extract()

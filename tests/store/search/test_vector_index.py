@@ -1,8 +1,8 @@
 """The serving index finds what an exact search finds; it hides no row and shows no deleted one.
 
 The oracle is a float64 product of all pairs, over the rows as the test keeps track of them. Keys are
-clustered, some are null, and the sizes of partitions and of the unindexed rest are small, so that few rows make
-many partitions and segments.
+clustered, some are null, and the sizes of partitions and of the unindexed rest are small, so that few rows
+make many partitions and segments.
 """
 
 import time
@@ -22,8 +22,8 @@ from r2scp.store.schema import Modality, Retrieval, Table
 from r2scp.store.search import vector_index, vector_search
 from r2scp.store.search.bank import KEY_COLUMNS, BankScope, MemoryBank, Queries, Search
 from r2scp.store.search.recall import Recall, Sampling, measure_recalls
-from r2scp.store.search.vector_index import ServingSettings, refresh_index, refresh_reasons
-from r2scp.store.search.vector_search import ServingIndex
+from r2scp.store.search.vector_index import refresh_index, refresh_reasons
+from r2scp.store.search.vector_search import ServingIndex, ServingSettings
 
 DIM = 32
 AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL
