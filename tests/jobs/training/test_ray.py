@@ -54,7 +54,7 @@ def logged_worker(logs: Path, stage: str = "", step: int = 0, action: str = "") 
                 note(stage=self.stage.value, rows=rows.tolist())
                 return real(self, rows, missing)
 
-            def learn(self: Any, *arguments: Any, real: Any = each.learn) -> Any:
+            def compute_loss(self: Any, *arguments: Any, real: Any = each.compute_loss) -> Any:
                 taken[self.stage.value] += 1
                 if (rank, self.stage.value, taken[stage]) == (1, stage, step) and not (
                     logs / action
@@ -65,7 +65,7 @@ def logged_worker(logs: Path, stage: str = "", step: int = 0, action: str = "") 
                     threading.Event().wait(PATIENCE_S)
                 return real(self, *arguments)
 
-            each.prepare, each.learn = prepare, learn
+            each.prepare, each.compute_loss = prepare, compute_loss
         train._in_worker(settings)
 
     return work

@@ -48,15 +48,15 @@ from r2scp.pipelines.batches.examples import Pins
 values, stage, count = json.loads(sys.argv[1]), getattr(train_stages, sys.argv[2]), int(sys.argv[3])
 taken = 0
 
-def pausing(self, *arguments, learn=stage.learn):
+def pausing(self, *arguments, compute_loss=stage.compute_loss):
     global taken
     taken += 1
     if taken == count:
         print("in the middle", file=sys.__stdout__, flush=True)
         sys.stdin.readline()
-    return learn(self, *arguments)
+    return compute_loss(self, *arguments)
 
-stage.learn = pausing
+stage.compute_loss = pausing
 train_loop.LOG_EVERY = {LOG_EVERY}
 places = {{"pins": Pins(**values.pop("pins")), "folder": Path(values.pop("folder"))}}
 plan = TrainPlan(config=TrainConfig.from_json(values.pop("config")), **places, **values)
@@ -162,7 +162,7 @@ def test_stopped_between_the_log_line_and_its_checkpoint(
         real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_loop, "write", failing)
+        patched.setattr(train_loop, "write_checkpoint", failing)
         with pytest.raises(Stop):
             train(plan)
     assert len([line for line in metrics(tmp_path) if line["kind"] == "epoch"]) == fatal

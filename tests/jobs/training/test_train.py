@@ -314,13 +314,13 @@ def test_expert_dropout_takes_one_modality_at_its_rate(
             given.append(batch)
 
     for chance in range(50):
-        stage.learn(Given(), batch, NO_MODALITY, chance)
+        stage.compute_loss(Given(), batch, NO_MODALITY, chance)
     lost_BM = ~torch.cat([one.present_BM for one in given])
     assert int(lost_BM.sum(dim=1).max()) <= 1
     shares = lost_BM.float().mean(dim=0)
     for modality in (AUDIO, VISUAL):
         assert float(shares[modality]) == pytest.approx(rate / 2, abs=0.04)  # 1,600 draws: 3 standard errors
-    stage.learn(Given(), batch, NO_MODALITY, 7)
+    stage.compute_loss(Given(), batch, NO_MODALITY, 7)
     assert torch.equal(given[-1].present_BM, given[7].present_BM), "the chance decides"
 
 

@@ -69,7 +69,7 @@ class Oracle:
     ) -> tuple[Tensor, Tensor, list]:
         parts, ids = [], []
         for row, missing in zip(rows, request.missing_B.tolist(), strict=True):
-            name = "nothing" if (recovered := self.sought(row, missing)) == NO_MODALITY else NAMES[recovered]
+            name = "nothing" if (recovered := self.recovered(row, missing)) == NO_MODALITY else NAMES[recovered]
             result = self.near.get((self.clip(row)["clip_id"], name), {f"{side}_ids": []})[f"{side}_ids"][:n]
             parts += [self.clips[clip_id][name] for clip_id in result] + [None] * (n - len(result))
             ids.append([self.dataset.clips.ids.index(i) for i in result] + [-1] * (n - len(result)))
@@ -92,7 +92,7 @@ def expect_batch(dataset: Dataset, rows: np.ndarray, request: BatchRequest, n: i
     same(batch.sequence("words"), padded([oracle.question(row)["words"] for row in rows], oracle.dim))
     assert batch.sentence_BC.tolist() == [oracle.question(row)["sentence"] for row in rows]
     recovered = [
-        oracle.sought(row, missing) for row, missing in zip(rows, request.missing_B.tolist(), strict=True)
+        oracle.recovered(row, missing) for row, missing in zip(rows, request.missing_B.tolist(), strict=True)
     ]
     expected = {"nearest": batch.retrieved} | ({"farthest": batch.farthest} if request.farthest else {})
     for side, result in expected.items():

@@ -57,9 +57,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(
     ("kind", "says"),
     [
         ("nowhere", "No such file"),
-        ("folder", "it is a directory"),
-        ("fifo", "it is a FIFO"),
-        ("device", "it is a device"),
+        ("folder", "got a directory"),
+        ("fifo", "got a FIFO"),
+        ("device", "got a device"),
         ("loop", "symbolic links"),
         ("zero byte", "null"),
         ("long name", "name too long"),

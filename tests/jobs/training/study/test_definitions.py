@@ -127,7 +127,7 @@ def first_steps(quick_plan: Callable[..., TrainPlan], learnable_store: FeatureSt
         for step in range(3):
             torch.manual_seed(step)
             batch = stage.prepare(np.arange(8 * step, 8 * step + 8), NO_MODALITY)
-            loss = stage.learn(stage.module, batch, NO_MODALITY, step).loss.total
+            loss = stage.compute_loss(stage.module, batch, NO_MODALITY, step).loss.total
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
