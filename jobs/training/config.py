@@ -90,7 +90,9 @@ class TrainConfig:
         if self.sees == "question" and self.stage_two.epochs:
             raise UsageError("a model that sees only the question has no stage II; its epochs must be 0")
         if not self.stage_one.epochs and not self.stage_two.epochs:
-            raise UsageError("nothing to train: stage_one.epochs or stage_two.epochs must be above 0; got 0 and 0")
+            raise UsageError(
+                "nothing to train: stage_one.epochs or stage_two.epochs must be above 0; got 0 and 0"
+            )
         if self.model.cmr and self.model.neighbours > self.index.n:
             raise UsageError(
                 f"model.neighbours must be at most index.n, {self.index.n}; got {self.model.neighbours}"

@@ -6,7 +6,7 @@ order, and none waits for the next one to arrive.
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,6 +245,7 @@ def test_closing_the_results_stops_the_feeder(world, answerer: Answerer) -> None
             yield Request(video=world.video(world.whole()[0]), question=QUESTION)
 
     results = answerer.answer_all(endless())
+    assert isinstance(results, Generator)
     assert isinstance(next(results), Result)
     results.close()
     feeders = [thread for thread in threading.enumerate() if thread.name == "requests"]

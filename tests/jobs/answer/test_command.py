@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from r2scp.jobs.answer.answerer import Answerer
 from r2scp.jobs.cli.main import app
@@ -19,7 +19,7 @@ QUESTION = "How many instruments are sounding in the video?"
 STEERING = "\x1b[2J\x1b]0;owned\x07\u202egpj.exe\r[red]"
 
 
-def call(*words: object, stdin: str = "") -> "object":
+def call(*words: object, stdin: str = "") -> Result:
     return CliRunner().invoke(app, ["answer", *map(str, words)], input=stdin, env={"COLUMNS": "200"})
 
 

@@ -11,12 +11,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
-from click.testing import Result
 from typer.main import get_command
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from r2scp.jobs.cli.main import app
 from r2scp.pipelines.extraction.embed import EncoderSpec
@@ -25,11 +25,10 @@ from r2scp.store.feature_store import FeatureStore
 from r2scp.store.schema import Table
 
 ROOT = Path(__file__).resolve().parents[3]
-GROUPS = {
-    name: command for name, command in get_command(app).commands.items() if hasattr(command, "commands")
-}
+TOP_LEVEL: dict[str, Any] = vars(get_command(app))["commands"]
+GROUPS = {name: command for name, command in TOP_LEVEL.items() if hasattr(command, "commands")}
 COMMANDS = sorted(
-    [name for name in get_command(app).commands if name not in GROUPS]
+    [name for name in TOP_LEVEL if name not in GROUPS]
     + [f"{name} {each}" for name, group in GROUPS.items() for each in group.commands]
 )
 STEERING = "\x1b[2J\x1b]0;owned\x07\u202egpj.exe\r"

@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from r2scp.jobs.cli.main import app
 from r2scp.jobs.training.checkpoints import read_checkpoint

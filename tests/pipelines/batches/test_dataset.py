@@ -69,7 +69,9 @@ class Oracle:
     ) -> tuple[Tensor, Tensor, list]:
         parts, ids = [], []
         for row, missing in zip(rows, request.missing_B.tolist(), strict=True):
-            name = "nothing" if (recovered := self.recovered(row, missing)) == NO_MODALITY else NAMES[recovered]
+            name = (
+                "nothing" if (recovered := self.recovered(row, missing)) == NO_MODALITY else NAMES[recovered]
+            )
             result = self.near.get((self.clip(row)["clip_id"], name), {f"{side}_ids": []})[f"{side}_ids"][:n]
             parts += [self.clips[clip_id][name] for clip_id in result] + [None] * (n - len(result))
             ids.append([self.dataset.clips.ids.index(i) for i in result] + [-1] * (n - len(result)))

@@ -4,7 +4,7 @@ Which settings stage I depends on is measured: under all others the same model i
 bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any, get_args
 
@@ -104,7 +104,7 @@ def test_experts_keep_the_disjoint_split() -> None:
 
 
 @pytest.fixture
-def first_steps(quick_plan: Callable[..., TrainPlan], learnable_store: FeatureStore) -> Callable:
+def first_steps(quick_plan: Callable[..., TrainPlan], learnable_store: FeatureStore) -> Iterator[Callable]:
     """`first_steps(config)`: the model as drawn, losses of three steps of stage I, the model after them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
