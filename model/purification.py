@@ -5,8 +5,8 @@ of the features common to both modalities that are most salient to the question.
 
 Departures from the paper, and the setting that reverts each:
 
-- A hard choice of k tokens leaves W_proj without gradient. The noise mask passes its gradient straight
-  through to δ; `cap_gradient="none"` is the paper.
+- A hard choice of k tokens leaves W_proj without gradient. Here the noise mask, which selects the k tokens, is
+  straight-through: its gradient goes to the dissonance δ as if the mask were δ; `cap_gradient="none"` is the paper.
 - The paper sums attention over keys. A softmax row sums to 1, so all tokens tie. Here a token's saliency is
   the attention that it *receives*; `saliency="literal"` is the paper.
 """

@@ -15,9 +15,10 @@ from r2scp.jobs.faults.report import Round
 from r2scp.store.errors import R2SCPError
 
 RUN_TIMEOUT_S = 300.0  # one run takes about ten seconds
-SKEW_S = 5.0  # clock difference that leases allow for
+SKEW_S = 5.0  # largest clock difference of the fault SKEW; leases allow for far more
 WRONG_CLOCK_S = 600.0
 FREE_BYTES = (16 << 10, 640 << 10)  # left on a full disk; one run writes about the larger amount
+#: The fault strikes at one of the first so many occurrences, drawn.
 MAX_NTH = {Fault.COMMIT: 8, Fault.STAGED: 3, Fault.TABLES: 3, Fault.NEIGHBOURS: 2, Fault.DISK: 20}
 #: From the start of each step to the kill: about the step's duration.
 MAX_DELAY_S = {Fault.COMMIT: 0.03, Fault.COMPACTION: 0.1, Fault.INDEX: 0.15, Fault.CLEANING: 0.05}

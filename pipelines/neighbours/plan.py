@@ -1,5 +1,6 @@
 """Which neighbours are missing, and which may be wrong since the memory bank has changed.
 
+A row is the neighbour list of one clip for one missing modality; a hit is one neighbour in it. The table
 `indexes` records up to which version of `clips` the rows of one search are right. After that version a row
 can only be wrong if
 
@@ -7,8 +8,8 @@ can only be wrong if
 - it names a clip that changed or was removed from the bank,
 - a clip of its own source was added to or removed from the bank (such hits are counted, see `neighbours` in
   `schema.COLUMNS`), or
-- a clip added to the bank scores at least as well as the last of its hits: one product of its key with the
-  added keys decides, within the error of such a product.
+- a clip added to the bank scores at least as well as the last of its hits: decided by a float32 dot product
+  of its key with the added keys, where ties within the rounding error count as better.
 
 Rows of the last kind are extended: their clips are compared with the added clips alone and the hits merged.
 All others are searched again (the first three) or stay: a search of the whole bank would give the same.

@@ -169,7 +169,7 @@ def _best_scores(
         queries_QD=np.stack(list(keys.values())).astype(np.float32),
         sources_Q=np.array([number[clip_id] for clip_id, _ in keys], dtype=np.int64),
         n=MANY,
-        largest_source=1,
+        largest_source=1,  # a source is one query clip
     )
     nearest, _ = search_blocks(_blocks(store, version, among, number), block)
     return {
@@ -179,7 +179,10 @@ def _best_scores(
 
 
 def _blocks(store: FeatureStore, version: int, among: Modality, number: dict[str, int]) -> Iterator[KeyBlock]:
-    """All keys of one modality. A query clip's source is its number; all other clips share one."""
+    """All keys of one modality.
+
+    To exclude only the query clip itself, each query clip has a source of its own, and all other clips share one.
+    """
     column, dataset = KEY_COLUMNS[among], store.dataset(Table.CLIPS, version)
     with lance_errors("read keys of", dataset.uri):
         batches = dataset.to_batches(
