@@ -5,8 +5,9 @@ of the features common to both modalities that are most salient to the question.
 
 Departures from the paper, and the setting that reverts each:
 
-- A hard choice of k tokens leaves W_proj without gradient. Here the noise mask, which selects the k tokens, is
-  straight-through: its gradient goes to the dissonance δ as if the mask were δ; `cap_gradient="none"` is the paper.
+- A hard choice of k tokens leaves W_proj without gradient. Here the noise mask, which selects the k tokens,
+  is straight-through: the gradient of the mask is that of the dissonance δ; `cap_gradient="none"` is the
+  paper.
 - The paper sums attention over keys. A softmax row sums to 1, so all tokens tie. Here a token's saliency is
   the attention that it *receives*; `saliency="literal"` is the paper.
 """
@@ -105,7 +106,10 @@ class Purifier(nn.Module):
         return self.config.cap_gradient == "straight_through"
 
     def forward(self, missing: Tokens, available: Tokens, common: Tokens, words: Tokens) -> Purified:
-        """Purify H_miss by H_u, H_com (which has H_u's mask) and H_t. Nothing is changed in place."""
+        """Purify `missing` (H_miss) by `available` (H_u), `common` (H_com) and `words` (H_t).
+
+        `common` has the mask of `available`. Nothing is changed in place.
+        """
         dissonance_BL = dissonance(missing.states_BLD, self.projection_DD, available.mean())
         guided = self.guidance(common, words)
         noise_BL, source_BL = self._select(dissonance_BL, missing.mask_BL, guided)
@@ -124,7 +128,7 @@ class Purifier(nn.Module):
 
     @torch.no_grad()
     def _select(self, dissonance_BL: Tensor, mask_BL: Tensor, guided: Guided) -> tuple[Tensor, Tensor]:
-        """Ω_noise as a mask, and for each token the guided token that would replace it."""
+        """Mask of the k most dissonant tokens (Ω_noise), and for each token the guided one to replace it."""
         mask_BU = guided.tokens.mask_BL
         budget_B1 = torch.minimum(mask_BL.sum(1), mask_BU.sum(1)).clamp(max=self.config.k)[:, None]
         noisiest_BL = _descending(dissonance_BL, mask_BL)

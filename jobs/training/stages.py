@@ -78,10 +78,10 @@ class MixingObjective(nn.Module):
         self.config = config or LossConfig()
 
     def forward(self, batch: Batch | Encoded, missing: int) -> Step:
-        """Three answers from one encoding: X, R⁺ (`missing` recovered) and R⁻ (from the farthest).
+        """Three answers from one encoding: real (X in the paper), recovered (R⁺), from the farthest (R⁻).
 
-        There is no R⁻ without retrieval or without farthest neighbours in the batch; if the model recovers
-        nothing, R⁺ is the batch with the modality dropped and nothing is ranked.
+        The last needs retrieval and farthest neighbours in the batch. If the model recovers nothing, the
+        second has the modality `missing` dropped, and nothing is ranked.
         """
         target_B = _target(batch)
         if not bool(batch.present_BM.all()):
@@ -106,7 +106,10 @@ class MixingObjective(nn.Module):
 
 
 class TrainStage(Protocol):
-    """A stage, as the training loop uses it. The best epoch is written under each of `checkpoint_names`."""
+    """A stage, as the training loop uses it.
+
+    The weights of its best epoch are saved under each of `checkpoint_names`.
+    """
 
     stage: Stage
     checkpoint_names: list[str]
@@ -115,7 +118,7 @@ class TrainStage(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """inputs, missing modality -> Step."""
+        """Called as `module(inputs, missing)`; returns a `Step`."""
         ...
 
     def prepare(self, rows: np.ndarray, missing: int) -> Batch | Encoded:
@@ -200,6 +203,7 @@ class MixingStage:
 
     def prepare(self, rows: np.ndarray, missing: int) -> Batch | Encoded:
         farthest = self.config.model.cmr and self.config.loss.rank_weight > 0
+        # hide=False: the real modality stays in the batch, to be compared with
         request = BatchRequest.uniform(len(rows), missing, hide=False, farthest=farthest)
         return self._inputs(self.dataset, rows, request)
 

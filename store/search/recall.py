@@ -181,7 +181,7 @@ def _best_scores(
 def _blocks(store: FeatureStore, version: int, among: Modality, number: dict[str, int]) -> Iterator[KeyBlock]:
     """All keys of one modality.
 
-    To exclude only the query clip itself, each query clip has a source of its own, and all other clips share one.
+    Each query clip has a source of its own, so that only the clip itself is excluded; all others share one.
     """
     column, dataset = KEY_COLUMNS[among], store.dataset(Table.CLIPS, version)
     with lance_errors("read keys of", dataset.uri):
