@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("store", "model", "pipelines", "jobs", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 
-def run(words: Sequence[str | Path], cwd: Path, **environment: str) -> str:
+def run(words: Sequence[str | Path], cwd: Path) -> str:
     done = subprocess.run(
         list(map(str, words)),
         cwd=cwd,
-        env=os.environ | environment,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
         timeout=300,

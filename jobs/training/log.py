@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
@@ -30,7 +31,7 @@ class TrainLog:
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, object]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a `metrics.jsonl`; none if there is no such file."""
     if not path.exists():
         return []

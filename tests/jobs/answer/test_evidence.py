@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -65,7 +66,8 @@ def test_logits_of_a_stored_clip_are_those_of_evaluation(world, answerer: Answer
 def replayed(world, result: Result, tokens: Mapping[str, np.ndarray], names: Sequence[str]) -> tuple:
     """(logits by answer, seconds purged -> what replaced them) from what an answer names alone."""
     available = OTHER[str(result.missing)]
-    assert all(each.clips_version == result.store["versions"]["clips"] for each in result.neighbours)
+    versions: Any = result.store["versions"]
+    assert all(each.clips_version == versions["clips"] for each in result.neighbours)
     assert all(each.encoder == world.store.fingerprint for each in result.neighbours)
     near = [torch.from_numpy(world.sequence(name, str(result.missing))) for name in names]
     words, sentences = world.spec.load().questions([result.question])

@@ -311,6 +311,7 @@ def test_two_folders_with_names_of_their_own(running: JobFolder) -> None:
         {"corpus": "folder", "root": "porch", "name": "porch"},
     ]
     assert running.run(corpora=corpora).outcome == "published"
-    by_corpus = running.store.status()["clips"]["by_corpus"]
+    clips: Any = running.store.status()["clips"]
+    by_corpus = clips["by_corpus"]
     assert by_corpus == {"folder": 6, "porch": 6}
     assert running.run(corpora=corpora).outcome == "nothing to do"
